@@ -1,0 +1,71 @@
+"""The key-value cache of this rank's layers, in blocks, and where each slot's tokens lie in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One request's part of a step: rows [first_row, first_row + length) of the batch, and its cache places.
+
+    `places` are the positions of its tokens [0, kv_len) in the flat cache: a slice where its blocks follow
+    one another (read without a copy), otherwise an index tensor.
+    """
+
+    first_row: int
+    length: int
+    kv_len: int
+    places: slice | torch.Tensor
+
+    @property
+    def start(self) -> int:
+        return self.kv_len - self.length
+
+
+class KVCache:
+    """Keys and values, flat: [num_blocks · block_size, heads_local, head_dim] for each layer of the stage."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        heads_local: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_blocks * block_size, heads_local, head_dim)
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.block_size = block_size
+        self.device = device
+        self._places: dict[int, np.ndarray] = {}  # slot -> flat cache position of each of its tokens
+
+    @staticmethod
+    def bytes_per_block(
+        num_layers: int, block_size: int, heads_local: int, head_dim: int, dtype: torch.dtype
+    ) -> int:
+        """Bytes of one block over all layers of the stage."""
+        return 2 * num_layers * block_size * heads_local * head_dim * dtype.itemsize
+
+    def assign(self, slot: int, block_ids: list[int]) -> None:
+        """Give a slot its blocks; whatever it had before is forgotten."""
+        first = np.asarray(block_ids, dtype=np.int64) * self.block_size
+        self._places[slot] = (first[:, None] + np.arange(self.block_size)).ravel()
+
+    def places(self, slot: int, start: int, length: int) -> np.ndarray:
+        """The flat cache positions of the slot's tokens [start, start + length)."""
+        return self._places[slot][start : start + length]
+
+    def segment(self, slot: int, first_row: int, start: int, length: int) -> Segment:
+        """Describe a slot's tokens [start, start + length), which are the batch's rows from `first_row`."""
+        kv_len = start + length
+        places = self._places[slot][:kv_len]
+        if places[-1] - places[0] == kv_len - 1:
+            return Segment(first_row, length, kv_len, slice(int(places[0]), int(places[0]) + kv_len))
+        return Segment(first_row, length, kv_len, torch.from_numpy(places).to(self.device))

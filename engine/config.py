@@ -1,0 +1,234 @@
+"""The three configurations: what the model is, how it is split, how the engine runs it.
+
+All three are frozen and checked once, where they are made. ModelConfig is the `[gpt]` section of a
+FasterTransformer config.ini; EngineConfig's fields are server.py's flags (`add_flags`). No torch here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import configparser
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+DATA_TYPES = {"fp32": 4, "fp16": 2, "bf16": 2}  # name -> bytes per element
+_ACTIVATIONS = ("gelu", "relu")
+_LAYERNORM_TYPES = ("pre_layernorm", "post_layernorm")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A GPT's shape and switches, under FasterTransformer's names and defaults for absent keys.
+
+    Sizes are those of the whole model, not of one rank. `inter_size` 0 stands for 4 × hidden.
+    """
+
+    head_num: int
+    size_per_head: int
+    num_layer: int
+    vocab_size: int
+    start_id: int
+    end_id: int
+    model_name: str = "gpt"
+    inter_size: int = 0
+    max_pos_seq_len: int = 0
+    weight_data_type: str = "fp32"
+    tensor_para_size: int = 1
+    layernorm_eps: float = 1e-6
+    layernorm_type: str = "pre_layernorm"
+    activation_type: str = "gelu"
+    has_positional_encoding: bool = True
+    has_pre_decoder_layernorm: bool = False
+    has_post_decoder_layernorm: bool = True
+    use_attention_linear_bias: bool = False
+    has_adapters: bool = False
+    adapter_inter_size: int = 0
+
+    def __post_init__(self) -> None:
+        if self.inter_size == 0:
+            object.__setattr__(self, "inter_size", 4 * self.hidden)
+        for name in ("head_num", "size_per_head", "num_layer", "vocab_size", "inter_size", "tensor_para_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"config.ini: {name} is {getattr(self, name)}; it must be at least 1")
+        if self.has_positional_encoding and self.max_pos_seq_len < 1:
+            raise ValueError(f"config.ini: max_pos_seq_len is {self.max_pos_seq_len}; it must be at least 1")
+        for name, allowed in (
+            ("weight_data_type", tuple(DATA_TYPES)),
+            ("activation_type", _ACTIVATIONS),
+            ("layernorm_type", _LAYERNORM_TYPES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"config.ini: {name} is {getattr(self, name)!r}; known: {', '.join(allowed)}")
+        for name in ("start_id", "end_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                raise ValueError(
+                    f"config.ini: {name} is {getattr(self, name)}; the vocabulary has {self.vocab_size} tokens"
+                )
+
+    @property
+    def hidden(self) -> int:
+        return self.head_num * self.size_per_head
+
+    def check_tp(self, tp: int) -> None:
+        """Raise ValueError where `tp` ranks cannot share the heads and the MLP evenly."""
+        allowed = [n for n in range(1, self.head_num + 1) if self.head_num % n == 0 and self.inter_size % n == 0]
+        if tp not in allowed:
+            raise ValueError(
+                f"tp {tp} does not divide this model's {self.head_num} heads and inter_size {self.inter_size}; "
+                f"possible: {', '.join(map(str, allowed))}"
+            )
+
+    @classmethod
+    def read(cls, path: Path) -> ModelConfig:
+        """Read a config.ini; keys that are not ours (converters write many) are passed over.
+
+        Raises ValueError with the file and the key for what is missing or cannot be parsed.
+        """
+        parser = configparser.ConfigParser(interpolation=None)
+        try:
+            parser.read_string(path.read_text())
+        except configparser.Error as error:
+            raise ValueError(f"{path}: not an ini file ({str(error).splitlines()[0]})") from None
+        if not parser.has_section("gpt"):
+            raise ValueError(f"{path}: no section [gpt]")
+        section = parser["gpt"]
+        values: dict[str, typing.Any] = {}
+        types = typing.get_type_hints(cls)
+        for spec in dataclasses.fields(cls):
+            if spec.name not in section:
+                if spec.default is dataclasses.MISSING:
+                    raise ValueError(f"{path}: key {spec.name} is missing from [gpt]")
+                continue
+            try:
+                values[spec.name] = _parse(section, spec.name, types[spec.name])
+            except ValueError:
+                raise ValueError(f"{path}: {spec.name} = {section[spec.name]!r} is not a valid value") from None
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {str(error).removeprefix('config.ini: ')}") from None
+
+    def write(self, path: Path) -> None:
+        """Write config.ini with every key, so that FasterTransformer's defaults never come into play."""
+        parser = configparser.ConfigParser(interpolation=None)
+        parser["gpt"] = {
+            name: str(int(value) if isinstance(value, bool) else value)
+            for name, value in dataclasses.asdict(self).items()
+        }
+        with path.open("w") as file:
+            parser.write(file)
+
+
+def _parse(section: configparser.SectionProxy, name: str, kind: type) -> typing.Any:
+    if kind is bool:
+        return section.getboolean(name)
+    return kind(section[name])
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """One rank's place in the tp × pp grid; rank = pp_rank · tp + tp_rank, as in FasterTransformer."""
+
+    tp: int = 1
+    pp: int = 1
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank is {self.rank}; tp {self.tp} × pp {self.pp} has ranks 0 to {self.world_size - 1}")
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp
+
+    @property
+    def tp_rank(self) -> int:
+        return self.rank % self.tp
+
+    @property
+    def pp_rank(self) -> int:
+        return self.rank // self.tp
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp - 1
+
+    def layers(self, num_layer: int) -> range:
+        """The layers of this rank's stage. Raises ValueError where pp does not divide num_layer."""
+        if num_layer % self.pp:
+            allowed = [str(n) for n in range(1, num_layer + 1) if num_layer % n == 0]
+            raise ValueError(
+                f"pp {self.pp} does not divide this model's {num_layer} layers; possible: {', '.join(allowed)}"
+            )
+        per_stage = num_layer // self.pp
+        return range(self.pp_rank * per_stage, (self.pp_rank + 1) * per_stage)
+
+
+def flag(default: typing.Any, help: str, **metadata: typing.Any) -> typing.Any:
+    """A dataclass field that `add_flags` turns into a command-line flag; `help` gives the unit."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the engine runs: sizes, number formats, device, limits."""
+
+    engine: str = flag(
+        "auto",
+        "what runs the model: torch (built in), fastertransformer (the library's op), or auto",
+        choices=("auto", "torch", "fastertransformer"),
+    )
+    device: str = flag("auto", "where it runs; auto takes a GPU if there is one", choices=("auto", "cpu", "cuda"))
+    data_type: str = flag(
+        "auto",
+        "number format of the computation; auto: bf16 on a GPU, fp32 on a CPU",
+        choices=("auto", *DATA_TYPES),
+    )
+    int8_mode: int = flag(0, "1: weight-only int8 (fastertransformer engine)", choices=(0, 1))
+    max_batch_size: int = flag(64, "requests that run at once; further ones wait")
+    max_seq_len: int = flag(0, "tokens of a request, prompt and output together; 0: what the model's positions allow")
+    max_step_tokens: int = flag(0, "prompt tokens computed in one step; 0: 512 on a CPU, 8192 on a GPU")
+    block_size: int = flag(16, "tokens in one block of the key-value cache")
+    kv_cache_fraction: float = flag(0.9, "share of the memory left after loading that the key-value cache may take")
+    step_timeout_s: float = flag(25.0, "seconds after which a step that does not end is taken for a hung rank")
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_batch_size", 1), ("max_seq_len", 0), ("max_step_tokens", 0), ("block_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if not 0 < self.kv_cache_fraction < 1:
+            raise ValueError(f"kv_cache_fraction is {self.kv_cache_fraction}; it must lie between 0 and 1")
+        if not self.step_timeout_s > 0:
+            raise ValueError(f"step_timeout_s is {self.step_timeout_s}; it must be above 0")
+
+
+def add_flags(parser: argparse.ArgumentParser, cls: type, title: str) -> None:
+    """Add one flag per `flag` field of a dataclass: --field-name with the field's type, default and help."""
+    group = parser.add_argument_group(title)
+    types = typing.get_type_hints(cls)
+    for spec in dataclasses.fields(cls):
+        metadata = dict(spec.metadata)
+        if not metadata:
+            continue
+        names = [f"--{spec.name.replace('_', '-')}", *metadata.pop("aliases", ())]
+        text = metadata.pop("help")
+        if types[spec.name] is bool:
+            group.add_argument(*names, action="store_true", default=spec.default, help=text)
+        else:
+            text = f"{text} (default: {spec.default if spec.default != '' else 'none'})".replace("%", "%%")
+            group.add_argument(*names, type=types[spec.name], default=spec.default, help=text, **metadata)
+
+
+def from_flags(cls: type, flags: argparse.Namespace, **more: typing.Any) -> typing.Any:
+    """Make a dataclass from parsed flags; `more` gives the fields that are no flags."""
+    names = [spec.name for spec in dataclasses.fields(cls) if spec.metadata]
+    return cls(**{name: getattr(flags, name) for name in names}, **more)

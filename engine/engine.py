@@ -1,0 +1,150 @@
+"""Submit, step, stop: the loop on rank 0 that ties the scheduler to the executors, and the loop of the others.
+
+Rank 0 alone decides. A step is: plan, send the plan to every rank, execute it, take the tokens. The other
+ranks execute what they are sent (`follow`) until they are sent STOP.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import queue
+import time
+from collections import deque
+from typing import Any, Protocol
+
+from engine.comm import World
+from engine.request import Request
+from engine.watchdog import Watchdog
+
+_LOG = logging.getLogger("engine")
+_HEARTBEAT_S = 5.0  # how often an idle rank 0 meets the other ranks
+_START_S = 120.0  # what the first plan may take more: memory is touched and kernels are loaded then
+
+
+class Control(enum.Enum):
+    """What rank 0 sends besides plans."""
+
+    HEARTBEAT = "heartbeat"
+    STOP = "stop"
+
+
+class Scheduler(Protocol):
+    """Decides what runs (engine.scheduler.Scheduler, engine.static.StaticScheduler)."""
+
+    @property
+    def has_work(self) -> bool: ...
+    def check(self, request: Request) -> None: ...
+    def add(self, request: Request) -> None: ...
+    def schedule(self) -> Any | None: ...
+    def commit(self, tokens: list[Any]) -> None: ...
+    def abort_all(self) -> None: ...
+
+
+class Executor(Protocol):
+    """Runs plans (engine.runner.TorchExecutor, engine.fastertransformer.FasterTransformerExecutor)."""
+
+    num_ahead: int  # plans that may be launched before the tokens of the one before them are read
+
+    def execute(self, plan: Any) -> Any: ...
+
+
+class Engine:
+    """Rank 0's engine. `submit` and `stop` may be called from any thread; `run` is the engine's own thread."""
+
+    def __init__(
+        self, scheduler: Scheduler, executor: Executor, world: World, watchdog: Watchdog, step_timeout_s: float
+    ) -> None:
+        self.scheduler = scheduler
+        self.executor = executor
+        self.world = world
+        self.watchdog = watchdog
+        self.step_timeout_s = step_timeout_s
+        self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._launched: deque[Any] = deque()
+        self._stop_at: float | None = None
+        self._is_warm = False
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; its `on_update` hears of the rest. Raises ValueError if it could never run."""
+        if self._stop_at is not None:
+            raise ValueError("the server is stopping and takes no new requests")
+        self.scheduler.check(request)
+        self._inbox.put(request)
+
+    def stop(self, drain_timeout_s: float) -> None:
+        """Let `run` return once all that was submitted has ended, or after `drain_timeout_s` without it."""
+        self._stop_at = time.monotonic() + drain_timeout_s
+        self._inbox.put(None)  # wakes the loop
+
+    def run(self) -> None:
+        """Step until stopped, sleeping while there is nothing to do; then send the other ranks home."""
+        while not self._is_over():
+            if not self.step():
+                self._sleep()
+        self.scheduler.abort_all()
+        while self._launched:
+            self._commit()
+        self.world.send(Control.STOP)
+
+    def step(self) -> bool:
+        """One step of the whole job; returns whether there was anything to do."""
+        while not self._inbox.empty():
+            self._take(self._inbox.get())
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            with self._limit(plan.num_steps):
+                self.world.send(plan)
+                self._launched.append(self.executor.execute(plan))
+        if self._launched and (plan is None or len(self._launched) > self.executor.num_ahead):
+            self._commit()
+        return plan is not None or bool(self._launched)
+
+    def _commit(self) -> None:
+        with self._limit(1):
+            tokens = self._launched.popleft().wait()
+        self._is_warm = True
+        self.scheduler.commit(tokens)
+
+    def _limit(self, num_steps: int) -> Any:
+        seconds = step_limit_s(self.step_timeout_s, num_steps, self._is_warm)
+        return self.watchdog.limit(seconds, f"a step took longer than {seconds:.0f} s: a rank hangs")
+
+    def _take(self, request: Request | None) -> None:
+        if request is not None:
+            self.scheduler.add(request)
+
+    def _sleep(self) -> None:
+        try:
+            self._take(self._inbox.get(timeout=_HEARTBEAT_S))
+        except queue.Empty:
+            with self.watchdog.limit(self.step_timeout_s, "a rank does not answer"):
+                self.world.send(Control.HEARTBEAT)
+                self.world.barrier()
+
+    def _is_over(self) -> bool:
+        if self._stop_at is None:
+            return False
+        has_work = self.scheduler.has_work or self._launched or not self._inbox.empty()
+        return not has_work or time.monotonic() > self._stop_at
+
+
+def follow(world: World, executor: Executor, watchdog: Watchdog, step_timeout_s: float) -> None:
+    """The loop of every rank but 0: execute what rank 0 plans, until it says STOP."""
+    is_warm = False
+    while True:
+        plan = world.receive(timeout_s=None if not is_warm else step_timeout_s)
+        if plan is Control.STOP:
+            return
+        seconds = step_limit_s(step_timeout_s, getattr(plan, "num_steps", 1), is_warm)
+        with watchdog.limit(seconds, f"a step took longer than {seconds:.0f} s: a rank hangs"):
+            if plan is Control.HEARTBEAT:
+                world.barrier()
+            else:
+                executor.execute(plan)
+        is_warm = True
+
+
+def step_limit_s(step_timeout_s: float, num_steps: int, is_warm: bool) -> float:
+    """The watchdog's limit for a plan of `num_steps` forward passes: one second more for each further one."""
+    return step_timeout_s + (num_steps - 1) + (0.0 if is_warm else _START_S)

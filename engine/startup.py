@@ -1,0 +1,139 @@
+"""From a converted folder to an engine: which executor, device and number format, and why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.comm import Comm, World
+from engine.config import EngineConfig, ModelConfig, ParallelConfig
+from engine.engine import Engine, Executor
+from engine.model import GPT, check_supported
+from engine.runner import TorchExecutor, computation_dtype
+from engine.scheduler import Scheduler
+from engine.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs the model, and the reason for it (logged)."""
+
+    engine: str
+    reason: str
+    device: torch.device
+    dtype: torch.dtype
+
+
+def choose(engine_config: EngineConfig, model_config: ModelConfig, lib_path: Path, local_rank: int) -> Choice:
+    """Pick engine, device and dtype. Raises ValueError or RuntimeError where a wish cannot be met."""
+    device = _choose_device(engine_config.device, local_rank)
+    dtype = computation_dtype(engine_config.data_type, device)
+    engine, reason = engine_config.engine, "chosen by --engine"
+    if engine == "auto":
+        missing = _why_not_fastertransformer(model_config, lib_path, device)
+        engine = "torch" if missing else "fastertransformer"
+        reason = missing or f"{lib_path} is there"
+    if engine == "torch":
+        check_supported(model_config)
+        if engine_config.int8_mode:
+            raise ValueError("int8_mode is 1; the torch engine computes in 0 only")
+    elif not lib_path.is_file():
+        raise ValueError(f"lib_path is {lib_path}, and there is no such file")
+    return Choice(engine, reason, device, dtype)
+
+
+def build(
+    folder: Path,
+    model_config: ModelConfig,
+    engine_config: EngineConfig,
+    parallel: ParallelConfig,
+    world: World,
+    choice: Choice,
+    lib_path: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Executor, Callable[[Watchdog], Engine]]:
+    """Load this rank's executor; returns it and what makes rank 0's Engine around it."""
+    if choice.device.type == "cuda":
+        torch.cuda.set_device(choice.device)
+    else:
+        torch.set_num_threads(claim_cores(world.local_size))
+    limits = dict(max_batch_size=engine_config.max_batch_size)
+    if choice.engine == "fastertransformer":
+        from engine.fastertransformer import FasterTransformerExecutor
+        from engine.static import StaticScheduler
+
+        executor: Executor = FasterTransformerExecutor(
+            folder, model_config, engine_config, parallel, choice.device, choice.dtype, lib_path, progress
+        )
+        scheduler = StaticScheduler(max_seq_len=executor.max_seq_len, **limits)
+    else:
+        comm = Comm(world, parallel, choice.device)
+        total = GPT.num_load_steps(model_config, comm)
+        executor = TorchExecutor(
+            folder,
+            model_config,
+            engine_config,
+            comm,
+            choice.device,
+            choice.dtype,
+            world.local_size,
+            progress=_Counter(total, progress),
+        )
+        scheduler = Scheduler(
+            max_seq_len=executor.max_seq_len,
+            max_step_tokens=executor.max_step_tokens,
+            block_size=engine_config.block_size,
+            num_blocks=executor.num_blocks,
+            **limits,
+        )
+    return executor, lambda watchdog: Engine(scheduler, executor, world, watchdog, engine_config.step_timeout_s)
+
+
+class _Counter:
+    """Turns the loader's bare ticks into (done, total)."""
+
+    def __init__(self, total: int, report: Callable[[int, int], None]) -> None:
+        self.done = 0
+        self.total = total
+        self.report = report
+
+    def __call__(self) -> None:
+        self.done += 1
+        self.report(self.done, self.total)
+
+
+def claim_cores(local_size: int) -> int:
+    """The number of threads for this rank: the node's cores over its ranks.
+
+    mpirun binds each rank to one core where there are few ranks, which would leave the others idle and put
+    Triton on the same core; a rank with less than its share lifts that.
+    """
+    share = max(1, (os.cpu_count() or 1) // local_size)
+    if len(os.sched_getaffinity(0)) < share:
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    return max(1, min(share, len(os.sched_getaffinity(0))))
+
+
+def _choose_device(wish: str, local_rank: int) -> torch.device:
+    count = torch.cuda.device_count() if wish != "cpu" else 0
+    if wish == "cuda" and count == 0:
+        raise RuntimeError("device is cuda, and torch sees no GPU")
+    if count == 0:
+        return torch.device("cpu")
+    if local_rank >= count:
+        raise RuntimeError(
+            f"rank {local_rank} of this node has no GPU of its own: torch sees {count}; start one rank per GPU"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _why_not_fastertransformer(config: ModelConfig, lib_path: Path, device: torch.device) -> str | None:
+    if not lib_path.is_file():
+        return f"no FasterTransformer library at {lib_path}"
+    if device.type != "cuda":
+        return "FasterTransformer needs a GPU"
+    return None
