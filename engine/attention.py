@@ -8,9 +8,7 @@ import torch.nn.functional as F
 from engine.cache import Segment
 
 
-def attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, segments: list[Segment]
-) -> torch.Tensor:
+def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
     """softmax(q · kᵀ / √head_dim) · v for each request's new tokens over all of its tokens so far.
 
     query: [tokens, heads_local, head_dim]; keys, values: this layer's flat cache

@@ -47,9 +47,7 @@ class KVCache:
         self._places: dict[int, np.ndarray] = {}  # slot -> flat cache position of each of its tokens
 
     @staticmethod
-    def bytes_per_block(
-        num_layers: int, block_size: int, heads_local: int, head_dim: int, dtype: torch.dtype
-    ) -> int:
+    def bytes_per_block(num_layers: int, block_size: int, heads_local: int, head_dim: int, dtype: torch.dtype) -> int:
         """Bytes of one block over all layers of the stage."""
         return 2 * num_layers * block_size * heads_local * head_dim * dtype.itemsize
 

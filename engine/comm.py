@@ -232,4 +232,3 @@ class _NcclBackend:
 
     def close(self) -> None:
         self._dist.destroy_process_group()
-

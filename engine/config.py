@@ -49,7 +49,14 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.inter_size == 0:
             object.__setattr__(self, "inter_size", 4 * self.hidden)
-        for name in ("head_num", "size_per_head", "num_layer", "vocab_size", "inter_size", "tensor_para_size"):
+        for name in (
+            "head_num",
+            "size_per_head",
+            "num_layer",
+            "vocab_size",
+            "inter_size",
+            "tensor_para_size",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"config.ini: {name} is {getattr(self, name)}; it must be at least 1")
         if self.has_positional_encoding and self.max_pos_seq_len < 1:
@@ -202,7 +209,12 @@ class EngineConfig:
     step_timeout_s: float = flag(25.0, "seconds after which a step that does not end is taken for a hung rank")
 
     def __post_init__(self) -> None:
-        for name, least in (("max_batch_size", 1), ("max_seq_len", 0), ("max_step_tokens", 0), ("block_size", 1)):
+        for name, least in (
+            ("max_batch_size", 1),
+            ("max_seq_len", 0),
+            ("max_step_tokens", 0),
+            ("block_size", 1),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if not 0 < self.kv_cache_fraction < 1:

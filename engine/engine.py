@@ -53,7 +53,12 @@ class Engine:
     """Rank 0's engine. `submit` and `stop` may be called from any thread; `run` is the engine's own thread."""
 
     def __init__(
-        self, scheduler: Scheduler, executor: Executor, world: World, watchdog: Watchdog, step_timeout_s: float
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        world: World,
+        watchdog: Watchdog,
+        step_timeout_s: float,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor

@@ -52,8 +52,9 @@ class GPT:
     """A pipeline stage: token ids (first stage) or hidden states → hidden states, or logits (last stage)."""
 
     def __init__(
-        self, config: ModelConfig, comm: Comm, reader: ShardReader, device: torch.device, progress: Callable[[], None]
+        self, comm: Comm, reader: ShardReader, device: torch.device, progress: Callable[[], None]
     ) -> None:
+        config = reader.config
         check_supported(config)
         self.config = config
         self.comm = comm
@@ -73,7 +74,9 @@ class GPT:
             progress()
         self.layers = []
         for layer in parallel.layers(config.num_layer):
-            self.layers.append(Layer(config, comm, [self._load(s) for s in layer_specs(config, layer)], self._is_packed))
+            self.layers.append(
+                Layer(config, comm, [self._load(s) for s in layer_specs(config, layer)], self._is_packed)
+            )
             progress()
         if parallel.is_last_stage:
             self.final_weight = self._load(outer["final_layernorm.weight"])
@@ -136,9 +139,7 @@ class Layer:
         self.up = Linear(up, up_bias, is_packed)
         self.down = RowParallelLinear(down, down_bias, is_packed, comm)
 
-    def forward(
-        self, x: torch.Tensor, step: StepInput, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, step: StepInput, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] → [tokens, hidden]; writes the tokens' keys and values into the cache."""
         normed = F.layer_norm(x, self.hidden, *self.input_layernorm, self.eps)
         qkv = self.query_key_value(normed).unflatten(-1, (3, -1, self.head_dim))  # [tokens, 3, heads_local, head_dim]

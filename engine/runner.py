@@ -5,10 +5,8 @@ It knows slots, tokens and blocks from the plans it is given, and never the sche
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +14,7 @@ import torch
 
 from engine.cache import KVCache
 from engine.comm import Comm
-from engine.config import EngineConfig, ModelConfig
+from engine.config import EngineConfig
 from engine.model import GPT, StepInput
 from engine.request import SamplingParams
 from engine.sampling import sample
@@ -24,8 +22,6 @@ from engine.weights import TORCH_DTYPES, ShardReader
 
 if TYPE_CHECKING:
     from engine.scheduler import Plan
-
-_LOG = logging.getLogger("engine")
 
 
 class StepResult:
@@ -53,23 +49,20 @@ class TorchExecutor:
 
     def __init__(
         self,
-        folder: Path,
-        config: ModelConfig,
+        reader: ShardReader,
         engine_config: EngineConfig,
         comm: Comm,
         device: torch.device,
-        dtype: torch.dtype,
         local_size: int = 1,
         progress: Callable[[], None] = lambda: None,
     ) -> None:
-        self.config = config
+        config, dtype = reader.config, reader.dtype
         self.comm = comm
         self.device = device
         # On a GPU the next step is launched before the last one's tokens are read.
         self.num_ahead = 1 if device.type == "cuda" else 0
-        reader = ShardReader(folder, config, comm.parallel.tp_rank, dtype)
         with torch.inference_mode():
-            self.model = GPT(config, comm, reader, device, progress)
+            self.model = GPT(comm, reader, device, progress)
         self.max_seq_len = engine_config.max_seq_len or config.max_pos_seq_len
         self.max_step_tokens = engine_config.max_step_tokens or (512 if device.type == "cpu" else 8192)
         shape = dict(

@@ -16,6 +16,7 @@ from engine.model import GPT, check_supported
 from engine.runner import TorchExecutor, computation_dtype
 from engine.scheduler import Scheduler
 from engine.watchdog import Watchdog
+from engine.weights import ShardReader
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,10 @@ def build(
         comm = Comm(world, parallel, choice.device)
         total = GPT.num_load_steps(model_config, comm)
         executor = TorchExecutor(
-            folder,
-            model_config,
+            ShardReader(folder, model_config, parallel.tp_rank, choice.dtype),
             engine_config,
             comm,
             choice.device,
-            choice.dtype,
             world.local_size,
             progress=_Counter(total, progress),
         )

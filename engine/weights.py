@@ -79,7 +79,11 @@ def outer_specs(config: ModelConfig) -> list[WeightSpec]:
         specs += [WeightSpec(f"final_layernorm.{part}", (h,)) for part in ("weight", "bias")]
     if config.has_positional_encoding:
         specs.append(WeightSpec("wpe", (config.max_pos_seq_len, h)))
-    return [*specs, WeightSpec("wte", (config.vocab_size, h)), WeightSpec("lm_head.weight", (config.vocab_size, h))]
+    return [
+        *specs,
+        WeightSpec("wte", (config.vocab_size, h)),
+        WeightSpec("lm_head.weight", (config.vocab_size, h)),
+    ]
 
 
 def weight_specs(config: ModelConfig) -> list[WeightSpec]:

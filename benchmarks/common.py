@@ -1,0 +1,87 @@
+"""What the benchmarks share: random models of a given shape, in memory, and the line that ends each report."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from typing import Any
+
+import torch
+
+from engine.config import ModelConfig
+from engine.weights import WeightSpec
+
+# heads × head size × layers; inner size 4 × hidden, tied embedding.
+SHAPES = {
+    "124M": (12, 64, 12, 50257),
+    "350M": (16, 64, 24, 51200),
+    "1.3B": (32, 64, 24, 51200),
+    "6.7B": (32, 128, 32, 51200),
+    "20B": (48, 128, 44, 51200),
+}
+
+
+def model_config(shape: str, tp: int, max_pos_seq_len: int = 1024) -> ModelConfig:
+    """The config of one of SHAPES."""
+    heads, head_size, layers, vocab = SHAPES[shape]
+    return ModelConfig(
+        head_num=heads,
+        size_per_head=head_size,
+        num_layer=layers,
+        vocab_size=vocab,
+        start_id=vocab - 1,
+        end_id=vocab - 1,
+        max_pos_seq_len=max_pos_seq_len,
+        layernorm_eps=1e-5,
+        tensor_para_size=tp,
+    )
+
+
+class RandomReader:
+    """Stands in for ShardReader: weights drawn on the device, normal with deviation 0.02, no file behind them."""
+
+    def __init__(self, config: ModelConfig, tp_rank: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.config = config
+        self.tp_rank = tp_rank
+        self.dtype = dtype
+        self.device = device
+
+    def has(self, spec: WeightSpec) -> bool:
+        return spec.name != "lm_head.weight"
+
+    def read(self, spec: WeightSpec) -> torch.Tensor:
+        shape = spec.shard_shape(self.config.tensor_para_size)
+        if "layernorm.weight" in spec.name:
+            return torch.ones(shape, dtype=self.dtype, device=self.device)
+        return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(std=0.02)
+
+    def map(self, spec: WeightSpec) -> torch.Tensor:
+        return self.read(spec)
+
+
+def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes that one decode step must read: all weights but the embedding lookups; the tied head counts once."""
+    h = config.hidden
+    per_layer = 4 * h * h + 2 * h * config.inter_size
+    return (config.num_layer * per_layer + config.vocab_size * h) * dtype.itemsize
+
+
+def hardware(device: torch.device) -> str:
+    """What the figures were measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with open("/proc/cpuinfo") as file:
+        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {len(names)} cores"
+
+
+def commit() -> str:
+    """The commit that was measured, or unknown."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def report(device: torch.device, **figures: Any) -> None:
+    """Print the JSON line that ends a benchmark's table."""
+    print(json.dumps({"hardware": hardware(device), "torch": torch.__version__, "commit": commit(), **figures}))

@@ -1,0 +1,202 @@
+#!/usr/bin/env python3
+"""Decode and prompt latency of the torch engine on random weights, per shape and batch.
+
+    python benchmarks/latency.py --shapes 124M --batches 1 8 --compare-hf
+    mpirun -n 2 python benchmarks/latency.py --shapes 20B --batches 1 --tp 2
+
+Reports the time to the first token, the time per output token after it, the share of the time that reading
+the weights once would take at the measured bandwidth (--bandwidth-gbs), and Hugging Face generate's figures
+for the same weights' shape, threads and run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common import SHAPES, RandomReader, model_config, report, weight_bytes
+from engine.comm import Comm, World
+from engine.config import EngineConfig, ParallelConfig
+from engine.engine import Engine, follow
+from engine.request import Request, SamplingParams
+from engine.runner import TorchExecutor, computation_dtype
+from engine.scheduler import Scheduler
+from engine.startup import claim_cores
+from engine.watchdog import Watchdog
+
+
+def main() -> None:
+    flags = parse_flags()
+    world = World()
+    is_cuda = torch.cuda.is_available() and flags.device != "cpu"
+    device = torch.device("cuda", world.local_rank) if is_cuda else torch.device("cpu")
+    if is_cuda:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(flags.threads or claim_cores(world.local_size))
+    dtype = computation_dtype(flags.data_type, device)
+    parallel = ParallelConfig(flags.tp, flags.pp, world.rank)
+    comm = Comm(world, parallel, device)
+    watchdog = Watchdog()
+    for shape in flags.shapes:
+        rows = measure_shape(flags, shape, world, parallel, comm, device, dtype, watchdog)
+        if world.rank == 0:
+            show(flags, shape, rows, device, dtype)
+    comm.close()
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["124M"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--input-len", type=int, default=128)
+    parser.add_argument("--output-len", type=int, default=64)
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
+    parser.add_argument("--data-type", default="auto")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of a rank; 0: its share of the cores")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--bandwidth-gbs", type=float, default=0.0, help="the memory's measured read bandwidth")
+    parser.add_argument("--compare-hf", action="store_true", help="also time Hugging Face generate (one rank)")
+    return parser.parse_args()
+
+
+def measure_shape(
+    flags: argparse.Namespace,
+    shape: str,
+    world: World,
+    parallel: ParallelConfig,
+    comm: Comm,
+    device: torch.device,
+    dtype: torch.dtype,
+    watchdog: Watchdog,
+) -> list[dict[str, float]]:
+    """Time every batch size of one shape; rank 0 gets the rows, the others an empty list."""
+    config = model_config(shape, parallel.tp)
+    reader = RandomReader(config, parallel.tp_rank, dtype, device)
+    limits = EngineConfig(max_batch_size=max(flags.batches), max_seq_len=flags.input_len + flags.output_len)
+    executor = TorchExecutor(reader, limits, comm, device, world.local_size)
+    if world.rank > 0:
+        follow(world, executor, watchdog, 600.0)
+        return []
+    rows = []
+    hf_model = _hf_model(config, dtype, device) if flags.compare_hf else None
+    prompts = np.random.default_rng(0).integers(0, config.vocab_size, (max(flags.batches), flags.input_len))
+    scheduler = Scheduler(
+        limits.max_batch_size, executor.max_seq_len, executor.max_step_tokens, limits.block_size, executor.num_blocks
+    )
+    engine = Engine(scheduler, executor, world, watchdog, 600.0)
+    for batch in flags.batches:
+        ours, theirs = [], []
+        for _ in range(flags.repeats + 1):  # alternating, the first round warms both up
+            ours.append(_time_engine(engine, prompts[:batch], flags.output_len))
+            if hf_model is not None:
+                theirs.append(_time_hf(hf_model, prompts[:batch], flags.output_len))
+        first, total = np.median(ours[1:], axis=0)
+        row = {"batch": batch, "first_token_ms": first * 1e3, "total_s": total}
+        row["token_ms"] = (total - first) / (flags.output_len - 1) * 1e3
+        row["tokens_per_s"] = batch * flags.output_len / total
+        if theirs:
+            row["hf_total_s"] = float(np.median(theirs[1:]))
+            row["hf_tokens_per_s"] = batch * flags.output_len / row["hf_total_s"]
+        rows.append(row)
+    engine.stop(0.0)
+    engine.run()
+    return rows
+
+
+def _time_engine(engine: Engine, prompts: np.ndarray, output_len: int) -> tuple[float, float]:
+    """Seconds to every request's first token, and to the last."""
+    first_tokens: list[float] = []
+    sampling = SamplingParams(output_len)
+    requests = [Request(ids.tolist(), sampling, -1, lambda update: None) for ids in prompts]
+    for request in requests:
+        request.on_update = lambda update, r=request: (
+            first_tokens.append(time.perf_counter()) if len(r.output_ids) == 1 else None
+        )
+    started = time.perf_counter()
+    for request in requests:
+        engine.submit(request)
+    while not all(request.is_finished for request in requests):
+        engine.step()
+    while engine.step():  # what was launched ahead
+        pass
+    return max(first_tokens) - started, time.perf_counter() - started
+
+
+def _hf_model(config: object, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    hf_config = GPT2Config(
+        vocab_size=config.vocab_size,
+        n_positions=config.max_pos_seq_len,
+        n_embd=config.hidden,
+        n_layer=config.num_layer,
+        n_head=config.head_num,
+        bos_token_id=config.start_id,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return GPT2LMHeadModel(hf_config).to(dtype).to(device).eval()
+
+
+@torch.inference_mode()
+def _time_hf(model: torch.nn.Module, prompts: np.ndarray, output_len: int) -> float:
+    input_ids = torch.as_tensor(prompts, device=model.device)
+    mask = torch.ones_like(input_ids)
+    started = time.perf_counter()
+    out = model.generate(
+        input_ids, attention_mask=mask, max_new_tokens=output_len, min_new_tokens=output_len, do_sample=False
+    )
+    out.cpu()
+    assert out.shape[1] == prompts.shape[1] + output_len
+    return time.perf_counter() - started
+
+
+def show(
+    flags: argparse.Namespace, shape: str, rows: list[dict[str, float]], device: torch.device, dtype: torch.dtype
+) -> None:
+    name = str(dtype).removeprefix("torch.")
+    print(f"{shape} {name} tp {flags.tp} pp {flags.pp}, {flags.input_len} in, {flags.output_len} out, greedy")
+    print(f"{'batch':>6} {'first ms':>9} {'token ms':>9} {'tok/s':>9} {'HF tok/s':>9} {'ratio':>6} {'floor':>6}")
+    config = model_config(shape, flags.tp)
+    for row in rows:
+        if flags.bandwidth_gbs:
+            floor_ms = weight_bytes(config, dtype) / flags.tp / flags.bandwidth_gbs / 1e6
+            row["share_of_bandwidth"] = floor_ms / row["token_ms"]
+        if "hf_tokens_per_s" in row:
+            row["ratio_to_hf"] = row["tokens_per_s"] / row["hf_tokens_per_s"]
+        cells = (row.get("hf_tokens_per_s"), row.get("ratio_to_hf"), row.get("share_of_bandwidth"))
+        tail = " ".join(
+            f"{'-' if v is None else format(v, '.2f'):>{w}}" for v, w in zip(cells, (9, 6, 6), strict=True)
+        )
+        print(
+            f"{row['batch']:>6} {row['first_token_ms']:>9.2f} {row['token_ms']:>9.3f} {row['tokens_per_s']:>9.1f} {tail}"
+        )
+    threads = torch.get_num_threads() if device.type == "cpu" else None
+    report(
+        device,
+        benchmark="latency",
+        shape=shape,
+        dtype=name,
+        tp=flags.tp,
+        pp=flags.pp,
+        input_len=flags.input_len,
+        output_len=flags.output_len,
+        threads=threads,
+        cores=os.cpu_count(),
+        rows=rows,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,328 @@
+#!/usr/bin/env python3
+"""Serve a GPT on tp × pp MPI ranks behind Triton Inference Server.
+
+    mpirun -n 4 ./server.py --hf-model-name gpt2 --tp 2 --pp 2
+
+Rank 0 downloads and converts the checkpoint; every rank loads its shards; rank 0 runs Triton and the engine's
+loop, the others follow it. SIGTERM, SIGINT or SIGUSR1: what is in flight is finished, then all ranks exit with 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from convert import convert
+
+from engine.comm import World
+from engine.config import EngineConfig, ModelConfig, ParallelConfig, add_flags, flag, from_flags
+from engine.engine import Engine, follow
+from engine.startup import Choice, build, choose
+from engine.watchdog import Watchdog
+from helpers import find_checkpoint, model_key, one_line, setup_logging
+from serving.frontend import TritonFlags, TritonFrontend
+
+_LOG = logging.getLogger("server")
+_PROGRESS_INTERVAL_S = 2.0
+# mpirun kills its ranks 0.3 to 1 s after its own SIGTERM or SIGINT, but forwards SIGUSR1 and leaves them alone.
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """Which model, where its converted weights go, and over how many ranks it is split."""
+
+    hf_model_name: str = flag(
+        "gpt2",
+        "Hugging Face Hub id, repo:file, a local checkpoint, or a converted N-gpu folder",
+        aliases=("--model-repo-id",),
+    )
+    revision: str = flag("", "the Hub repository's branch, tag or commit")
+    model_name: str = flag("", "the model's name in Triton; by default the checkpoint's")
+    output_dir: str = flag("ft_models", "where converted weights are kept; on several nodes, a shared file system")
+    tp: int = flag(1, "tensor parallel size: ranks that share each layer")
+    pp: int = flag(1, "pipeline parallel size: groups of layers, one after the other")
+    weight_data_type: str = flag(
+        "auto",
+        "number format of the converted files; auto: the checkpoint's own",
+        choices=("auto", "fp32", "fp16", "bf16"),
+    )
+    lib_path: str = flag(
+        os.path.join(os.environ.get("FT_REPO_DIR", ""), "build/lib/libth_transformer.so"),
+        "FasterTransformer's library, ${FT_REPO_DIR}/build/lib/libth_transformer.so",
+    )
+    verbose: bool = flag(False, "log more, tracebacks and Triton's own log included")
+
+    @property
+    def triton_name(self) -> str:
+        """The model's name in Triton. Raises ValueError for one that Triton cannot route."""
+        name = self.model_name or model_key(self.hf_model_name)
+        if not self.model_name and re.fullmatch(r"\d+-gpu", name):  # a converted folder: its parent has the name
+            name = Path(self.hf_model_name).resolve().parent.name
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            raise ValueError(f"model_name is {name!r}; it may have letters, digits, '_', '.' and '-' only")
+        return name
+
+
+def main() -> int:
+    """Run one rank; returns its exit code."""
+    started = time.monotonic()
+    model_flags, engine_config, triton_flags = parse_flags()
+    world = World()
+    setup_logging(model_flags.verbose, world.rank, world.size)
+    try:
+        return _serve(model_flags, engine_config, triton_flags, world, started)
+    except Exception as error:  # after start-up: a defect, or a rank that is gone
+        _LOG.error("%s: %s; ending the job", type(error).__name__, one_line(error), exc_info=model_flags.verbose)
+        world.abort()
+        return 1
+
+
+def parse_flags(argv: list[str] | None = None) -> tuple[ModelFlags, EngineConfig, TritonFlags]:
+    """The command line as three checked configurations; argparse ends the process where one is wrong."""
+    parser = argparse.ArgumentParser(
+        description="Serve a GPT on tp × pp MPI ranks behind Triton Inference Server.",
+        epilog="example: mpirun -n 4 ./server.py --hf-model-name gpt2 --tp 2 --pp 2",
+    )
+    add_flags(parser, ModelFlags, "model")
+    add_flags(parser, EngineConfig, "engine")
+    add_flags(parser, TritonFlags, "triton")
+    flags = parser.parse_args(argv)
+    try:
+        return from_flags(ModelFlags, flags), from_flags(EngineConfig, flags), from_flags(TritonFlags, flags)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _serve(
+    model_flags: ModelFlags,
+    engine_config: EngineConfig,
+    triton_flags: TritonFlags,
+    world: World,
+    started: float,
+) -> int:
+    """Start up together, then run rank 0's loop or follow it. Start-up errors end all ranks with code 1."""
+    start = _Start(model_flags, engine_config, triton_flags, world)
+    for stage in (start.check, start.prepare_weights, start.load):
+        error = _attempt(stage, model_flags.verbose)
+        if world.size > 1 and stage != start.check:
+            error = world.agree(error)
+        if error is not None:
+            if world.rank == 0:
+                _LOG.error("%s", error)
+            return 1
+    if world.rank > 0:
+        _ignore_first_signal()
+        follow(world, start.executor, Watchdog(), engine_config.step_timeout_s)
+        return 0
+    return _lead(start, triton_flags, started)
+
+
+def _attempt(stage: Any, verbose: bool) -> str | None:
+    try:
+        stage()
+        return None
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+        if verbose:
+            _LOG.exception("start-up failed")
+        return one_line(error)
+
+
+class _Start:
+    """Start-up, stage by stage; each stage is one that all ranks finish or fail together."""
+
+    def __init__(
+        self, model_flags: ModelFlags, engine_config: EngineConfig, triton_flags: TritonFlags, world: World
+    ) -> None:
+        self.flags = model_flags
+        self.engine_config = engine_config
+        self.triton_flags = triton_flags
+        self.world = world
+        self.lib_path = Path(model_flags.lib_path)
+        self.parallel: ParallelConfig
+        self.choice: Choice
+
+    def check(self) -> None:
+        """What every rank can tell by itself, the same on each."""
+        flags = self.flags
+        size = ParallelConfig(flags.tp, flags.pp).world_size
+        self.world.check_size(size, f"mpirun -n {size} {shlex.join(sys.argv)}")
+        self.parallel = ParallelConfig(flags.tp, flags.pp, self.world.rank)
+        self.triton_name = flags.triton_name
+
+    def prepare_weights(self) -> None:
+        """Rank 0 downloads and converts; the others sleep until it says where the weights are."""
+        if self.world.rank == 0:
+            folder = None
+            try:
+                self.triton_flags.check_free()
+                folder = self._converted_folder()
+            finally:
+                self.world.send(folder)
+        else:
+            folder = self.world.receive()
+        if folder is None:
+            return  # rank 0 has the error
+        if not (folder / "config.ini").is_file():
+            host = os.uname().nodename
+            raise ValueError(
+                f"rank {self.world.rank} on {host} does not see {folder}: output_dir must be on a shared file system"
+            )
+        self.folder = folder
+        self.model_config = ModelConfig.read(folder / "config.ini")
+        if self.model_config.tensor_para_size != self.flags.tp:
+            raise ValueError(
+                f"{folder} was converted for tp {self.model_config.tensor_para_size}, and --tp is {self.flags.tp}"
+            )
+        self.model_config.check_tp(self.flags.tp)
+        self.parallel.layers(self.model_config.num_layer)
+
+    def _converted_folder(self) -> Path:
+        flags = self.flags
+        source = find_checkpoint(flags.hf_model_name, flags.revision or None)
+        if (source / "config.ini").is_file():
+            return source.resolve()
+        output_dir = Path(flags.output_dir).expanduser().resolve() / model_key(flags.hf_model_name)
+        return convert(
+            source,
+            output_dir,
+            flags.tp,
+            flags.weight_data_type,
+            source_name=flags.hf_model_name,
+            revision=flags.revision or None,
+        )
+
+    def load(self) -> None:
+        """Choose the engine and load this rank's shards (and, on rank 0, the tokenizer)."""
+        self.choice = choose(self.engine_config, self.model_config, self.lib_path, self.world.local_rank)
+        if self.world.rank == 0:
+            self.tokenizer = _load_tokenizer(self.folder)
+        self.executor, self.make_engine = build(
+            self.folder,
+            self.model_config,
+            self.engine_config,
+            self.parallel,
+            self.world,
+            self.choice,
+            self.lib_path,
+            _LoadProgress(),
+        )
+
+
+class _LoadProgress:
+    """Logs how far loading is, every few seconds and at its end."""
+
+    def __init__(self) -> None:
+        self.started = self.logged = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == total or now - self.logged > _PROGRESS_INTERVAL_S:
+            self.logged = now
+            _LOG.info("loaded %d of %d parts in %.1f s", done, total, now - self.started)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} has no tokenizer that transformers can read ({one_line(error)[:200]})") from None
+
+
+def _lead(start: _Start, triton_flags: TritonFlags, started: float) -> int:
+    """Rank 0: Triton in front, the engine's loop in this thread, until a signal or a failure."""
+    from gpt import INPUTS, OUTPUTS, GPTModel
+
+    frontend = TritonFrontend(triton_flags, start.flags.verbose)
+    engine = start.make_engine(Watchdog(before_exit=frontend.kill))
+    model = GPTModel(engine.submit, start.tokenizer, start.model_config.end_id, start.model_config.vocab_size)
+    is_over = threading.Event()
+    failures: list[str] = []
+    try:
+        frontend.start(start.triton_name, model.infer, INPUTS, OUTPUTS)
+        _stop_on_signal(engine, frontend, triton_flags.drain_timeout)
+        threading.Thread(target=_watch_triton, args=(frontend, engine, is_over, failures), daemon=True).start()
+        _log_ready(start, frontend, time.monotonic() - started)
+        engine.run()
+    except BaseException:
+        frontend.kill()
+        raise
+    finally:
+        is_over.set()
+    frontend.stop()
+    for failure in failures:
+        _LOG.error("%s", failure)
+    return 1 if failures else 0
+
+
+def _log_ready(start: _Start, frontend: TritonFrontend, seconds: float) -> None:
+    choice = start.choice
+    _LOG.info(
+        "ready: model %s, engine %s (%s), tp %d × pp %d, %s on %s, %s, after %.1f s",
+        start.triton_name,
+        choice.engine,
+        choice.reason,
+        start.flags.tp,
+        start.flags.pp,
+        str(choice.dtype).removeprefix("torch."),
+        choice.device.type,
+        " and ".join(frontend.urls),
+        seconds,
+    )
+
+
+def _watch_triton(frontend: TritonFrontend, engine: Engine, is_over: threading.Event, failures: list[str]) -> None:
+    while not is_over.wait(1.0):
+        if not frontend.is_alive():
+            failures.append("Triton Inference Server ended by itself; ending the job")
+            engine.stop(0.0)
+            return
+
+
+def _stop_on_signal(engine: Engine, frontend: TritonFrontend, drain_timeout: float) -> None:
+    """The first signal drains, the second ends at once."""
+    num_signals = 0
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        nonlocal num_signals
+        num_signals += 1
+        if num_signals == 1:
+            _LOG.info("%s: finishing what is in flight (at most %g s)", signal.Signals(number).name, drain_timeout)
+            engine.stop(drain_timeout)
+        else:
+            frontend.kill()
+            os._exit(1)
+
+    for number in _STOP_SIGNALS:
+        signal.signal(number, handle)
+
+
+def _ignore_first_signal() -> None:
+    """Other ranks end when rank 0 says so; a second signal ends them at once."""
+    num_signals = 0
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        nonlocal num_signals
+        num_signals += 1
+        if num_signals > 1:
+            os._exit(1)
+
+    for number in _STOP_SIGNALS:
+        signal.signal(number, handle)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
