@@ -70,7 +70,7 @@ def build(
         executor: Executor = FasterTransformerExecutor(
             folder, model_config, engine_config, parallel, choice.device, choice.dtype, lib_path, progress
         )
-        scheduler = StaticScheduler(max_seq_len=executor.max_seq_len, **limits)
+        scheduler = StaticScheduler(max_seq_len=executor.max_seq_len, end_id=model_config.end_id, **limits)
     else:
         comm = Comm(world, parallel, choice.device)
         total = GPT.num_load_steps(model_config, comm)
