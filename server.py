@@ -24,7 +24,6 @@ from types import FrameType
 from typing import Any
 
 from convert import convert
-
 from engine.comm import World
 from engine.config import EngineConfig, ModelConfig, ParallelConfig, add_flags, flag, from_flags
 from engine.engine import Engine, follow

@@ -176,9 +176,7 @@ def show(
         if "hf_tokens_per_s" in row:
             row["ratio_to_hf"] = row["tokens_per_s"] / row["hf_tokens_per_s"]
         cells = (row.get("hf_tokens_per_s"), row.get("ratio_to_hf"), row.get("share_of_bandwidth"))
-        tail = " ".join(
-            f"{'-' if v is None else format(v, '.2f'):>{w}}" for v, w in zip(cells, (9, 6, 6), strict=True)
-        )
+        tail = " ".join(f"{'-' if v is None else format(v, '.2f'):>{w}}" for v, w in zip(cells, (9, 6, 6), strict=True))
         print(
             f"{row['batch']:>6} {row['first_token_ms']:>9.2f} {row['token_ms']:>9.3f} {row['tokens_per_s']:>9.1f} {tail}"
         )

@@ -93,7 +93,7 @@ class Engine:
         self.world.send(Control.STOP)
 
     def step(self) -> bool:
-        """One step of the whole job; returns whether there was anything to do."""
+        """One step of the whole job; returns whether there is more to do."""
         while not self._inbox.empty():
             self._take(self._inbox.get())
         plan = self.scheduler.schedule()
@@ -103,7 +103,8 @@ class Engine:
                 self._launched.append(self.executor.execute(plan))
         if self._launched and (plan is None or len(self._launched) > self.executor.num_ahead):
             self._commit()
-        return plan is not None or bool(self._launched)
+        # A commit without a plan may have freed what a waiting request needs: then there is work at once.
+        return bool(self._launched) or self.scheduler.has_work
 
     def _commit(self) -> None:
         with self._limit(1):

@@ -51,9 +51,7 @@ class StepInput:
 class GPT:
     """A pipeline stage: token ids (first stage) or hidden states → hidden states, or logits (last stage)."""
 
-    def __init__(
-        self, comm: Comm, reader: ShardReader, device: torch.device, progress: Callable[[], None]
-    ) -> None:
+    def __init__(self, comm: Comm, reader: ShardReader, device: torch.device, progress: Callable[[], None]) -> None:
         config = reader.config
         check_supported(config)
         self.config = config

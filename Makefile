@@ -1,0 +1,59 @@
+# make demo | serve | test | lint | bench | help
+SHELL := /usr/bin/env bash
+.ONESHELL:
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+NP ?= 2
+ARGS ?= --hf-model-name models/stories --tp $(NP)
+HTTP_PORT ?= 8000
+GRPC_PORT ?= 8001
+METRICS_PORT ?= 8002
+PORTS = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
+
+# An active environment is used as it is; without one, install.sh has made .venv.
+ENV = [ -n "$${VIRTUAL_ENV:-}$${CONDA_PREFIX:-}" ] || source .venv/bin/activate
+# Ranks share the cores by themselves (--bind-to none); Open MPI wants to be asked before it starts as root.
+MPIRUN = mpirun --bind-to none --oversubscribe $$([ "$$(id -u)" = 0 ] && echo --allow-run-as-root)
+
+.PHONY: help install demo serve test lint bench
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install:  ## install what is needed (./install.sh; seconds where it is there)
+	@./install.sh
+
+demo: install  ## serve the model in models/ on 2 ranks, ask it for two stories, stop
+	@$(ENV)
+	$(MPIRUN) -n 2 ./server.py --hf-model-name models/stories --tp 2 $(PORTS) &
+	server=$$!
+	trap 'kill -USR1 $$server 2>/dev/null && wait $$server || true' EXIT
+	./client.py --url http://localhost:$(HTTP_PORT) --model-name stories --init-timeout-s 120 \
+	  --output-len 120 --top-k 40 --temperature 0.8 --random-seed 7 \
+	  --prompts "Once upon a time there was a king who" "The children ran down to the river, and" &
+	client=$$!
+	wait -n $$server $$client || { echo "demo: the server or the client failed"; kill $$client 2>/dev/null || true; exit 1; }
+	wait $$client
+	kill -USR1 $$server
+	wait $$server
+	trap - EXIT
+
+serve: install  ## serve and stay: make serve NP=4 ARGS="--hf-model-name gpt2 --tp 2 --pp 2"
+	@$(ENV)
+	exec $(MPIRUN) -n $(NP) ./server.py $(PORTS) $(ARGS)
+
+test:  ## lint, then all tests that this machine can run
+	@./install.sh --dev
+	$(ENV)
+	ruff check . && ruff format --check .
+	python -m pytest
+
+lint:  ## ruff, and shellcheck where it is installed
+	@$(ENV)
+	ruff check . && ruff format --check .
+	if command -v shellcheck >/dev/null; then shellcheck install.sh .ci/run; fi
+
+bench: install  ## latency of the torch engine beside Hugging Face generate, GPT-2 124M shape
+	@$(ENV)
+	python benchmarks/latency.py --shapes 124M --batches 1 8 --compare-hf

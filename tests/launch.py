@@ -1,0 +1,130 @@
+"""Starting real ranks and real servers for the tests, and ending them whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+# Quick start and shared memory between ranks of one machine (docs/design.md has the figures).
+MPI_ENVIRONMENT = {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self,sm", "OMPI_MCA_mpi_yield_when_idle": "1"}
+
+
+def mpirun_command(num_ranks: int, *command: str) -> list[str]:
+    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    return ["mpirun", *root, "--oversubscribe", "--bind-to", "none", "-n", str(num_ranks), sys.executable, *command]
+
+
+def mpirun(num_ranks: int, *command: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run a Python script on ranks to its end; its output is shown where an assertion on it fails."""
+    environment = {**os.environ, **MPI_ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        mpirun_command(num_ranks, *command), capture_output=True, text=True, timeout=timeout_s, env=environment
+    )
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+class Server:
+    """server.py under mpirun, on ports of its own, its log in a file."""
+
+    def __init__(self, num_ranks: int, log: Path, *flags: str, environment: dict[str, str] | None = None) -> None:
+        self.log = log
+        self.http, self.grpc, self.metrics = free_ports(3)
+        ports = ["--http-port", str(self.http), "--grpc-port", str(self.grpc), "--metrics-port", str(self.metrics)]
+        command = mpirun_command(num_ranks, str(ROOT / "server.py"), "--http-address", "127.0.0.1", *ports, *flags)
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **MPI_ENVIRONMENT, **(environment or {})},
+                start_new_session=True,
+            )
+
+    def wait_ready(self, timeout_s: float = 120) -> Server:
+        deadline = time.monotonic() + timeout_s
+        while "ready: model" not in self.text:
+            assert self.process.poll() is None, f"the server ended:\n{self.text}"
+            assert time.monotonic() < deadline, f"the server is not ready after {timeout_s} s:\n{self.text}"
+            time.sleep(0.1)
+        return self
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text()
+
+    @property
+    def rank_pids(self) -> list[int]:
+        """The ranks' processes, in no order: mpirun's children that run server.py."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return [int(pid) for pid in children if b"server.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    def stop(self, number: int = signal.SIGUSR1, timeout_s: float = 60) -> int:
+        """Signal mpirun (SIGUSR1: drain) and return its exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(timeout_s)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def url(self, kind: str = "http") -> str:
+        return {"http": f"http://127.0.0.1:{self.http}", "grpc": f"grpc://127.0.0.1:{self.grpc}"}[kind]
+
+    def client(self, *flags: str, kind: str = "http", timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+        """client.py against this server, without --model-name."""
+        command = [sys.executable, str(ROOT / "client.py"), "--url", self.url(kind), *flags]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+
+    def infer(self, model: str, inputs: list[dict[str, Any]]) -> tuple[int, dict[str, Any]]:
+        """A raw HTTP request in Triton's JSON protocol: (status, answer)."""
+        request = urllib.request.Request(
+            f"{self.url()}/v2/models/{model}/infer",
+            json.dumps({"inputs": inputs}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                return answer.status, json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+
+@contextlib.contextmanager
+def serving(num_ranks: int, log: Path, *flags: str, environment: dict[str, str] | None = None) -> Iterator[Server]:
+    """A server that is ready inside the block and gone after it."""
+    server = Server(num_ranks, log, *flags, environment=environment)
+    try:
+        yield server.wait_ready()
+    finally:
+        server.kill()
+
+
+def tensor(name: str, datatype: str, values: list[Any]) -> dict[str, Any]:
+    """One input of Triton's JSON protocol, a value per row."""
+    return {"name": name, "datatype": datatype, "shape": [len(values), 1], "data": values}
+
+
+def sentence(answer: dict[str, Any]) -> str:
+    """The error of an answer, without the class's name that PyTriton puts before it."""
+    return re.sub(r"^(BadRequest|InternalError): ", "", answer.get("error", ""))

@@ -1,0 +1,154 @@
+"""The whole engine against Hugging Face generate: in this process, and over tp × pp ranks under mpirun."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+
+from engine.comm import World
+from engine.config import EngineConfig, ModelConfig, ParallelConfig
+from engine.engine import Engine
+from engine.request import Request, SamplingParams
+from engine.startup import build, choose
+from engine.watchdog import Watchdog
+from tests.launch import ROOT, mpirun
+
+GRIDS = [(2, 1), (1, 2), (2, 2), (4, 1)]
+NEW_TOKENS = 64
+
+
+def prompts(count: int, vocab_size: int = 303, longest: int = 60) -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, vocab_size - 1, rng.integers(1, longest)).tolist() for _ in range(count)]
+
+
+def hf_greedy(model: GPT2LMHeadModel, prompt_ids: list[int], new_tokens: int = NEW_TOKENS) -> list[int]:
+    """Hugging Face's greedy continuation, up to and with the end token."""
+    out = model.generate(
+        torch.tensor([prompt_ids]), max_new_tokens=new_tokens, do_sample=False, pad_token_id=model.config.eos_token_id
+    )
+    return out[0, len(prompt_ids) :].tolist()
+
+
+def make_engine(folder: Path, **limits: object) -> Engine:
+    world = World()
+    config = ModelConfig.read(folder / "config.ini")
+    settings = EngineConfig(device="cpu", **limits)
+    choice = choose(settings, config, Path("none"), 0)
+    _, make = build(folder, config, settings, ParallelConfig(), world, choice, Path("none"))
+    return make(Watchdog())
+
+
+def request(prompt_ids: list[int], sampling: SamplingParams) -> Request:
+    return Request(prompt_ids, sampling, 302, lambda update: None)
+
+
+def finish(engine: Engine, requests: list[Request]) -> list[list[int]]:
+    for r in requests:
+        engine.submit(r)
+    for _ in range(100_000):
+        if not engine.step():
+            break
+    return [r.output_ids for r in requests]
+
+
+@pytest.fixture(scope="module")
+def engine(converted: Callable[[int], Path]) -> Engine:
+    return make_engine(converted(1), max_batch_size=9, max_step_tokens=24, block_size=4)
+
+
+def test_greedy_equals_hugging_face(engine: Engine, gpt2_source: tuple[Path, GPT2LMHeadModel]) -> None:
+    inputs = prompts(12)
+    ours = finish(engine, [request(ids, SamplingParams(NEW_TOKENS)) for ids in inputs])
+    assert ours == [hf_greedy(gpt2_source[1], ids) for ids in inputs]
+    assert len({tuple(tokens) for tokens in ours}) == len(ours)  # else the model is too dull to tell
+    blocks = engine.scheduler.blocks
+    assert blocks.num_free == blocks.num_blocks
+
+
+def test_end_id_ends_the_text_and_is_its_last_token(engine: Engine, gpt2_source: tuple[Path, GPT2LMHeadModel]) -> None:
+    prompt_ids = prompts(1)[0]
+    expected = hf_greedy(gpt2_source[1], prompt_ids)
+    end_id = expected[10]
+    r = Request(prompt_ids, SamplingParams(NEW_TOKENS), end_id, lambda update: None)
+    finish(engine, [r])
+    assert r.output_ids == expected[: expected.index(end_id) + 1]
+    assert r.finish_reason == "end_id"
+
+
+def test_the_last_position_of_the_model_can_be_reached(
+    engine: Engine, gpt2_source: tuple[Path, GPT2LMHeadModel]
+) -> None:
+    prompt_ids = prompts(1, longest=200)[0]
+    room = 256 - len(prompt_ids)
+    assert finish(engine, [request(prompt_ids, SamplingParams(room))]) == [hf_greedy(gpt2_source[1], prompt_ids, room)]
+    with pytest.raises(ValueError, match=f"request_output_len is {room + 1}; .* that is 257, .* is 256 tokens"):
+        engine.submit(request(prompt_ids, SamplingParams(room + 1)))
+
+
+SEEDED = [
+    SamplingParams(32, temperature=0.8, top_k=20, random_seed=1),
+    SamplingParams(32, top_p=0.9, random_seed=2),
+    SamplingParams(32, temperature=1.3, top_p=1.0, random_seed=2**64 - 1),
+]
+
+
+def strangers() -> list[Request]:
+    kinds = [SamplingParams(n, top_k=n, random_seed=n) for n in (3, 40, 17, 25)] + [SamplingParams(30)] * 4
+    return [request(ids, sampling) for ids, sampling in zip(prompts(8, longest=30), kinds, strict=True)]
+
+
+@pytest.mark.parametrize("sampling", SEEDED, ids=["top_k", "top_p", "full"])
+def test_same_seed_same_text_alone_or_among_eight_strangers(engine: Engine, sampling: SamplingParams) -> None:
+    prompt_ids = prompts(3)[2]
+    alone = finish(engine, [request(prompt_ids, sampling)])[0]
+    crowd = strangers()
+    again = request(prompt_ids, sampling)
+    finish(engine, [*crowd[:4], again, *crowd[4:]])
+    assert again.output_ids == alone
+    other_seed = SamplingParams(**{**asdict(sampling), "random_seed": 99})
+    assert finish(engine, [request(prompt_ids, other_seed)])[0] != alone
+
+
+def test_scattered_blocks_give_the_same_tokens(converted: Callable[[int], Path]) -> None:
+    """A cache too small for runs of blocks: requests of many lengths leave holes, which later ones must fill."""
+    roomy = make_engine(converted(1), max_batch_size=6, block_size=4)
+    inputs = [request(ids, SamplingParams(4 + 7 * (i % 5))) for i, ids in enumerate(prompts(20, longest=40))]
+    expected = finish(roomy, inputs)
+    tight = make_engine(converted(1), max_batch_size=6, block_size=4)
+    blocks = tight.scheduler.blocks
+    blocks.allocate(blocks.num_blocks)  # then give back every other block only
+    blocks.free(list(range(0, 160, 2)))
+    again = [request(r.prompt_ids, r.sampling) for r in inputs]
+    assert finish(tight, again) == expected
+
+
+@pytest.mark.parametrize(("tp", "pp"), GRIDS, ids=[f"tp{tp}-pp{pp}" for tp, pp in GRIDS])
+def test_tokens_are_the_same_at_any_tp_and_pp(
+    tp: int,
+    pp: int,
+    engine: Engine,
+    converted: Callable[[int], Path],
+    gpt2_source: tuple[Path, GPT2LMHeadModel],
+    tmp_path: Path,
+) -> None:
+    inputs = prompts(6)
+    items = [{"prompt_ids": ids, "sampling": {"max_new_tokens": NEW_TOKENS}} for ids in inputs]
+    items += [{"prompt_ids": ids, "sampling": asdict(s)} for ids, s in zip(inputs, SEEDED, strict=False)]
+    path = tmp_path / "requests.json"
+    path.write_text(json.dumps(items))
+    script = str(ROOT / "tests/multi/engine_parity.py")
+    done = mpirun(tp * pp, script, str(converted(tp)), str(path), "--tp", str(tp), "--pp", str(pp))
+    assert done.returncode == 0, done.stdout + done.stderr
+    tokens = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))[7:])
+    assert tokens[:6] == [hf_greedy(gpt2_source[1], ids) for ids in inputs]
+    assert tokens[6:] == [
+        finish(engine, [request(ids, sampling)])[0] for ids, sampling in zip(inputs, SEEDED, strict=False)
+    ]

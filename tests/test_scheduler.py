@@ -1,0 +1,164 @@
+"""The scheduler alone: plans and commits with made-up tokens, and the block allocator under it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from engine.blocks import BlockAllocator
+from engine.request import Request, SamplingParams, Update
+from engine.scheduler import Chunk, Plan, Scheduler
+
+END = 999
+
+
+def request(prompt_len: int, output_len: int, updates: list[Update] | None = None) -> Request:
+    sink = updates if updates is not None else []
+    return Request(list(range(prompt_len)), SamplingParams(output_len), END, sink.append)
+
+
+def scheduler(max_batch_size: int = 4, max_step_tokens: int = 16, num_blocks: int = 64) -> Scheduler:
+    return Scheduler(max_batch_size, 1000, max_step_tokens, block_size=4, num_blocks=num_blocks)
+
+
+def run(s: Scheduler, ahead: int = 0, token: int = 1, most: int = 10_000) -> list[Plan]:
+    """Drive to the end, committing each plan `ahead` plans late."""
+    plans, uncommitted = [], []
+    for _ in range(most):
+        plan = s.schedule()
+        if plan is not None:
+            plans.append(plan)
+            uncommitted.append(plan)
+        if uncommitted and (plan is None or len(uncommitted) > ahead):
+            s.commit([token] * len(uncommitted.pop(0).sampled_slots))
+        if not uncommitted and not s.has_work:
+            return plans
+    raise AssertionError("the scheduler never came to an end")
+
+
+def test_long_prompt_is_cut_into_pieces_and_samples_once_at_its_end() -> None:
+    s = scheduler(max_step_tokens=16)
+    s.add(request(40, 2))
+    assert [plan.chunks for plan in run(s)] == [
+        [Chunk(0, 0, 16, False)],
+        [Chunk(0, 16, 16, False)],
+        [Chunk(0, 32, 8, True)],
+        [Chunk(0, 40, 1, True)],
+    ]
+
+
+def test_requests_join_between_steps_and_decodes_come_first() -> None:
+    s = scheduler()
+    s.add(request(3, 5))
+    plan = s.schedule()
+    s.commit([1])
+    s.add(request(4, 2))
+    plan = s.schedule()
+    assert plan.chunks == [Chunk(0, 3, 1, True), Chunk(1, 0, 4, True)]
+    assert [a.slot for a in plan.admissions] == [1]
+
+
+def test_a_short_request_leaves_at_once_and_its_slot_is_used_again() -> None:
+    s = scheduler(max_batch_size=2)
+    updates: list[Update] = []
+    s.add(request(2, 50))
+    s.add(request(2, 1, updates))
+    s.add(request(2, 1))
+    s.schedule()
+    s.commit([1, 1])
+    assert [u.finish_reason for u in updates] == ["length"]
+    plan = s.schedule()
+    assert [a.slot for a in plan.admissions] == [1]
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_the_same_plans_whether_tokens_are_known_late_or_not(ahead: int) -> None:
+    s = scheduler(max_batch_size=8)
+    requests = [request(n, m) for n, m in ((1, 4), (7, 1), (30, 6))]
+    for r in requests:
+        s.add(r)
+    plans = run(s, ahead)
+    assert [len(r.output_ids) for r in requests] == [4, 1, 6]
+    computed = {}
+    for plan in plans:
+        for chunk in plan.chunks:
+            assert chunk.start == computed.get(chunk.slot, 0)  # no token twice, none left out
+            computed[chunk.slot] = chunk.start + chunk.length
+    assert sorted(computed.values()) == [1 + 3, 7, 30 + 5]  # the last token is never computed
+
+
+def test_end_id_ends_a_request_and_the_token_already_on_its_way_is_dropped() -> None:
+    s = scheduler()
+    updates: list[Update] = []
+    r = request(2, 50, updates)
+    s.add(r)
+    s.schedule()
+    s.schedule()  # planned before the first token is known
+    s.commit([END])
+    s.commit([5])
+    assert r.output_ids == [END]
+    assert [u.finish_reason for u in updates] == ["end_id"]
+    assert not s.has_work
+    assert s.blocks.num_free == s.blocks.num_blocks
+
+
+def test_a_request_waits_for_blocks_and_none_is_lost() -> None:
+    s = scheduler(num_blocks=4)  # 16 tokens
+    first, second = request(6, 7), request(6, 7)  # 12 tokens = 3 blocks each
+    s.add(first)
+    s.add(second)
+    assert len(s.schedule().admissions) == 1
+    s.commit([1])
+    run(s)
+    assert (len(first.output_ids), len(second.output_ids)) == (7, 7)
+    assert s.blocks.num_free == 4
+
+
+def test_what_can_never_run_is_refused_with_the_numbers() -> None:
+    s = scheduler(num_blocks=4)
+    with pytest.raises(
+        ValueError, match="request_output_len is 10; with the prompt's 8 tokens that is 18, .* is 16 tok"
+    ):
+        s.check(request(8, 10))
+    with pytest.raises(ValueError, match="longest sequence served is 1000 tokens"):
+        s.check(request(8, 993))
+
+
+def test_abort_ends_all_and_frees_all() -> None:
+    s = scheduler(max_batch_size=1)
+    updates: list[Update] = []
+    s.add(request(2, 9, updates))
+    s.add(request(2, 9, updates))
+    s.schedule()
+    s.abort_all()
+    s.commit([1])
+    assert [u.finish_reason for u in updates] == ["shutdown", "shutdown"]
+    assert not s.has_work
+    assert s.blocks.num_free == s.blocks.num_blocks
+
+
+def test_random_traffic_always_ends_with_everything_free() -> None:
+    rng = random.Random(0)
+    s = scheduler(max_batch_size=5, max_step_tokens=11, num_blocks=30)
+    requests = [request(rng.randint(1, 40), rng.randint(1, 40)) for _ in range(60)]
+    for r in requests:
+        s.add(r)
+    for plan in run(s, ahead=1):
+        assert sum(chunk.length for chunk in plan.chunks) <= 11
+        assert len({chunk.slot for chunk in plan.chunks}) == len(plan.chunks)
+    assert all(len(r.output_ids) == r.sampling.max_new_tokens for r in requests)
+    assert s.blocks.num_free == 30
+
+
+def test_blocks_are_consecutive_where_they_can_be() -> None:
+    blocks = BlockAllocator(8)
+    first, second, third = blocks.allocate(3), blocks.allocate(2), blocks.allocate(3)
+    assert (first, second, third) == ([0, 1, 2], [3, 4], [5, 6, 7])
+    blocks.free(first)
+    blocks.free(third)
+    assert blocks.allocate(2) == [0, 1]
+    assert blocks.allocate(4) == [2, 5, 6, 7]
+    assert blocks.allocate(1) is None
+    with pytest.raises(AssertionError, match="free already"):
+        blocks.free([0, 0])
