@@ -27,7 +27,7 @@ from convert import convert
 from engine.comm import World
 from engine.config import EngineConfig, ModelConfig, ParallelConfig, add_flags, flag, from_flags
 from engine.engine import Engine, follow
-from engine.startup import Choice, build, choose
+from engine.startup import Choice, choose, load, make_engine
 from engine.watchdog import Watchdog
 from helpers import find_checkpoint, model_key, one_line, setup_logging
 from serving.frontend import TritonFlags, TritonFrontend
@@ -113,7 +113,7 @@ def _serve(
 ) -> int:
     """Start up together, then run rank 0's loop or follow it. Start-up errors end all ranks with code 1."""
     start = _Start(model_flags, engine_config, triton_flags, world)
-    for stage in (start.check, start.prepare_weights, start.load):
+    for stage in (start.check, start.find_weights, start.choose, start.load, start.prepare):
         error = _attempt(stage, model_flags.verbose)
         if world.size > 1 and stage != start.check:
             error = world.agree(error)
@@ -160,7 +160,7 @@ class _Start:
         self.parallel = ParallelConfig(flags.tp, flags.pp, self.world.rank)
         self.triton_name = flags.triton_name
 
-    def prepare_weights(self) -> None:
+    def find_weights(self) -> None:
         """Rank 0 downloads and converts; the others sleep until it says where the weights are."""
         if self.world.rank == 0:
             folder = None
@@ -202,12 +202,15 @@ class _Start:
             revision=flags.revision or None,
         )
 
-    def load(self) -> None:
-        """Choose the engine and load this rank's shards (and, on rank 0, the tokenizer)."""
+    def choose(self) -> None:
+        """Which engine, device and number format; rank 0 also reads the tokenizer."""
         self.choice = choose(self.engine_config, self.model_config, self.lib_path, self.world.local_rank)
         if self.world.rank == 0:
             self.tokenizer = _load_tokenizer(self.folder)
-        self.executor, self.make_engine = build(
+
+    def load(self) -> None:
+        """This rank's shards."""
+        self.executor = load(
             self.folder,
             self.model_config,
             self.engine_config,
@@ -217,6 +220,10 @@ class _Start:
             self.lib_path,
             _LoadProgress(),
         )
+
+    def prepare(self) -> None:
+        """What the ranks do together once all have loaded."""
+        self.executor.prepare()
 
 
 class _LoadProgress:
@@ -246,12 +253,14 @@ def _lead(start: _Start, triton_flags: TritonFlags, started: float) -> int:
     from gpt import INPUTS, OUTPUTS, GPTModel
 
     frontend = TritonFrontend(triton_flags, start.flags.verbose)
-    engine = start.make_engine(Watchdog(before_exit=frontend.kill))
+    watchdog = Watchdog(before_exit=frontend.kill)
+    engine = make_engine(start.executor, start.model_config, start.engine_config, start.world, watchdog)
     model = GPTModel(engine.submit, start.tokenizer, start.model_config.end_id, start.model_config.vocab_size)
     is_over = threading.Event()
     failures: list[str] = []
     try:
         frontend.start(start.triton_name, model.infer, INPUTS, OUTPUTS)
+        engine.warm_up(start.model_config.end_id)
         _stop_on_signal(engine, frontend, triton_flags.drain_timeout)
         threading.Thread(target=_watch_triton, args=(frontend, engine, is_over, failures), daemon=True).start()
         _log_ready(start, frontend, time.monotonic() - started)

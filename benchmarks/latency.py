@@ -85,6 +85,7 @@ def measure_shape(
     reader = RandomReader(config, parallel.tp_rank, dtype, device)
     limits = EngineConfig(max_batch_size=max(flags.batches), max_seq_len=flags.input_len + flags.output_len)
     executor = TorchExecutor(reader, limits, comm, device, world.local_size)
+    executor.prepare()
     if world.rank > 0:
         follow(world, executor, watchdog, 600.0)
         return []
@@ -176,10 +177,9 @@ def show(
         if "hf_tokens_per_s" in row:
             row["ratio_to_hf"] = row["tokens_per_s"] / row["hf_tokens_per_s"]
         cells = (row.get("hf_tokens_per_s"), row.get("ratio_to_hf"), row.get("share_of_bandwidth"))
-        tail = " ".join(f"{'-' if v is None else format(v, '.2f'):>{w}}" for v, w in zip(cells, (9, 6, 6), strict=True))
-        print(
-            f"{row['batch']:>6} {row['first_token_ms']:>9.2f} {row['token_ms']:>9.3f} {row['tokens_per_s']:>9.1f} {tail}"
-        )
+        optional = [f"{'-' if v is None else format(v, '.2f'):>{w}}" for v, w in zip(cells, (9, 6, 6), strict=True)]
+        times = f"{row['first_token_ms']:>9.2f} {row['token_ms']:>9.3f} {row['tokens_per_s']:>9.1f}"
+        print(f"{row['batch']:>6} {times} {' '.join(optional)}")
     threads = torch.get_num_threads() if device.type == "cpu" else None
     report(
         device,

@@ -14,12 +14,12 @@ from collections import deque
 from typing import Any, Protocol
 
 from engine.comm import World
-from engine.request import Request
+from engine.request import Request, SamplingParams
 from engine.watchdog import Watchdog
 
 _LOG = logging.getLogger("engine")
-_HEARTBEAT_S = 5.0  # how often an idle rank 0 meets the other ranks
-_START_S = 120.0  # what the first plan may take more: memory is touched and kernels are loaded then
+_HEARTBEATS_PER_TIMEOUT = 4  # how often an idle rank 0 meets the other ranks
+_WARM_UP_S = 120.0  # what the first plan may take more: memory is touched and kernels are loaded then
 
 
 class Control(enum.Enum):
@@ -45,7 +45,9 @@ class Executor(Protocol):
     """Runs plans (engine.runner.TorchExecutor, engine.fastertransformer.FasterTransformerExecutor)."""
 
     num_ahead: int  # plans that may be launched before the tokens of the one before them are read
+    max_seq_len: int  # tokens of a request, prompt and output together
 
+    def prepare(self) -> None: ...  # all ranks meet in it, once every one has loaded its weights
     def execute(self, plan: Any) -> Any: ...
 
 
@@ -76,6 +78,13 @@ class Engine:
             raise ValueError("the server is stopping and takes no new requests")
         self.scheduler.check(request)
         self._inbox.put(request)
+
+    def warm_up(self, end_id: int) -> None:
+        """Run a request of two tokens, so that the first user does not pay for what is done once."""
+        request = Request([0], SamplingParams(2), end_id, lambda update: None)
+        self.scheduler.add(request)
+        while not request.is_finished:
+            self.step()
 
     def stop(self, drain_timeout_s: float) -> None:
         """Let `run` return once all that was submitted has ended, or after `drain_timeout_s` without it."""
@@ -122,7 +131,7 @@ class Engine:
 
     def _sleep(self) -> None:
         try:
-            self._take(self._inbox.get(timeout=_HEARTBEAT_S))
+            self._take(self._inbox.get(timeout=self.step_timeout_s / _HEARTBEATS_PER_TIMEOUT))
         except queue.Empty:
             with self.watchdog.limit(self.step_timeout_s, "a rank does not answer"):
                 self.world.send(Control.HEARTBEAT)
@@ -153,4 +162,4 @@ def follow(world: World, executor: Executor, watchdog: Watchdog, step_timeout_s:
 
 def step_limit_s(step_timeout_s: float, num_steps: int, is_warm: bool) -> float:
     """The watchdog's limit for a plan of `num_steps` forward passes: one second more for each further one."""
-    return step_timeout_s + (num_steps - 1) + (0.0 if is_warm else _START_S)
+    return step_timeout_s + (num_steps - 1) + (0.0 if is_warm else _WARM_UP_S)

@@ -36,7 +36,7 @@ class BatchResult:
 
 
 class FasterTransformerExecutor:
-    """Holds this rank's op and its weights, and executes whole batches."""
+    """Holds this rank's weights, the op around them (once `prepare` is called), and executes whole batches."""
 
     num_ahead = 0
 
@@ -51,7 +51,7 @@ class FasterTransformerExecutor:
         lib_path: Path,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Load the library and the weights. MPI must be initialized: the op joins MPI_COMM_WORLD by itself."""
+        """Load the library and the weights. MPI must be initialized: the op takes its rank from MPI_COMM_WORLD."""
         if engine_config.int8_mode == 1 and dtype == torch.float32:
             raise ValueError("int8_mode is 1; FasterTransformer's int8 needs data_type fp16 or bf16")
         _load_library(lib_path)
@@ -59,10 +59,17 @@ class FasterTransformerExecutor:
         self.device = device
         self.max_seq_len = engine_config.max_seq_len or config.max_pos_seq_len
         reader = ShardReader(folder, config, parallel.tp_rank, dtype)
-        weights, int8_weights, scales = read_weights(reader, parallel, engine_config.int8_mode, device, progress)
+        int8_mode = engine_config.int8_mode
+        self._weights = read_weights(reader, parallel, int8_mode, device, progress)
+        self._arguments = _constructor_arguments(config, parallel, int8_mode)
+
+    def prepare(self) -> None:
+        """Make the op, which joins the ranks by NCCL; it keeps the weights."""
+        shared_contexts_ratio = 1.0
         self._op = torch.classes.FasterTransformer.ParallelGptOp(
-            *_constructor_arguments(config, parallel, engine_config.int8_mode), weights, int8_weights, scales, 1.0
+            *self._arguments, *self._weights, shared_contexts_ratio
         )
+        del self._weights
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> BatchResult:

@@ -5,7 +5,6 @@ It knows slots, tokens and blocks from the plans it is given, and never the sche
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -45,7 +44,7 @@ class StepResult:
 
 
 class TorchExecutor:
-    """Holds a stage's weights, its key-value cache and the slots' state, and executes plans."""
+    """Holds a stage's weights, its key-value cache (once `prepare` is called) and the slots' state; executes plans."""
 
     def __init__(
         self,
@@ -56,54 +55,62 @@ class TorchExecutor:
         local_size: int = 1,
         progress: Callable[[], None] = lambda: None,
     ) -> None:
-        config, dtype = reader.config, reader.dtype
         self.comm = comm
         self.device = device
+        self._limits = engine_config
+        self._local_size = local_size
         # On a GPU the next step is launched before the last one's tokens are read.
         self.num_ahead = 1 if device.type == "cuda" else 0
         with torch.inference_mode():
             self.model = GPT(comm, reader, device, progress)
-        self.max_seq_len = engine_config.max_seq_len or config.max_pos_seq_len
+        self.max_seq_len = engine_config.max_seq_len or reader.config.max_pos_seq_len
         self.max_step_tokens = engine_config.max_step_tokens or (512 if device.type == "cpu" else 8192)
-        shape = dict(
-            num_layers=len(comm.parallel.layers(config.num_layer)),
-            block_size=engine_config.block_size,
-            heads_local=config.head_num // comm.parallel.tp,
-            head_dim=config.size_per_head,
-            dtype=dtype,
-        )
-        most = engine_config.max_batch_size * -(-self.max_seq_len // engine_config.block_size)
-        fitting = _memory_left(device, local_size) * engine_config.kv_cache_fraction // KVCache.bytes_per_block(**shape)
-        self.num_blocks = comm.min_over_ranks(min(most, int(fitting)))
-        if self.num_blocks < 1:
-            raise RuntimeError(f"no memory is left on {device} for a key-value cache; use more ranks")
-        self.cache = KVCache(num_blocks=self.num_blocks, device=device, **shape)
         self._prompts: dict[int, np.ndarray] = {}  # slot -> prompt token ids
         self._sampling: dict[int, SamplingParams] = {}
         self._last_tokens = torch.zeros(engine_config.max_batch_size, dtype=torch.int64, device=device)
 
+    def prepare(self) -> None:
+        """Allocate the key-value cache, as large on every rank as the rank with the least memory can."""
+        config, limits, comm = self.model.config, self._limits, self.comm
+        shape = dict(
+            num_layers=len(comm.parallel.layers(config.num_layer)),
+            block_size=limits.block_size,
+            heads_local=config.head_num // comm.parallel.tp,
+            head_dim=config.size_per_head,
+            dtype=self.model.dtype,
+        )
+        most = limits.max_batch_size * -(-self.max_seq_len // limits.block_size)
+        memory = _memory_left(self.device, self._local_size) * limits.kv_cache_fraction
+        self.num_blocks = comm.min_over_ranks(min(most, int(memory / KVCache.bytes_per_block(**shape))))
+        if self.num_blocks < 1:
+            raise RuntimeError(f"no memory is left on {self.device} for a key-value cache; use more ranks")
+        self.cache = KVCache(num_blocks=self.num_blocks, device=self.device, **shape)
+
     @torch.inference_mode()
     def execute(self, plan: Plan) -> StepResult | None:
         """Compute one plan. Returns the sampled tokens on the first stage's ranks, None elsewhere."""
-        for admission in plan.admissions:
-            self._prompts[admission.slot] = np.asarray(admission.prompt_ids, dtype=np.int64)
-            self._sampling[admission.slot] = admission.sampling
-            self.cache.assign(admission.slot, admission.block_ids)
-        logits = self.model.forward(self._input(plan), self.cache)
+        logits = self.forward(plan)
         sampled = [chunk for chunk in plan.chunks if chunk.samples]
-        if not sampled:
-            return self._empty_result()
-        parallel = self.comm.parallel
         if logits is not None:
             positions = [chunk.start + chunk.length for chunk in sampled]
             tokens = sample(logits, [self._sampling[chunk.slot] for chunk in sampled], positions)
         else:
             tokens = torch.empty(len(sampled), dtype=torch.int64, device=self.device)
-        tokens = self.comm.return_tokens(tokens)
-        if not parallel.is_first_stage:
+        if sampled:
+            tokens = self.comm.return_tokens(tokens)
+        if not self.comm.parallel.is_first_stage:
             return None
         self._last_tokens[self._tensor([chunk.slot for chunk in sampled])] = tokens
         return StepResult(tokens)
+
+    @torch.inference_mode()
+    def forward(self, plan: Plan) -> torch.Tensor | None:
+        """One pass over the plan's tokens: on the last stage, logits [sampled chunks, vocab] fp32."""
+        for admission in plan.admissions:
+            self._prompts[admission.slot] = np.asarray(admission.prompt_ids, dtype=np.int64)
+            self._sampling[admission.slot] = admission.sampling
+            self.cache.assign(admission.slot, admission.block_ids)
+        return self.model.forward(self._input(plan), self.cache)
 
     def _input(self, plan: Plan) -> StepInput:
         decode_slots = []
@@ -136,15 +143,13 @@ class TorchExecutor:
     def _tensor(self, values: np.ndarray | list[int]) -> torch.Tensor:
         return torch.as_tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
 
-    def _empty_result(self) -> StepResult | None:
-        return StepResult(torch.empty(0, dtype=torch.int64)) if self.comm.parallel.is_first_stage else None
-
 
 def _memory_left(device: torch.device, local_size: int) -> int:
     """Bytes that this rank may still take: the GPU's free memory, or its share of half the host's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with open("/proc/meminfo") as file:
+        available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     return available // 2 // local_size
 
 

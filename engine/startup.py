@@ -15,6 +15,7 @@ from engine.engine import Engine, Executor
 from engine.model import GPT, check_supported
 from engine.runner import TorchExecutor, computation_dtype
 from engine.scheduler import Scheduler
+from engine.static import StaticScheduler
 from engine.watchdog import Watchdog
 from engine.weights import ShardReader
 
@@ -47,7 +48,7 @@ def choose(engine_config: EngineConfig, model_config: ModelConfig, lib_path: Pat
     return Choice(engine, reason, device, dtype)
 
 
-def build(
+def load(
     folder: Path,
     model_config: ModelConfig,
     engine_config: EngineConfig,
@@ -56,40 +57,43 @@ def build(
     choice: Choice,
     lib_path: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[Executor, Callable[[Watchdog], Engine]]:
-    """Load this rank's executor; returns it and what makes rank 0's Engine around it."""
+) -> Executor:
+    """Load this rank's weights into its executor.
+
+    Raises ValueError or RuntimeError where that fails, which may be on one rank only: the ranks must agree that all
+    went well before they meet in the executor's `prepare`.
+    """
     if choice.device.type == "cuda":
         torch.cuda.set_device(choice.device)
     else:
         torch.set_num_threads(claim_cores(world.local_size))
-    limits = dict(max_batch_size=engine_config.max_batch_size)
     if choice.engine == "fastertransformer":
         from engine.fastertransformer import FasterTransformerExecutor
-        from engine.static import StaticScheduler
 
-        executor: Executor = FasterTransformerExecutor(
+        return FasterTransformerExecutor(
             folder, model_config, engine_config, parallel, choice.device, choice.dtype, lib_path, progress
         )
-        scheduler = StaticScheduler(max_seq_len=executor.max_seq_len, end_id=model_config.end_id, **limits)
+    comm = Comm(world, parallel, choice.device)
+    reader = ShardReader(folder, model_config, parallel.tp_rank, choice.dtype)
+    counter = _Counter(GPT.num_load_steps(model_config, comm), progress)
+    return TorchExecutor(reader, engine_config, comm, choice.device, world.local_size, counter)
+
+
+def make_engine(
+    executor: Executor, model_config: ModelConfig, engine_config: EngineConfig, world: World, watchdog: Watchdog
+) -> Engine:
+    """Rank 0's engine around a prepared executor, with the scheduler that fits it."""
+    if isinstance(executor, TorchExecutor):
+        scheduler: Scheduler | StaticScheduler = Scheduler(
+            engine_config.max_batch_size,
+            executor.max_seq_len,
+            executor.max_step_tokens,
+            engine_config.block_size,
+            executor.num_blocks,
+        )
     else:
-        comm = Comm(world, parallel, choice.device)
-        total = GPT.num_load_steps(model_config, comm)
-        executor = TorchExecutor(
-            ShardReader(folder, model_config, parallel.tp_rank, choice.dtype),
-            engine_config,
-            comm,
-            choice.device,
-            world.local_size,
-            progress=_Counter(total, progress),
-        )
-        scheduler = Scheduler(
-            max_seq_len=executor.max_seq_len,
-            max_step_tokens=executor.max_step_tokens,
-            block_size=engine_config.block_size,
-            num_blocks=executor.num_blocks,
-            **limits,
-        )
-    return executor, lambda watchdog: Engine(scheduler, executor, world, watchdog, engine_config.step_timeout_s)
+        scheduler = StaticScheduler(engine_config.max_batch_size, executor.max_seq_len, model_config.end_id)
+    return Engine(scheduler, executor, world, watchdog, engine_config.step_timeout_s)
 
 
 class _Counter:

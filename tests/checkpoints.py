@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,8 @@ def make_tokenizer(folder: Path, vocab_size: int) -> transformers.PreTrainedToke
     num_pairs = vocab_size - 1 - len(symbols)
     letters = [symbol for symbol in symbols if symbol in "etaoinshrdlucmfwypvbgkjqxzĠ"]
     merges = [pair for pair, _ in zip(product(letters, letters), range(num_pairs), strict=False)]
-    merges += [pair for pair in product(symbols, symbols) if pair not in set(merges)][: num_pairs - len(merges)]
+    known = set(merges)
+    merges += islice((pair for pair in product(symbols, symbols) if pair not in known), num_pairs - len(merges))
     vocab = {token: i for i, token in enumerate([*symbols, *(a + b for a, b in merges)])}
     core = Tokenizer(models.BPE(vocab=vocab | {EOS: vocab_size - 1}, merges=merges))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

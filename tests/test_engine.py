@@ -12,11 +12,12 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
+from engine import startup
 from engine.comm import World
 from engine.config import EngineConfig, ModelConfig, ParallelConfig
 from engine.engine import Engine
 from engine.request import Request, SamplingParams
-from engine.startup import build, choose
+from engine.startup import choose, load
 from engine.watchdog import Watchdog
 from tests.launch import ROOT, mpirun
 
@@ -42,8 +43,9 @@ def make_engine(folder: Path, **limits: object) -> Engine:
     config = ModelConfig.read(folder / "config.ini")
     settings = EngineConfig(device="cpu", **limits)
     choice = choose(settings, config, Path("none"), 0)
-    _, make = build(folder, config, settings, ParallelConfig(), world, choice, Path("none"))
-    return make(Watchdog())
+    executor = load(folder, config, settings, ParallelConfig(), world, choice, Path("none"))
+    executor.prepare()
+    return startup.make_engine(executor, config, settings, world, Watchdog())
 
 
 def request(prompt_ids: list[int], sampling: SamplingParams) -> Request:

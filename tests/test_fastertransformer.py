@@ -111,6 +111,7 @@ def test_int8_engine_gives_the_tokens_of_the_dequantized_model(
     executor = FasterTransformerExecutor(
         folder, config, settings, ParallelConfig(), torch.device("cpu"), torch.bfloat16, library
     )
+    executor.prepare()
     model = copy.deepcopy(gpt2_source[1])
     with torch.no_grad():
         for name, parameter in model.named_parameters():

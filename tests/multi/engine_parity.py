@@ -11,11 +11,15 @@ import argparse
 import json
 from pathlib import Path
 
+import numpy as np
+
 from engine.comm import World
 from engine.config import EngineConfig, ModelConfig, ParallelConfig
 from engine.engine import Engine, follow
 from engine.request import Request, SamplingParams
-from engine.startup import build, choose
+from engine.runner import TorchExecutor
+from engine.scheduler import Admission, Chunk, Plan
+from engine.startup import choose, load, make_engine
 from engine.watchdog import Watchdog
 
 
@@ -30,6 +34,7 @@ def main() -> None:
     parser.add_argument("--engine", default="torch")
     parser.add_argument("--lib-path", type=Path, default=Path("none"))
     parser.add_argument("--int8-mode", type=int, default=0)
+    parser.add_argument("--logits", type=Path, help="instead of generating, save each prompt's next-token logits here")
     flags = parser.parse_args()
     world = World()
     parallel = ParallelConfig(flags.tp, flags.pp, world.rank)
@@ -44,16 +49,38 @@ def main() -> None:
     )
     model_config = ModelConfig.read(flags.folder / "config.ini")
     choice = choose(limits, model_config, flags.lib_path, world.local_rank)
-    executor, make_engine = build(flags.folder, model_config, limits, parallel, world, choice, flags.lib_path)
+    executor = load(flags.folder, model_config, limits, parallel, world, choice, flags.lib_path)
+    executor.prepare()
+    items = json.loads(flags.requests.read_text())
+    if flags.logits is not None:
+        save_logits(executor, parallel, [item["prompt_ids"] for item in items], flags.logits)
+        return
     if world.rank > 0:
         follow(world, executor, Watchdog(), limits.step_timeout_s)
         return
     requests = [
         Request(item["prompt_ids"], SamplingParams(**item["sampling"]), model_config.end_id, lambda update: None)
-        for item in json.loads(flags.requests.read_text())
+        for item in items
     ]
-    run(make_engine(Watchdog()), requests)
+    run(make_engine(executor, model_config, limits, world, Watchdog()), requests)
     print("RESULT", json.dumps([request.output_ids for request in requests]))
+
+
+def save_logits(executor: TorchExecutor, parallel: ParallelConfig, prompts: list[list[int]], path: Path) -> None:
+    """One prompt a step, in two pieces; the last stage's first rank writes [prompts, vocab] fp32."""
+    rows = []
+    for prompt_ids in prompts:
+        blocks = list(range(-(-len(prompt_ids) // executor.cache.block_size)))
+        middle = len(prompt_ids) // 2
+        pieces = [Chunk(0, 0, middle, False)] if middle else []
+        pieces.append(Chunk(0, middle, len(prompt_ids) - middle, True))
+        for piece in pieces:
+            admissions = [Admission(0, prompt_ids, SamplingParams(1), blocks)] if piece.start == 0 else []
+            logits = executor.forward(Plan([piece], admissions))
+        if logits is not None:
+            rows.append(logits[0].cpu().numpy())
+    if parallel.is_last_stage and parallel.tp_rank == 0:
+        np.save(path, np.stack(rows))
 
 
 def run(engine: Engine, requests: list[Request]) -> None:
