@@ -1,5 +1,5 @@
 # make demo | serve | test | lint | bench | help
-SHELL := /usr/bin/env bash
+SHELL := bash
 .ONESHELL:
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -11,8 +11,8 @@ GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
 PORTS = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
 
-# An active environment is used as it is; without one, install.sh has made .venv.
-ENV = [ -n "$${VIRTUAL_ENV:-}$${CONDA_PREFIX:-}" ] || source .venv/bin/activate
+# An active environment is used as it is (conda's base is none); without one, install.sh has made .venv.
+ENV = [ -n "$${VIRTUAL_ENV:-}" ] || [ "$${CONDA_DEFAULT_ENV:-base}" != base ] || source .venv/bin/activate
 # Ranks share the cores by themselves (--bind-to none); Open MPI wants to be asked before it starts as root.
 MPIRUN = mpirun --bind-to none --oversubscribe $$([ "$$(id -u)" = 0 ] && echo --allow-run-as-root)
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from convert import convert
+from convert import ProgressLine, convert, verify
 from engine.comm import World
 from engine.config import EngineConfig, ModelConfig, ParallelConfig, add_flags, flag, from_flags
 from engine.engine import Engine, follow
@@ -191,16 +191,21 @@ class _Start:
         flags = self.flags
         source = find_checkpoint(flags.hf_model_name, flags.revision or None)
         if (source / "config.ini").is_file():
+            verify(source)
             return source.resolve()
         output_dir = Path(flags.output_dir).expanduser().resolve() / model_key(flags.hf_model_name)
-        return convert(
+        started = time.monotonic()
+        folder = convert(
             source,
             output_dir,
             flags.tp,
             flags.weight_data_type,
             source_name=flags.hf_model_name,
             revision=flags.revision or None,
+            progress=ProgressLine(),
         )
+        _LOG.info("weights are in %s after %.1f s", folder, time.monotonic() - started)
+        return folder
 
     def choose(self) -> None:
         """Which engine, device and number format; rank 0 also reads the tokenizer."""

@@ -7,8 +7,8 @@ import logging
 import os
 import signal
 import socket
+import sys
 import sysconfig
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,21 +126,23 @@ class TritonFrontend:
 
 
 def _prepare_environment() -> None:
-    """What PyTriton and Triton's Python stub read from the environment; see docs/pytriton.md for the reasons."""
+    """What PyTriton and Triton's Python stub read from the environment."""
     os.environ["PYTRITON_NO_TENSORSTORE"] = "1"  # small tensors travel in the message: quicker, fewer traps
-    os.environ.setdefault("TMPDIR", tempfile.gettempdir())
-    library = sysconfig.get_config_var("INSTSONAME") or ""
-    folder = sysconfig.get_config_var("LIBDIR") or ""
-    if not library.startswith("libpython") or not (Path(folder) / library).exists():
-        multiarch = Path(folder) / (sysconfig.get_config_var("MULTIARCH") or "")
-        if not library.endswith(".so.1.0") or not (multiarch / library).exists():
-            raise RuntimeError(
-                f"Triton's Python stub needs libpython{sysconfig.get_python_version()}.so.1.0 of this interpreter and "
-                f"{folder} has none: install a Python with a shared library (./install.sh says which)"
-            )
-        folder = str(multiarch)
-    paths = [folder, *filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":"))]
+    library = f"libpython{sysconfig.get_python_version()}.so.1.0"
+    folder = next((folder for folder in _library_folders() if (folder / library).exists()), None)
+    if folder is None:
+        raise RuntimeError(
+            f"Triton's Python stub needs {library} of this interpreter, and {sys.base_prefix} has none: "
+            "install a Python with a shared library (./install.sh says which)"
+        )
+    paths = [str(folder), *filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":"))]
     os.environ["LD_LIBRARY_PATH"] = ":".join(dict.fromkeys(paths))
+
+
+def _library_folders() -> list[Path]:
+    """Where an interpreter's own libpython can be: as it was built, or where it was moved (uv, conda)."""
+    built = Path(sysconfig.get_config_var("LIBDIR") or "/usr/lib")
+    return [built, built / (sysconfig.get_config_var("MULTIARCH") or ""), Path(sys.base_prefix) / "lib"]
 
 
 @contextlib.contextmanager
