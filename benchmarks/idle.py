@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Share of a core that each process of a running server takes while nobody asks.
 
-    python benchmarks/idle.py --seconds 30          # beside an idle server on this machine
+python benchmarks/idle.py --seconds 30          # beside an idle server on this machine
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ from engine.config import ParallelConfig  # noqa: E402
 _HEADER_BYTES = 4096  # a plan of some hundred decode chunks fits: one broadcast a step
 _LENGTH_BYTES = 8
 _YIELD_S = 0.002  # how long a waiting rank only yields its core before it starts to sleep
-_LONGEST_SLEEP_S = 0.002  # a look costs about 30 µs: 1.5 % of a core
+_SLEEP_SHARE = 0.01  # a sleep lasts this share of the wait so far, so it delays what comes by no more
+_LONGEST_SLEEP_S = 0.005  # a look costs about 50 µs: 1 % of a core
 
 
 class World:
@@ -64,7 +65,7 @@ class World:
             self._wait(self._comm.Ibcast(np.frombuffer(payload, np.uint8), root=0))
 
     def receive(self, timeout_s: float | None = None) -> Any:
-        """Other ranks: wait for rank 0's next message, yielding at first, then sleeping up to 2 ms a time.
+        """Other ranks: wait for rank 0's next message, yielding at first, then sleeping up to 5 ms a time.
 
         Raises RuntimeError where none comes within `timeout_s`: rank 0 sends a sign of life far more often.
         """
@@ -98,7 +99,6 @@ class World:
 
     def _wait(self, request: MPI.Request, timeout_s: float | None = None) -> None:
         started = time.monotonic()
-        sleep_s = 20e-6
         while not request.Test():
             waited = time.monotonic() - started
             if timeout_s is not None and waited > timeout_s:
@@ -106,8 +106,7 @@ class World:
             if waited < _YIELD_S:
                 os.sched_yield()
             else:
-                time.sleep(sleep_s)
-                sleep_s = min(2 * sleep_s, _LONGEST_SLEEP_S)
+                time.sleep(min(waited * _SLEEP_SHARE, _LONGEST_SLEEP_S))
 
 
 class Comm:
