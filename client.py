@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+_UINT32 = 2**32 - 1
 # Flags that become one array each, one value per prompt: flag -> (tensor, dtype). Absent flags are not sent.
 _PARAMETERS = {
     "output_len": ("request_output_len", np.uint32),
@@ -77,12 +78,16 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--url", default="http://localhost:8000", help="http://host:port, grpc://host:port or host")
     parser.add_argument("--model-name", default="gpt2", help="the model's name in Triton")
     parser.add_argument("--prompts", nargs="+", required=True, metavar="PROMPT", help="texts to continue")
-    parser.add_argument("--output-len", type=_number(int, 1), default=32, help="tokens to generate")
-    parser.add_argument("--beam-width", type=_number(int, 1), help="beams; server's default: 1")
-    parser.add_argument("--top-k", type=_number(int, 0), help="sample from the k likeliest tokens; server's default: 0")
+    parser.add_argument("--output-len", type=_number(int, 1, _UINT32), default=32, help="tokens to generate")
+    parser.add_argument("--beam-width", type=_number(int, 1, _UINT32), help="beams; server's default: 1")
+    parser.add_argument(
+        "--top-k", type=_number(int, 0, _UINT32), help="sample from the k likeliest tokens; server's default: 0"
+    )
     parser.add_argument("--top-p", type=_number(float, 0), help="sample from this share of the probability mass")
     parser.add_argument("--temperature", type=_number(float, 0), help="divides the logits; server's default: 1")
-    parser.add_argument("--random-seed", type=_number(int, 0), help="same seed, same text; server's default: 0")
+    parser.add_argument(
+        "--random-seed", type=_number(int, 0, 2**64 - 1), help="same seed, same text; server's default: 0"
+    )
     parser.add_argument("--init-timeout-s", type=_number(float, 0), default=600.0, help="wait so long for the server")
     parser.add_argument(
         "--inference-timeout-s", type=_number(float, 0), default=600.0, help="wait so long for the text"
@@ -91,11 +96,11 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _number(kind: type, least: float) -> Any:
+def _number(kind: type, least: float, most: float = float("inf")) -> Any:
     def parse(text: str) -> Any:
         value = kind(text)
-        if not value >= least:  # also false for NaN
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        if not least <= value <= most:  # also false for NaN
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it in "invalid int value"

@@ -1,0 +1,31 @@
+"""Run under mpirun -n 4: the tp and pp groups' operations on CPU tensors at tp 2 × pp 2. Every rank exits 0."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.comm import Comm, World
+from engine.config import ParallelConfig
+
+
+def main() -> None:
+    world = World()
+    parallel = ParallelConfig(2, 2, world.rank)
+    comm = Comm(world, parallel, torch.device("cpu"))
+    first_of_stage = 2 * parallel.pp_rank
+    for dtype in (torch.float32, torch.bfloat16, torch.int64):
+        value = torch.full((3, 5), world.rank + 1, dtype=dtype)
+        assert comm.all_reduce(value).eq(2 * first_of_stage + 3).all() and value.dtype == dtype
+        part = torch.tensor([[0, 1], [2, 3]], dtype=dtype) + 10 * parallel.tp_rank  # [n 2, local 2]
+        assert comm.all_gather_last(part).tolist() == [[0, 1, 10, 11], [2, 3, 12, 13]]
+        if parallel.is_first_stage:
+            comm.send_forward(torch.full((4, 3), 7 + parallel.tp_rank, dtype=dtype).t())  # not contiguous
+        else:
+            assert comm.receive_forward(torch.empty(3, 4, dtype=dtype)).eq(7 + parallel.tp_rank).all()
+    tokens = torch.tensor([5, 6]) if parallel.is_last_stage else torch.zeros(2, dtype=torch.int64)
+    assert comm.return_tokens(tokens).tolist() == [5, 6]
+    assert comm.min_over_ranks(10 - world.rank) == 7
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Run under mpirun: the control channel's messages, waits and limits. Every rank exits 0 where all is well.
+
+mpirun -n 3 python tests/multi/control_channel.py
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+
+from engine.comm import World
+
+
+def main() -> None:
+    world = World()
+    messages = [{"small": 1}, "x" * 4087, "y" * 4200, list(range(500_000)), None]  # around the header, and beyond
+    for message in messages:
+        if world.rank == 0:
+            world.send(message)
+        else:
+            assert world.receive() == message
+    assert world.gather(world.rank**2) == [rank**2 for rank in range(world.size)]
+    assert world.agree("late" if world.rank == 1 else None) == "late"
+    assert world.agree(None) is None
+    check_waiting_is_cheap(world)
+    check_timeout(world)
+
+
+def check_waiting_is_cheap(world: World) -> None:
+    """Two seconds without a message cost a waiting rank less than a tenth of a core."""
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    if world.rank == 0:
+        time.sleep(2)
+        world.send("awake")
+    else:
+        assert world.receive() == "awake"
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        assert seconds < 0.2, seconds
+
+
+def check_timeout(world: World) -> None:
+    """A rank that hears nothing says so; the message then completes the receive for a clean end."""
+    if world.rank == 0:
+        time.sleep(1.0)
+        world.send("late")
+        return
+    try:
+        world.receive(timeout_s=0.2)
+    except RuntimeError as error:
+        assert f"rank {world.rank} on " in str(error) and "heard nothing for 0 s" in str(error), error
+    else:
+        raise AssertionError("the receive did not time out")
+    time.sleep(1.2)
+
+
+if __name__ == "__main__":
+    main()
