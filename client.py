@@ -81,7 +81,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output-len", type=_number(int, 1, _UINT32), default=32, help="tokens to generate")
     parser.add_argument("--beam-width", type=_number(int, 1, _UINT32), help="beams; server's default: 1")
     parser.add_argument(
-        "--top-k", type=_number(int, 0, _UINT32), help="sample from the k likeliest tokens; server's default: 0"
+        "--top-k", type=_number(int, 0, _UINT32), help="sample from the k likeliest; server's default: 0"
     )
     parser.add_argument("--top-p", type=_number(float, 0), help="sample from this share of the probability mass")
     parser.add_argument("--temperature", type=_number(float, 0), help="divides the logits; server's default: 1")
