@@ -61,7 +61,7 @@ class InternalError(BadRequest):
 class GPTModel:
     """Answers PyTriton's requests through an engine.
 
-    tokenizer: of transformers; end_id: the default end token; max_top_k: the vocabulary's size.
+    tokenizer: of transformers; end_id: the token that ends a text; vocab_size: of the model.
     """
 
     def __init__(self, submit: Callable[[Request], None], tokenizer: Any, end_id: int, vocab_size: int) -> None:
@@ -127,6 +127,8 @@ class GPTModel:
         prompt_ids = self.tokenizer.encode(text, add_special_tokens=False) if text else []
         if not prompt_ids:
             raise ValueError(f"prompts[{row}] is empty; it must have at least one token")
+        if max(prompt_ids) >= self.vocab_size:  # a token that was added to the tokenizer and not to the model
+            raise ValueError(f"prompts[{row}] has token {max(prompt_ids)}; the vocabulary has {self.vocab_size} tokens")
         return prompt_ids
 
     def _arrays(self, requests: list[Request]) -> dict[str, np.ndarray]:

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+_LOG = logging.getLogger("helpers")
+# PyTriton warns, with a traceback, of each request that is refused; HTTP clients log every request.
+_NOISY = "httpx httpcore httpx2 httpcore2 urllib3 filelock sh pytriton asyncio transformers".split()
 
 
 def setup_logging(verbose: bool = False, rank: int = 0, size: int = 1) -> None:
@@ -17,8 +27,8 @@ def setup_logging(verbose: bool = False, rank: int = 0, size: int = 1) -> None:
         stream=sys.stderr,
         force=True,
     )
-    if not verbose:  # PyTriton warns, with a traceback, of each request that is refused
-        for noisy in ("httpx", "httpcore", "urllib3", "filelock", "sh", "pytriton", "asyncio", "transformers"):
+    if not verbose:
+        for noisy in _NOISY:
             logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
@@ -27,63 +37,145 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-# What a conversion needs from a Hub repository; the weights' patterns come in order of preference.
-_SIDE_FILES = ["*.json", "*.txt", "*.model"]
-_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+# What a conversion needs of a Hub repository's top folder; the weights' patterns come in order of preference.
+_SIDE_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+_WEIGHT_FILES = ["model*.safetensors", "pytorch_model*.bin"]
+_PROGRESS_INTERVAL_S = 5.0
+_MAX_TRIES = 3  # huggingface_hub takes up some broken connections by itself; which, differs between its versions
+_RETRY_PAUSE_S = 1.0
 
 
 def find_checkpoint(name: str, revision: str | None = None) -> Path:
     """The local folder or file that `name` stands for, downloaded where it is a Hub id.
 
     name: a local folder or file, a Hub id (`gpt2`, `owner/model`), or `owner/model:file` for one file of a
-    repository. Honours HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE; broken downloads are resumed.
-    Raises ValueError, in one sentence, for a name that stands for nothing.
+    repository. Honours HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE; where the Hub is out of reach, a cached
+    copy is taken. Broken downloads are taken up again; a file appears under its name once it is whole.
+    Raises ValueError, in one sentence, for a name that stands for nothing and for a download that fails.
     """
     path = Path(name).expanduser()
     if path.exists():
         return path
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 and ":" not in name:
         raise ValueError(f"hf_model_name is {name!r}, and there is no such folder or file")
-    return _download(name, revision)
+    try:
+        return _download(name, revision)
+    except Exception as error:  # what requests, httpx and hf_xet raise has nothing else in common
+        raise ValueError(f"hf_model_name is {name!r}: {_reason(error, revision)}") from error
+
+
+class _Missing(Exception):
+    """A repository, or its cached copy, lacks what was asked for; the message says what."""
 
 
 def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download
-
     repo_id, _, file_name = name.partition(":")
+    obstacle = _obstacle(repo_id, revision)
+    # *.json fits onnx/config.json too, so files below the top folder are ruled out
+    choices = [([*_SIDE_FILES, weights], ["*/*"]) for weights in _WEIGHT_FILES]
+    for wanted, unwanted in [([glob.escape(file_name)], [])] if file_name else choices:
+        folder = _fetch(repo_id, obstacle, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted)
+        if any(folder.glob(wanted[-1])):
+            return folder / file_name
+    what = f"file {file_name!r}" if file_name else "model.safetensors or pytorch_model.bin, whole or in shards"
+    raise _Missing(f"its cached copy has no {what}, and {obstacle}" if obstacle else f"the repository has no {what}")
+
+
+def _obstacle(repo_id: str, revision: str | None) -> str | None:
+    """Why the Hub cannot be asked, or None; raises what the Hub says against the repository or the revision."""
+    from huggingface_hub import HfApi, constants, errors
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:  # snapshot_download asks the same without a time limit, and behind some firewalls waits for ever
+        HfApi().model_info(repo_id, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        return None
+    except errors.HFValidationError:
+        raise
+    except Exception as error:
+        if not _may_pass(error):
+            raise
+        obstacle = f"{constants.ENDPOINT} is out of reach ({_brief(error)})"
+    _LOG.warning("%s; looking for %s in the cache", obstacle, repo_id)
+    return obstacle
+
+
+def _fetch(repo_id: str, obstacle: str | None, **what: Any) -> Path:
+    """snapshot_download of `what` (revision and patterns), from the cache alone where there is an obstacle."""
+    from huggingface_hub import constants, errors, snapshot_download
+
+    num_tries = 0
+    while True:
+        num_tries += 1
+        try:
+            with _progress_lines(repo_id):
+                return Path(snapshot_download(repo_id, local_files_only=obstacle is not None, **what))
+        except errors.LocalEntryNotFoundError as error:
+            missing = f"revision {what['revision'] or 'main'!r} is not, or not all of it, in the cache"
+            raise _Missing(f"{missing}, and {obstacle or f'{constants.ENDPOINT} went out of reach'}") from error
+        except Exception as error:
+            if num_tries == _MAX_TRIES or not _may_pass(error):
+                raise
+            _LOG.warning("the download of %s broke off (%s); going on with it", repo_id, _brief(error))
+            time.sleep(_RETRY_PAUSE_S)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether waiting helps: not against what the Hub refuses, nor against the file system (a full disk)."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return response.status_code >= 500 or response.status_code == 429
+    return getattr(error, "errno", None) is None
+
+
+def _reason(error: Exception, revision: str | None) -> str:
+    """Why there is no checkpoint, as the end of a sentence."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, _Missing):
+        return str(error)
+    if isinstance(error, errors.HFValidationError):
+        return "neither a folder or file here nor a Hub id (owner/name or owner/name:file)"
+    if isinstance(error, errors.GatedRepoError):  # is a RepositoryNotFoundError
+        return f"{constants.ENDPOINT} gives it only for the HF_TOKEN of a user who was granted access"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"no such folder here, and no such repository at {constants.ENDPOINT} (a private one needs HF_TOKEN)"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the repository has no revision {revision!r}"
+    return f"the download failed ({_brief(error)})"
+
+
+def _brief(error: Exception) -> str:
+    response = getattr(error, "response", None)
+    kind = type(error).__name__ if response is None else f"status {response.status_code}"
+    message = getattr(error, "server_message", None) or one_line(error)  # without huggingface_hub's advice
+    return f"{kind}: {' '.join(message.split())[:200]}"
+
+
+@contextmanager
+def _progress_lines(repo_id: str) -> Iterator[None]:
+    """Log now and then how much has come where there is no terminal for huggingface_hub's bars: under mpirun."""
+    from huggingface_hub import constants
+
+    blobs = Path(constants.HF_HUB_CACHE, f"models--{repo_id.replace('/', '--')}", "blobs")
+    is_over = threading.Event()
+
+    def num_bytes() -> int:
+        return sum(path.stat().st_blocks * 512 for path in blobs.glob("*"))
+
+    def log(started: float, at_start: int) -> None:
+        while not is_over.wait(_PROGRESS_INTERVAL_S):
+            with suppress(OSError):  # a file that was renamed since it was listed
+                done = num_bytes() - at_start
+                rate = done / (time.monotonic() - started)
+                _LOG.info("downloading %s: %.2f GB so far, %.0f MB/s", repo_id, done / 1e9, rate / 1e6)
+
+    if not sys.stderr.isatty():
+        threading.Thread(target=log, args=(time.monotonic(), num_bytes()), daemon=True).start()
     try:
-        if file_name:
-            return Path(hf_hub_download(repo_id, file_name, revision=revision))
-        if constants.HF_HUB_OFFLINE:
-            return Path(snapshot_download(repo_id, revision=revision))
-        files = HfApi().list_repo_files(repo_id, revision=revision)
-        weights = next((p for p in _WEIGHT_FILES if any(_fits(f, p) for f in files)), None)
-        if weights is None:
-            raise ValueError(f"hf_model_name is {name!r}, and that repository has no safetensors or pytorch_model.bin")
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=[*_SIDE_FILES, weights]))
-    except errors.HFValidationError as error:
-        raise ValueError(f"hf_model_name is {name!r}: {one_line(error)}") from None
-    except errors.LocalEntryNotFoundError:
-        endpoint = constants.ENDPOINT
-        raise ValueError(
-            f"hf_model_name is {name!r}: not in the local cache, and {endpoint} is out of reach or switched off"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise ValueError(f"hf_model_name is {name!r}: the repository has no revision {revision!r}") from None
-    except errors.EntryNotFoundError:
-        raise ValueError(f"hf_model_name is {name!r}: the repository has no file {file_name!r}") from None
-    except errors.RepositoryNotFoundError:
-        raise ValueError(
-            f"hf_model_name is {name!r}: no such folder here and no such repository there (private ones need HF_TOKEN)"
-        ) from None
-    except (OSError, errors.HfHubHTTPError) as error:
-        raise ValueError(f"hf_model_name is {name!r}: the download failed ({one_line(error)[:200]})") from None
-
-
-def _fits(file_name: str, pattern: str) -> bool:
-    from fnmatch import fnmatch
-
-    return "/" not in file_name and fnmatch(file_name, pattern)
+        yield
+    finally:
+        is_over.set()
 
 
 def model_key(name: str) -> str:

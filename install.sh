@@ -209,6 +209,11 @@ install_mpi() { # sets mpirun, the one that an active shell finds, and mpi, its 
     "LD_LIBRARY_PATH and MPI4PY_LIBMPI."
 }
 
+install_mpi_headers() { # the tests compile against the MPI that they run with
+  if ! $dev || echo '#include <mpi.h>' | "${mpirun%/*}/mpicc" -E -x c - >/dev/null 2>&1; then return; fi
+  apt_install mpi.h libopenmpi-dev
+}
+
 check_gpu() {
   if ! wants_cuda || ! has_gpu; then return; fi
   if torch_is_cpu; then
@@ -238,6 +243,7 @@ main() {
   install_tools
   check_triton
   install_mpi
+  install_mpi_headers
   check_gpu
   echo "ready: Python $(version "$python"), torch $(installed torch), $mpi"
   if [ "$env" = "${VIRTUAL_ENV:-}" ] || [ "$env" = "${CONDA_PREFIX:-}" ]; then

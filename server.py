@@ -248,9 +248,12 @@ def _load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} has no tokenizer that transformers can read ({one_line(error)[:200]})") from None
+    if not tokenizer.encode("a", add_special_tokens=False):  # made from config.json alone, with an empty vocabulary
+        raise ValueError(f"{folder} has no tokenizer that transformers can read (its vocabulary is empty)")
+    return tokenizer
 
 
 def _lead(start: _Start, triton_flags: TritonFlags, started: float) -> int:

@@ -18,15 +18,15 @@ END = 9
 
 
 class LetterTokenizer:
-    """One token per letter a to i."""
+    """One token per letter; j is the end token, and the model does not know k."""
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         assert not add_special_tokens
-        return ["abcdefghij".index(letter) for letter in text]
+        return ["abcdefghijk".index(letter) for letter in text]
 
     def decode(self, token_ids: list[int], clean_up_tokenization_spaces: bool) -> str:
         assert not clean_up_tokenization_spaces
-        return "".join("abcdefghij"[i] for i in token_ids)
+        return "".join("abcdefghijk"[i] for i in token_ids)
 
 
 def counting_engine(request: Request) -> None:
@@ -103,6 +103,7 @@ def test_nothing_runs_where_one_row_is_wrong() -> None:
             {"prompts": column([b"a", b"\xf0\x9f"], object)},
             "prompts[1] is not valid UTF-8: unexpected end of data at byte 0",
         ),
+        ({"prompts": column([b"a", b"ak"], object)}, "prompts[1] has token 10; the vocabulary has 10 tokens"),
         (
             {"temperature": column([1.0], np.float32)},
             "temperature has 1 values; it must have one for each of the 2 prompts",

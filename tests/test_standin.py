@@ -1,7 +1,6 @@
 """The stand-in for FasterTransformer's op (tests/standin) against Hugging Face, on a tiny random GPT-2."""
 
 import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -13,19 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.launch import ROOT, mpirun
 from tests.multi import standin_parity as tiny
 from tests.standin import StandinUnavailable, build_standin
 
-ROOT = Path(__file__).parents[1]
 PROMPTS, OUTPUT_LEN = tiny.PROMPTS, tiny.OUTPUT_LEN
-# Leaves nothing to a network, and lets ranks that wait give way: the ranks outnumber the cores.
-MPI_ENV = {
-    "OMPI_MCA_mpi_yield_when_idle": "1",
-    "OMPI_MCA_pml": "ob1",
-    "OMPI_MCA_btl": "self,sm",
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": str(ROOT),
-}
 
 
 @pytest.fixture(scope="module")
@@ -403,20 +394,13 @@ def test_without_mpi_it_says_so(library: Path) -> None:
 
 def clean_env() -> dict[str, str]:
     """Without what this process's own MPI left in the environment."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX_", "PRTE_"))}
-    return kept | MPI_ENV
+    return {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX_", "PRTE_"))}
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2)])
 def test_parity_under_mpirun(library: Path, tp: int, pp: int) -> None:
-    beside = Path(sys.executable).with_name("mpirun")
-    mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
-    if mpirun is None:
-        pytest.skip("no mpirun next to Python or on PATH")
-    script = ROOT / "tests" / "multi" / "standin_parity.py"
-    ranks = [mpirun, "--allow-run-as-root", "--oversubscribe", "-n", str(tp * pp)]
-    command = [*ranks, sys.executable, str(script), str(library), "--tp", str(tp), "--pp", str(pp)]
-    done = subprocess.run(command, env=clean_env(), capture_output=True, text=True, timeout=240)
+    script = str(ROOT / "tests" / "multi" / "standin_parity.py")
+    done = mpirun(tp * pp, script, str(library), "--tp", str(tp), "--pp", str(pp))
     assert done.returncode == 0, f"mpirun exited with {done.returncode}:\n{done.stdout}\n{done.stderr}"
     assert sorted(done.stdout.splitlines()) == [f"rank {rank} agrees" for rank in range(tp * pp)]
 
@@ -440,7 +424,7 @@ def test_the_build_is_done_once_and_whole(tmp_path: Path, monkeypatch: pytest.Mo
 
     compiler.write_text("#!/bin/sh\necho no such header >&2\nexit 1\n")
     fresh = tmp_path / "fresh"
-    with pytest.raises(StandinUnavailable, match="no such header"):
+    with pytest.raises(RuntimeError, match="no such header"):
         build_standin(fresh)
     assert not list(fresh.glob("*.so"))
     monkeypatch.setenv("CXX", "no-such-compiler")

@@ -324,15 +324,20 @@ def test_a_port_in_use_is_named(converted: Callable[[int], Path], tmp_path: Path
     assert f"http_port is {port}; 127.0.0.1 cannot be bound there (Address already in use)" in text
 
 
+# Without its manifest a folder passes for one of FasterTransformer's, which has no tokenizer.
+TOKENIZER_FILES = ("manifest.json", "tokenizer.json", "tokenizer_config.json")
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
         (lambda f: (f / "model.wte.bin").write_bytes(b"1234"), "model.wte.bin: "),
         (lambda f: (f / "model.layers.1.mlp.dense_4h_to_h.weight.1.bin").unlink(), "weight.1.bin: "),
-        (lambda f: (f / "tokenizer.json").write_text("{"), "has no tokenizer that transformers can read"),
+        (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json: 1 bytes; the manifest says "),
+        (lambda f: [(f / name).unlink() for name in TOKENIZER_FILES], "has no tokenizer that transformers can read"),
         (lambda f: (f / "config.ini").write_text("[gpt]\nhead_num = 4\n"), "is missing from [gpt]"),
     ],
-    ids=["truncated", "missing", "tokenizer", "config.ini"],
+    ids=["truncated", "missing", "tokenizer", "no tokenizer", "config.ini"],
 )
 def test_a_damaged_folder_is_refused_on_all_ranks(
     converted: Callable[[int], Path], tmp_path: Path, damage: Callable[[Path], object], expected: str

@@ -32,7 +32,7 @@ def build_standin(cache_dir: Path) -> Path:
     """Compiles the stand-in into `cache_dir`, unless it is there already; returns the shared library's path.
 
     Safe to call from several processes at once: one compiles, the others wait for it.
-    Raises StandinUnavailable where a compiler or MPI's headers are missing or the compilation fails.
+    Raises StandinUnavailable where a compiler or MPI's headers are missing, RuntimeError where it does not compile.
     """
     command = _compile_command()
     texts = [path.read_text() for path in sorted(SOURCE.parent.glob("*.h"))]
@@ -45,8 +45,10 @@ def build_standin(cache_dir: Path) -> Path:
             # Under another name first: a build that is killed must not leave half a library behind.
             partial = library.with_suffix(".partial")
             done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
+            if "mpi.h: No such file" in done.stderr:
+                raise StandinUnavailable("no MPI headers: ./install.sh --dev installs them")
             if done.returncode != 0:
-                raise StandinUnavailable(f"compiling {SOURCE} failed:\n{done.stderr[-4000:]}")
+                raise RuntimeError(f"compiling {SOURCE} failed:\n{done.stderr[-4000:]}")
             os.replace(partial, library)
     return library
 
@@ -66,6 +68,7 @@ def _compile_command() -> list[str]:
         "-fPIC",
         "-shared",
         "-Wall",
+        "-DOMPI_SKIP_MPICXX",  # Open MPI 4 would bring its C++ bindings, which nothing links
         abi,
         *includes,
         *_mpi_flags("--showme:compile"),
