@@ -69,11 +69,16 @@ class _Missing(Exception):
 
 
 def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub.utils import validate_repo_id
+
     repo_id, _, file_name = name.partition(":")
+    validate_repo_id(repo_id)
     obstacle = _obstacle(repo_id, revision)
-    # *.json fits onnx/config.json too, so files below the top folder are ruled out
-    choices = [([*_SIDE_FILES, weights], ["*/*"]) for weights in _WEIGHT_FILES]
-    for wanted, unwanted in [([glob.escape(file_name)], [])] if file_name else choices:
+    if file_name:
+        choices, unwanted = [[glob.escape(file_name)]], []
+    else:  # *.json fits onnx/config.json too, so files below the top folder are ruled out
+        choices, unwanted = [[*_SIDE_FILES, weights] for weights in _WEIGHT_FILES], ["*/*"]
+    for wanted in choices:
         folder = _fetch(repo_id, obstacle, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted)
         if any(folder.glob(wanted[-1])):
             return folder / file_name
@@ -83,15 +88,13 @@ def _download(name: str, revision: str | None) -> Path:
 
 def _obstacle(repo_id: str, revision: str | None) -> str | None:
     """Why the Hub cannot be asked, or None; raises what the Hub says against the repository or the revision."""
-    from huggingface_hub import HfApi, constants, errors
+    from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     try:  # snapshot_download asks the same without a time limit, and behind some firewalls waits for ever
         HfApi().model_info(repo_id, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         return None
-    except errors.HFValidationError:
-        raise
     except Exception as error:
         if not _may_pass(error):
             raise
@@ -102,7 +105,7 @@ def _obstacle(repo_id: str, revision: str | None) -> str | None:
 
 def _fetch(repo_id: str, obstacle: str | None, **what: Any) -> Path:
     """snapshot_download of `what` (revision and patterns), from the cache alone where there is an obstacle."""
-    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub import errors, snapshot_download
 
     num_tries = 0
     while True:
@@ -111,8 +114,9 @@ def _fetch(repo_id: str, obstacle: str | None, **what: Any) -> Path:
             with _progress_lines(repo_id):
                 return Path(snapshot_download(repo_id, local_files_only=obstacle is not None, **what))
         except errors.LocalEntryNotFoundError as error:
-            missing = f"revision {what['revision'] or 'main'!r} is not, or not all of it, in the cache"
-            raise _Missing(f"{missing}, and {obstacle or f'{constants.ENDPOINT} went out of reach'}") from error
+            why = obstacle or f"the download failed ({_brief(error.__cause__ or error)})"
+            revision = what["revision"] or "main"
+            raise _Missing(f"revision {revision!r} is not, or not all of it, in the cache, and {why}") from error
         except Exception as error:
             if num_tries == _MAX_TRIES or not _may_pass(error):
                 raise
@@ -145,7 +149,7 @@ def _reason(error: Exception, revision: str | None) -> str:
     return f"the download failed ({_brief(error)})"
 
 
-def _brief(error: Exception) -> str:
+def _brief(error: BaseException) -> str:
     response = getattr(error, "response", None)
     kind = type(error).__name__ if response is None else f"status {response.status_code}"
     message = getattr(error, "server_message", None) or one_line(error)  # without huggingface_hub's advice

@@ -2,6 +2,7 @@
 """What Triton's way adds to the engine's own time, one request at a time, on random weights.
 
     python benchmarks/serving.py --shape 124M
+    mpirun -n 2 python benchmarks/serving.py --tp 2       # and --threads 1 on one rank, for what waiting costs
 
 One process runs the engine with PyTriton in front, as server.py does. Requests go alternately straight to the
 engine and through HTTP and gRPC (PyTriton's ModelClient), so that all see the same machine; medians are compared.
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import SHAPES, RandomReader, model_config, report
 from engine.comm import Comm, World
 from engine.config import EngineConfig, ParallelConfig
-from engine.engine import Engine
+from engine.engine import Engine, follow
 from engine.request import Request, SamplingParams, Update
 from engine.runner import TorchExecutor, computation_dtype
 from engine.startup import claim_cores, make_engine
@@ -45,17 +46,23 @@ class WordTokenizer:
 def main() -> None:
     flags = parse_flags()
     world = World()
-    device = torch.device("cuda" if torch.cuda.is_available() and flags.device != "cpu" else "cpu")
-    if device.type == "cpu":
-        torch.set_num_threads(claim_cores(1))
+    is_cuda = torch.cuda.is_available() and flags.device != "cpu"
+    device = torch.device("cuda", world.local_rank) if is_cuda else torch.device("cpu")
+    if is_cuda:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(flags.threads or claim_cores(world.local_size))
     dtype = computation_dtype("auto", device)
-    config = model_config(flags.shape, 1)
+    config = model_config(flags.shape, flags.tp)
     limits = EngineConfig(max_batch_size=8)
-    executor = TorchExecutor(
-        RandomReader(config, 0, dtype, device), limits, Comm(world, ParallelConfig(), device), device
-    )
+    parallel = ParallelConfig(flags.tp, 1, world.rank)
+    reader = RandomReader(config, parallel.tp_rank, dtype, device)
+    executor = TorchExecutor(reader, limits, Comm(world, parallel, device), device, world.local_size)
     executor.prepare()
     watchdog = Watchdog()
+    if world.rank > 0:
+        follow(world, executor, watchdog, limits.step_timeout_s)
+        return
     engine = make_engine(executor, config, limits, world, watchdog)
     ports = TritonFlags("127.0.0.1", flags.http_port, flags.http_port + 1, flags.http_port + 2)
     frontend = TritonFrontend(ports, verbose=False)
@@ -75,6 +82,8 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--shape", choices=list(SHAPES), default="124M")
     parser.add_argument("--input-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=64)
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of a rank; 0: its share of the cores")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
     parser.add_argument("--http-port", type=int, default=18500, help="gRPC and metrics take the next two")
@@ -128,12 +137,20 @@ def show(flags: argparse.Namespace, seconds: dict[str, list[float]], device: tor
     medians = {kind: float(np.median(values[1:])) for kind, values in seconds.items()}
     # Differences within each round: the machine's slow drifts fall out.
     added = {kind: float(np.median(np.subtract(seconds[kind][1:], seconds["engine"][1:]))) for kind in ("http", "grpc")}
-    print(f"{flags.shape}, {flags.input_len} in, {flags.output_len} out, one request at a time")
+    print(f"{flags.shape}, tp {flags.tp}, {flags.input_len} in, {flags.output_len} out, one request at a time")
     print(f"{'way':>8} {'median ms':>10} {'added ms':>10} {'added %':>8}")
     for kind, median in medians.items():
         extra = added.get(kind, 0.0)
         print(f"{kind:>8} {median * 1e3:>10.1f} {extra * 1e3:>10.2f} {100 * extra / medians['engine']:>8.2f}")
-    report(device, benchmark="serving", shape=flags.shape, repeats=flags.repeats, medians_s=medians, added_s=added)
+    report(
+        device,
+        benchmark="serving",
+        shape=flags.shape,
+        tp=flags.tp,
+        repeats=flags.repeats,
+        medians_s=medians,
+        added_s=added,
+    )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import logging
 import queue
+import threading
 import time
 from collections import deque
 from typing import Any, Protocol
@@ -68,16 +69,18 @@ class Engine:
         self.watchdog = watchdog
         self.step_timeout_s = step_timeout_s
         self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._submit_lock = threading.Lock()
         self._launched: deque[Any] = deque()
         self._stop_at: float | None = None
         self._is_warm = False
 
     def submit(self, request: Request) -> None:
         """Queue a request; its `on_update` hears of the rest. Raises ValueError if it could never run."""
-        if self._stop_at is not None:
-            raise ValueError("the server is stopping and takes no new requests")
         self.scheduler.check(request)
-        self._inbox.put(request)
+        with self._submit_lock:  # what is in the inbox when a stop comes is still answered; nothing comes after it
+            if self._stop_at is not None:
+                raise ValueError("the server is stopping and takes no new requests")
+            self._inbox.put(request)
 
     def warm_up(self, end_id: int) -> None:
         """Run a request of two tokens, so that the first user does not pay for what is done once."""
@@ -88,14 +91,16 @@ class Engine:
 
     def stop(self, drain_timeout_s: float) -> None:
         """Let `run` return once all that was submitted has ended, or after `drain_timeout_s` without it."""
-        self._stop_at = time.monotonic() + drain_timeout_s
-        self._inbox.put(None)  # wakes the loop
+        with self._submit_lock:
+            self._stop_at = time.monotonic() + drain_timeout_s
+            self._inbox.put(None)  # wakes the loop
 
     def run(self) -> None:
         """Step until stopped, sleeping while there is nothing to do; then send the other ranks home."""
         while not self._is_over():
             if not self.step():
                 self._sleep()
+        self._take_inbox()
         self.scheduler.abort_all()
         while self._launched:
             self._commit()
@@ -103,8 +108,7 @@ class Engine:
 
     def step(self) -> bool:
         """One step of the whole job; returns whether there is more to do."""
-        while not self._inbox.empty():
-            self._take(self._inbox.get())
+        self._take_inbox()
         plan = self.scheduler.schedule()
         if plan is not None:
             with self._limit(plan.num_steps):
@@ -124,6 +128,10 @@ class Engine:
     def _limit(self, num_steps: int) -> Any:
         seconds = step_limit_s(self.step_timeout_s, num_steps, self._is_warm)
         return self.watchdog.limit(seconds, f"a step took longer than {seconds:.0f} s: a rank hangs")
+
+    def _take_inbox(self) -> None:
+        while not self._inbox.empty():
+            self._take(self._inbox.get())
 
     def _take(self, request: Request | None) -> None:
         if request is not None:

@@ -98,6 +98,7 @@ class TritonFrontend:
             grpc_port=flags.grpc_port,
             metrics_address=flags.http_address,
             metrics_port=flags.metrics_port,
+            allow_gpu_metrics=Path("/dev/nvidiactl").exists(),  # else Triton complains that it finds no GPU
             exit_timeout_secs=10,
             log_verbose=0,
             log_file=log_file,

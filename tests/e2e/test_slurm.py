@@ -1,0 +1,191 @@
+"""slurm/serve.sbatch on a real two-node Slurm: answers, graceful and forced ends, a missing --mpi=pmix."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from transformers import AutoTokenizer, GPT2LMHeadModel
+
+from tests.cluster import Cluster, slurm_cluster, why_not
+from tests.launch import ROOT, Server, free_ports, tensor
+from tests.test_engine import hf_greedy
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+
+MODEL = "tiny-gpt2"
+TEXTS = ["the rain in", "so many more words than in the other prompt"]
+TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2")
+# Both nodes are 127.0.0.1 and share its cores; on real nodes Open MPI finds its way by itself.
+ONE_MACHINE = {
+    "OMPI_MCA_pml": "ob1",
+    "OMPI_MCA_btl": "self,tcp",
+    "OMPI_MCA_btl_tcp_if_include": "lo",
+    "OMP_THREAD_LIMIT": "1",
+}
+NO_PMIX = "2 Slurm tasks, but each is an MPI world of its own: start with srun --mpi=pmix"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Its jobs run in this Python's environment, as if it were activated."""
+    environment = {
+        **ONE_MACHINE,
+        "VIRTUAL_ENV": sys.prefix,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    with slurm_cluster(tmp_path_factory.mktemp("slurm"), kill_wait=20, environment=environment) as running:
+        yield running
+
+
+class JobServer(Server):
+    """server.py as a job of serve.sbatch; its log is the job's output."""
+
+    def __init__(self, cluster: Cluster, log: Path, options: tuple[str, ...], *flags: str) -> None:
+        self.cluster = cluster
+        self.log = log
+        self.http, self.grpc, self.metrics = free_ports(3)
+        ports = ["--http-port", str(self.http), "--grpc-port", str(self.grpc), "--metrics-port", str(self.metrics)]
+        command = ["sbatch", "--parsable", f"--output={log}", *options, "slurm/serve.sbatch"]
+        command += ["--http-address", "127.0.0.1", *ports, *flags]
+        self.job_id = int(cluster.run(*command, timeout_s=20, check=True, cwd=ROOT).stdout)
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def wait_ready(self, timeout_s: float = 60) -> JobServer:
+        deadline = time.monotonic() + timeout_s
+        while "ready: model" not in self.text:
+            state = self.cluster.job(self.job_id)["JobState"]
+            assert state in ("PENDING", "RUNNING"), f"the job is {state}:\n{self.text}"
+            assert time.monotonic() < deadline, f"the server is not ready after {timeout_s} s:\n{self.text}"
+            time.sleep(0.2)
+        return self
+
+    def rank(self, number: int) -> psutil.Process:
+        """The process of one rank."""
+        (rank,) = [
+            process
+            for process in self.cluster.processes(self.job_id)
+            if process.environ().get("SLURM_PROCID") == str(number) and "server.py" in process.cmdline()[1]
+        ]
+        return rank
+
+
+@contextlib.contextmanager
+def job_server(cluster: Cluster, tmp_path: Path, folder: Path, *options: str) -> Iterator[JobServer]:
+    """tp 2 over both nodes, ready inside the block and gone after it."""
+    flags = ["--hf-model-name", str(folder), "--tp", "2", "--model-name", MODEL]
+    server = JobServer(cluster, tmp_path / "out", (*TWO_NODES, *options), *flags)
+    try:
+        yield server.wait_ready()
+    finally:
+        cluster.call("scancel", "--signal=KILL", str(server.job_id))
+        cluster.wait_end(server.job_id, 30)
+
+
+def ask_in_background(server: Server, rows: int = 64) -> tuple[threading.Thread, list[tuple[float, Any]]]:
+    """A request that takes a second or more, and a list for when it was answered and the answer or error."""
+    inputs = [tensor("prompts", "BYTES", ["word"] * rows), tensor("request_output_len", "UINT32", [250] * rows)]
+    answers: list[tuple[float, Any]] = []
+
+    def ask() -> None:
+        try:
+            status, answer = server.infer(MODEL, inputs)
+        except (OSError, http.client.HTTPException) as error:
+            status, answer = None, error
+        answers.append((time.monotonic(), answer if status == 200 else (status, answer)))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    time.sleep(0.4)
+    return thread, answers
+
+
+def check_drain(server: JobServer, *scancel: str) -> dict[str, str]:
+    """Run scancel with a request in flight, which must be answered; returns the job's fields at its end."""
+    thread, answers = ask_in_background(server)
+    signalled = time.monotonic()
+    server.cluster.call("scancel", *scancel, str(server.job_id))
+    job = server.cluster.wait_end(server.job_id, 30)
+    thread.join(1)
+    answered, answer = answers[0]
+    assert answered > signalled
+    lengths = next(o for o in answer["outputs"] if o["name"] == "sequence_length")["data"]
+    assert len(lengths) == 64 and min(lengths) > 1
+    assert server.text.count("SIGTERM: finishing what is in flight") == 1
+    assert "Traceback" not in server.text
+    return job
+
+
+def check_greedy(server: Server, gpt2_source: tuple[Path, GPT2LMHeadModel]) -> None:
+    folder, model = gpt2_source
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    done = server.client("--model-name", MODEL, "--output-len", "32", "--json", "--prompts", *TEXTS)
+    assert done.returncode == 0, done.stderr
+    for text, line in zip(TEXTS, done.stdout.splitlines(), strict=True):
+        prompt_ids = tokenizer.encode(text)
+        assert json.loads(line)["output_ids"] == [prompt_ids + hf_greedy(model, prompt_ids, 32)]
+
+
+def test_a_job_serves_on_two_nodes_and_drains_at_sigterm(
+    cluster: Cluster, converted: Callable[[int], Path], gpt2_source: tuple[Path, GPT2LMHeadModel], tmp_path: Path
+) -> None:
+    with job_server(cluster, tmp_path, converted(2)) as server:
+        job = cluster.job(server.job_id)
+        assert job["NodeList"] == "n[0-1]"
+        assert "gres/gpu=16" in job["TRES"]  # the file's own 8 a node
+        for number in range(2):
+            environment = server.rank(number).environ()
+            assert environment["SLURM_NODEID"] == str(number)
+            assert environment["SLURM_CPUS_PER_TASK"] == "2"
+            assert environment["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5,6,7"  # a rank picks its own
+        check_greedy(server, gpt2_source)
+        job = check_drain(server, "--signal=TERM")
+        assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), server.text
+        assert "tp 2 × pp 1, float32 on cpu" in server.text
+
+
+def test_plain_scancel_drains_within_killwait(
+    cluster: Cluster, converted: Callable[[int], Path], tmp_path: Path
+) -> None:
+    with job_server(cluster, tmp_path, converted(2), "--gpus-per-node=0") as server:
+        assert "gres/gpu" not in cluster.job(server.job_id)["TRES"]
+        job = check_drain(server)
+        assert (job["JobState"], job["ExitCode"]) == ("CANCELLED", "0:0"), server.text
+
+
+def test_a_dead_rank_ends_the_job(cluster: Cluster, converted: Callable[[int], Path], tmp_path: Path) -> None:
+    with job_server(cluster, tmp_path, converted(2)) as server:
+        thread, answers = ask_in_background(server)
+        started = time.monotonic()
+        server.rank(1).send_signal(signal.SIGKILL)
+        job = cluster.wait_end(server.job_id, 30)
+        assert time.monotonic() - started < 30
+        assert (job["JobState"], job["Reason"]) == ("FAILED", "NonZeroExitCode"), server.text
+        thread.join(5)
+        assert not thread.is_alive()
+        assert "outputs" not in answers[0][1]
+
+
+def test_srun_without_pmix_says_so(cluster: Cluster, converted: Callable[[int], Path]) -> None:
+    """Each task would be a whole MPI world: two servers, of which one loses the race for the ports."""
+    flags = ["--hf-model-name", str(converted(2)), "--tp", "2"]
+    command = ["srun", "--nodes=2", "--ntasks-per-node=1", "--time=1", sys.executable, str(ROOT / "server.py"), *flags]
+    done = cluster.run(*command, timeout_s=60)
+    assert done.returncode == 1, done.stderr
+    errors = [line for line in (done.stdout + done.stderr).splitlines() if "srun: " not in line]
+    assert len(errors) == 2, done.stderr  # one from each task
+    assert all(line.endswith(NO_PMIX) for line in errors)
