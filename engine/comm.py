@@ -45,11 +45,12 @@ class World:
 
     def check_size(self, expected: int, command: str) -> None:
         """Raise ValueError, with the command that would be right, where the world has another size."""
-        tasks = int(os.environ.get("SLURM_NTASKS", self.size)) if "SLURM_PROCID" in os.environ else self.size
-        if self.size == 1 and tasks > 1:
+        if self.size == expected:
+            return
+        tasks = int(os.environ.get("SLURM_NTASKS", 1)) if "SLURM_PROCID" in os.environ else 1
+        if self.size == 1 and tasks == expected:
             raise ValueError(f"{tasks} Slurm tasks, but each is an MPI world of its own: start with srun --mpi=pmix")
-        if self.size != expected:
-            raise ValueError(f"tp × pp takes {expected} ranks and {self.size} were started: {command}")
+        raise ValueError(f"tp × pp takes {expected} ranks and {self.size} were started: {command}")
 
     def send(self, message: Any) -> None:
         """Rank 0: send a picklable message to all other ranks, which wait in `receive`."""

@@ -54,13 +54,11 @@ class Machine:
         return Path(answer["path"])
 
     def sentence(self, name: str, revision: str | None = None, **environment: str) -> str:
-        return self.sentences([(name, revision)], environment)[0]
+        return self.sentences([(name, revision)], **environment)[0]
 
-    def sentences(
-        self, questions: list[tuple[str, str | None]], environment: dict[str, str] | None = None
-    ) -> list[str]:
+    def sentences(self, questions: list[tuple[str, str | None]], **environment: str) -> list[str]:
         """The errors, of which nothing but `hf_model_name is '<name>': ` is cut off."""
-        answers = self._run(questions, environment or {})
+        answers = self._run(questions, environment)
         for (name, _), answer in zip(questions, answers, strict=True):
             assert answer.get("sentence", "").startswith(f"hf_model_name is {name!r}: "), answer
             assert "\n" not in answer["sentence"]
@@ -169,9 +167,8 @@ def test_revisions_are_branches_tags_and_commits(hub: Hub, machine: Machine, tin
 
 def test_a_name_that_stands_for_nothing(hub: Hub, machine: Machine, tiny: Path, tmp_path: Path) -> None:
     hub.add("owner/tiny", tiny)
-    hub.add(
-        "owner/text", write(tmp_path / "text", "config.json", "adapter_model.safetensors", "onnx/pytorch_model.bin")
-    )
+    others = write(tmp_path / "text", "config.json", "adapter_model.safetensors", "onnx/pytorch_model.bin")
+    hub.add("owner/text", others)
     unknown = f"no such folder here, and no such repository at {hub.endpoint} (a private one needs HF_TOKEN)"
     no_weights = "the repository has no model.safetensors or pytorch_model.bin, whole or in shards"
     no_id = "neither a folder or file here nor a Hub id (owner/name or owner/name:file)"

@@ -1,0 +1,44 @@
+"""The real server on GPUs, behind Triton: fp32 text against Hugging Face, a refusal, a signal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, GPT2LMHeadModel
+
+from tests.e2e.test_server import MODEL, TEXTS, flags_of
+from tests.launch import serving
+from tests.test_engine import hf_greedy
+
+NUM_GPUS = 4
+pytestmark = pytest.mark.skipif(NUM_GPUS == 0, reason="no GPU here")
+GRIDS = [(1, 1), (2, 1), (2, 2)]
+
+
+@pytest.mark.parametrize(("tp", "pp"), GRIDS, ids=[f"tp{tp}-pp{pp}" for tp, pp in GRIDS])
+def test_server_answers_refuses_and_drains(
+    tp: int, pp: int, gpt2_source: tuple[Path, GPT2LMHeadModel], converted: Callable[[int], Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("pytriton")
+    if tp * pp > NUM_GPUS:
+        pytest.skip(f"{tp * pp} GPUs needed, {NUM_GPUS} here")
+    folder, model = gpt2_source
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    flags = [*flags_of(converted(tp), tp), "--pp", str(pp), "--device", "cpu", "--data-type", "fp32"]
+    with serving(tp * pp, tmp_path / "log", *flags) as server:
+        line = next(line for line in server.text.splitlines() if "ready:" in line)
+        print(line, flush=True)
+        assert f"tp {tp} × pp {pp}, float32 on cpu" in line
+        done = server.client("--model-name", MODEL, "--output-len", "64", "--json", "--prompts", *TEXTS)
+        assert done.returncode == 0, done.stderr
+        for text, answer in zip(TEXTS, done.stdout.splitlines(), strict=True):
+            prompt_ids = tokenizer.encode(text)
+            assert json.loads(answer)["output_ids"] == [prompt_ids + hf_greedy(model, prompt_ids, 64)]
+        refused = server.client("--model-name", MODEL, "--prompts", "x", "--top-k", "304")
+        assert refused.returncode == 1
+        assert refused.stderr.splitlines()[-1] == "client.py: runtime_top_k is 304; the vocabulary has 303 tokens"
+        assert server.stop() == 0, server.text
