@@ -26,8 +26,8 @@ _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "
 _PMIX_LIBRARIES = ("/usr/lib/*/pmix2/lib/libpmix.so", "/usr/lib/*/libpmix.so", "/usr/lib*/libpmix.so")
 _CALL_TIMEOUT_S = 20.0
 _STOP_TIMEOUT_S = 5.0
-# proctrack/pgid signals ranks but not what runs in a session of its own, as proctrack/cgroup (the rule in production)
-# does; proctrack/linuxproc would signal tritonserver too.
+# proctrack/linuxproc signals all that a rank started, tritonserver too; proctrack/cgroup, the rule on real clusters and
+# out of reach in most containers, signals ranks only. What drains here drains there.
 _CONFIG = """\
 ClusterName=lab
 SlurmctldHost=localhost(127.0.0.1)
@@ -43,7 +43,7 @@ SlurmdSpoolDir={folder}/run/spool.%n
 TmpFS={folder}/run/tmp.%n
 SlurmctldLogFile={folder}/log/slurmctld.log
 SlurmdLogFile={folder}/log/slurmd.%n.log
-ProctrackType=proctrack/pgid
+ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
