@@ -5,7 +5,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 
 NP ?= 2
-ARGS ?= --hf-model-name models/stories --tp $(NP)
+ARGS ?=
 HTTP_PORT ?= 8000
 GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
@@ -41,7 +41,7 @@ demo: install  ## serve the model in models/ on 2 ranks, ask it for two stories,
 
 serve: install  ## serve and stay: make serve NP=4 ARGS="--hf-model-name gpt2 --tp 2 --pp 2"
 	@$(ENV)
-	exec $(MPIRUN) -n $(NP) ./server.py $(PORTS) $(ARGS)
+	exec $(MPIRUN) -n $(NP) ./server.py --hf-model-name models/stories --tp $(NP) $(PORTS) $(ARGS)
 
 test:  ## lint, then all tests that this machine can run
 	@./install.sh --dev

@@ -35,7 +35,7 @@ _PARAMETERS = {
 
 
 def main() -> int:
-    """Parse flags, ask, print; returns the exit code."""
+    """Parse flags, ask, print; returns the exit code (130 for Ctrl-C)."""
     flags = parse_flags()
     warnings.filterwarnings("ignore", module="pytriton")  # of its own defaults, which are no user's business
     from pytriton.client import ModelClient
@@ -58,8 +58,13 @@ def main() -> int:
             return 3
         _complain(f"no answer within {flags.inference_timeout_s:g} s ({_sentence(error)})")
         return 1
+    except KeyboardInterrupt:
+        return 130
     except PyTritonClientError as error:
         _complain(_sentence(error))
+        return 1
+    except Exception as error:  # of the HTTP and gRPC libraries, where the server goes away
+        _complain(f"the connection to {flags.url} broke ({type(error).__name__}: {_sentence(error)})")
         return 1
     finally:
         if client is not None:
@@ -84,7 +89,9 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
         "--top-k", type=_number(int, 0, _UINT32), help="sample from the k likeliest; server's default: 0"
     )
     parser.add_argument("--top-p", type=_number(float, 0), help="sample from this share of the probability mass")
-    parser.add_argument("--temperature", type=_number(float, 0), help="divides the logits; server's default: 1")
+    parser.add_argument(
+        "--temperature", type=_number(float, 0), help="divides the logits where --top-k or --top-p sample; 1"
+    )
     parser.add_argument(
         "--random-seed", type=_number(int, 0, 2**64 - 1), help="same seed, same text; server's default: 0"
     )

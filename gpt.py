@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from pytriton.model_config import Tensor
 
-from engine.request import Request, SamplingParams, Update
+from engine.request import SHUTDOWN, Request, SamplingParams, Update
 from helpers import one_line
 
 _LOG = logging.getLogger("gpt")
@@ -64,7 +64,7 @@ class GPTModel:
     tokenizer: of transformers; end_id: the token that ends a text; vocab_size: of the model.
     """
 
-    def __init__(self, submit: Callable[[Request], None], tokenizer: Any, end_id: int, vocab_size: int) -> None:
+    def __init__(self, submit: Callable[..., None], tokenizer: Any, end_id: int, vocab_size: int) -> None:
         self.submit = submit
         self.tokenizer = tokenizer
         self.end_id = end_id
@@ -93,10 +93,9 @@ class GPTModel:
             Request(prompt_ids, sampling, self.end_id, waiter.on_update)
             for (prompt_ids, sampling), waiter in zip(parsed, waiting, strict=True)
         ]
-        for request in requests:
-            self.submit(request)
+        self.submit(*requests)
         for reason in await asyncio.gather(*(waiter.finished for waiter in waiting)):
-            if reason == "shutdown":
+            if reason == SHUTDOWN:
                 raise BadRequest("the server stopped before the request was finished")
         return self._arrays(requests)
 

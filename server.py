@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -27,7 +28,7 @@ from convert import ProgressLine, convert, verify
 from engine.comm import World
 from engine.config import EngineConfig, ModelConfig, ParallelConfig, add_flags, flag, from_flags
 from engine.engine import Engine, follow
-from engine.startup import Choice, choose, load, make_engine
+from engine.startup import Choice, choose, connect, load, make_engine
 from engine.watchdog import Watchdog
 from helpers import find_checkpoint, model_key, one_line, setup_logging
 from serving.frontend import TritonFlags, TritonFrontend
@@ -36,6 +37,7 @@ _LOG = logging.getLogger("server")
 _PROGRESS_INTERVAL_S = 2.0
 # mpirun kills its ranks 0.3 to 1 s after its own SIGTERM or SIGINT, but forwards SIGUSR1 and leaves them alone.
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_WAY_OUT_S = 60.0  # from the last step to the end of the process: Triton's own drain takes up to half of it
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class ModelFlags:
         os.path.join(os.environ.get("FT_REPO_DIR", ""), "build/lib/libth_transformer.so"),
         "FasterTransformer's library, ${FT_REPO_DIR}/build/lib/libth_transformer.so",
     )
+    verify_checksums: bool = flag(False, "compare the weight files with their checksums first (about 2 GB/s)")
     verbose: bool = flag(False, "log more, tracebacks and Triton's own log included")
 
     @property
@@ -78,6 +81,7 @@ def main() -> int:
     """Run one rank; returns its exit code."""
     started = time.monotonic()
     model_flags, engine_config, triton_flags = parse_flags()
+    _on_signals(_end_start_up)
     world = World()
     setup_logging(model_flags.verbose, world.rank, world.size)
     try:
@@ -113,19 +117,26 @@ def _serve(
 ) -> int:
     """Start up together, then run rank 0's loop or follow it. Start-up errors end all ranks with code 1."""
     start = _Start(model_flags, engine_config, triton_flags, world)
-    for stage in (start.check, start.find_weights, start.choose, start.load, start.prepare):
+    meetings = (start.connect, start.prepare)  # an error in one must end the others, which wait for this rank
+    for stage in (start.check, start.find_weights, start.choose, start.connect, start.load, start.prepare):
         error = _attempt(stage, model_flags.verbose)
-        if world.size > 1 and stage != start.check:
+        if error is not None and stage in meetings and world.size > 1:
+            _LOG.error("%s", error)
+            world.abort()
+        if stage not in (start.check, *meetings):
             error = world.agree(error)
         if error is not None:
             if world.rank == 0:
                 _LOG.error("%s", error)
             return 1
-    if world.rank > 0:
-        _ignore_first_signal()
-        follow(world, start.executor, Watchdog(), engine_config.step_timeout_s)
-        return 0
-    return _lead(start, triton_flags, started)
+    if world.rank == 0:
+        return _lead(start, triton_flags, started)
+    _on_signals(_SecondSignal(lambda number: None))  # this rank ends when rank 0 says so
+    watchdog = Watchdog()
+    follow(world, start.executor, watchdog, engine_config.step_timeout_s)
+    watchdog.allow(_WAY_OUT_S, "the other ranks do not end")
+    start.close()
+    return 0
 
 
 def _attempt(stage: Any, verbose: bool) -> str | None:
@@ -158,13 +169,13 @@ class _Start:
         size = ParallelConfig(flags.tp, flags.pp).world_size
         self.world.check_size(size, f"mpirun -n {size} {shlex.join(sys.argv)}")
         self.parallel = ParallelConfig(flags.tp, flags.pp, self.world.rank)
-        self.triton_name = flags.triton_name
 
     def find_weights(self) -> None:
         """Rank 0 downloads and converts; the others sleep until it says where the weights are."""
         if self.world.rank == 0:
             folder = None
             try:
+                self.triton_name = self.flags.triton_name
                 self.triton_flags.check_free()
                 folder = self._converted_folder()
             finally:
@@ -191,7 +202,7 @@ class _Start:
         flags = self.flags
         source = find_checkpoint(flags.hf_model_name, flags.revision or None)
         if (source / "config.ini").is_file():
-            verify(source)
+            verify(source, checksums=flags.verify_checksums)
             return source.resolve()
         output_dir = Path(flags.output_dir).expanduser().resolve() / model_key(flags.hf_model_name)
         started = time.monotonic()
@@ -204,6 +215,8 @@ class _Start:
             revision=flags.revision or None,
             progress=ProgressLine(),
         )
+        if flags.verify_checksums:
+            verify(folder, checksums=True)
         _LOG.info("weights are in %s after %.1f s", folder, time.monotonic() - started)
         return folder
 
@@ -213,6 +226,10 @@ class _Start:
         if self.world.rank == 0:
             self.tokenizer = _load_tokenizer(self.folder)
 
+    def connect(self) -> None:
+        """Join the ranks' groups."""
+        self.comm = connect(self.world, self.parallel, self.choice)
+
     def load(self) -> None:
         """This rank's shards."""
         self.executor = load(
@@ -221,6 +238,7 @@ class _Start:
             self.engine_config,
             self.parallel,
             self.world,
+            self.comm,
             self.choice,
             self.lib_path,
             _LoadProgress(),
@@ -229,6 +247,11 @@ class _Start:
     def prepare(self) -> None:
         """What the ranks do together once all have loaded."""
         self.executor.prepare()
+
+    def close(self) -> None:
+        """Leave the groups."""
+        if self.comm is not None:
+            self.comm.close()
 
 
 class _LoadProgress:
@@ -269,7 +292,7 @@ def _lead(start: _Start, triton_flags: TritonFlags, started: float) -> int:
     try:
         frontend.start(start.triton_name, model.infer, INPUTS, OUTPUTS)
         engine.warm_up(start.model_config.end_id)
-        _stop_on_signal(engine, frontend, triton_flags.drain_timeout)
+        _on_signals(_SecondSignal(lambda number: _drain(number, engine, triton_flags.drain_timeout), frontend.kill))
         threading.Thread(target=_watch_triton, args=(frontend, engine, is_over, failures), daemon=True).start()
         _log_ready(start, frontend, time.monotonic() - started)
         engine.run()
@@ -278,7 +301,9 @@ def _lead(start: _Start, triton_flags: TritonFlags, started: float) -> int:
         raise
     finally:
         is_over.set()
+    watchdog.allow(_WAY_OUT_S, "Triton or another rank does not end")
     frontend.stop()
+    start.close()
     for failure in failures:
         _LOG.error("%s", failure)
     return 1 if failures else 0
@@ -302,42 +327,43 @@ def _log_ready(start: _Start, frontend: TritonFrontend, seconds: float) -> None:
 
 def _watch_triton(frontend: TritonFrontend, engine: Engine, is_over: threading.Event, failures: list[str]) -> None:
     while not is_over.wait(1.0):
-        if not frontend.is_alive():
+        if not frontend.is_alive() and not is_over.is_set():
             failures.append("Triton Inference Server ended by itself; ending the job")
             engine.stop(0.0)
             return
 
 
-def _stop_on_signal(engine: Engine, frontend: TritonFrontend, drain_timeout: float) -> None:
-    """The first signal drains, the second ends at once."""
-    num_signals = 0
+def _on_signals(handle: Callable[[int, FrameType | None], None]) -> None:
+    for number in _STOP_SIGNALS:
+        signal.signal(number, handle)
 
-    def handle(number: int, _frame: FrameType | None) -> None:
-        nonlocal num_signals
-        num_signals += 1
-        if num_signals == 1:
-            _LOG.info("%s: finishing what is in flight (at most %g s)", signal.Signals(number).name, drain_timeout)
-            engine.stop(drain_timeout)
+
+def _end_start_up(number: int, _frame: FrameType | None) -> None:
+    """Before anything is served there is nothing to finish; the launcher ends the other ranks."""
+    print(f"server.py: {signal.Signals(number).name} during start-up; ending the job", file=sys.stderr, flush=True)
+    os._exit(128 + number)
+
+
+class _SecondSignal:
+    """Calls `first` for the first signal; the second ends the process at once, after `before_exit`."""
+
+    def __init__(self, first: Callable[[int], None], before_exit: Callable[[], None] = lambda: None) -> None:
+        self.first = first
+        self.before_exit = before_exit
+        self.num_signals = 0
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        self.num_signals += 1
+        if self.num_signals == 1:
+            self.first(number)
         else:
-            frontend.kill()
+            self.before_exit()
             os._exit(1)
 
-    for number in _STOP_SIGNALS:
-        signal.signal(number, handle)
 
-
-def _ignore_first_signal() -> None:
-    """Other ranks end when rank 0 says so; a second signal ends them at once."""
-    num_signals = 0
-
-    def handle(_number: int, _frame: FrameType | None) -> None:
-        nonlocal num_signals
-        num_signals += 1
-        if num_signals > 1:
-            os._exit(1)
-
-    for number in _STOP_SIGNALS:
-        signal.signal(number, handle)
+def _drain(number: int, engine: Engine, drain_timeout: float) -> None:
+    _LOG.info("%s: finishing what is in flight (at most %g s)", signal.Signals(number).name, drain_timeout)
+    engine.stop(drain_timeout)
 
 
 if __name__ == "__main__":

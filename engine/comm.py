@@ -23,7 +23,7 @@ from mpi4py import MPI  # noqa: E402 - initializes MPI, which reads the variable
 
 from engine.config import ParallelConfig  # noqa: E402
 
-_HEADER_BYTES = 4096  # a plan of some hundred decode chunks fits: one broadcast a step
+_HEADER_BYTES = 3584  # a plan of some hundred decode chunks fits, below the size that MPI sends without waiting
 _LENGTH_BYTES = 8
 _YIELD_S = 0.002  # how long a waiting rank only yields its core before it starts to sleep
 _SLEEP_SHARE = 0.01  # a sleep lasts this share of the wait so far, so it delays what comes by no more
@@ -159,6 +159,7 @@ class Comm:
         return value if self.parallel.world_size == 1 else MPI.COMM_WORLD.allreduce(value, op=MPI.MIN)
 
     def close(self) -> None:
+        """Leave the groups; every rank does, once nothing more is computed."""
         if isinstance(self._backend, _NcclBackend):
             self._backend.close()
 
@@ -202,7 +203,7 @@ class _NcclBackend:
         world = MPI.COMM_WORLD
         store = None
         if parallel.rank == 0:
-            host = "127.0.0.1" if is_one_node else socket.gethostbyname(socket.gethostname())
+            host = "127.0.0.1" if is_one_node else socket.gethostname()  # a name: each node resolves it for itself
             store = dist.TCPStore(host, 0, parallel.world_size, is_master=True, wait_for_workers=False)
             world.bcast((host, store.port), root=0)
         else:

@@ -240,7 +240,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, title: str) -> None:
             group.add_argument(*names, type=types[spec.name], default=spec.default, help=text, **metadata)
 
 
-def from_flags(cls: type, flags: argparse.Namespace, **more: typing.Any) -> typing.Any:
-    """Make a dataclass from parsed flags; `more` gives the fields that are no flags."""
+def from_flags(cls: type, flags: argparse.Namespace) -> typing.Any:
+    """Make a dataclass from parsed flags."""
     names = [spec.name for spec in dataclasses.fields(cls) if spec.metadata]
-    return cls(**{name: getattr(flags, name) for name in names}, **more)
+    return cls(**{name: getattr(flags, name) for name in names})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import math
 import queue
 import threading
 import time
@@ -74,13 +75,15 @@ class Engine:
         self._stop_at: float | None = None
         self._is_warm = False
 
-    def submit(self, request: Request) -> None:
-        """Queue a request; its `on_update` hears of the rest. Raises ValueError if it could never run."""
-        self.scheduler.check(request)
+    def submit(self, *requests: Request) -> None:
+        """Queue requests, whose `on_update` hears of the rest; none where one raises ValueError: it could never run."""
+        for request in requests:
+            self.scheduler.check(request)
         with self._submit_lock:  # what is in the inbox when a stop comes is still answered; nothing comes after it
             if self._stop_at is not None:
                 raise ValueError("the server is stopping and takes no new requests")
-            self._inbox.put(request)
+            for request in requests:
+                self._inbox.put(request)
 
     def warm_up(self, end_id: int) -> None:
         """Run a request of two tokens, so that the first user does not pay for what is done once."""
@@ -92,7 +95,7 @@ class Engine:
     def stop(self, drain_timeout_s: float) -> None:
         """Let `run` return once all that was submitted has ended, or after `drain_timeout_s` without it."""
         with self._submit_lock:
-            self._stop_at = time.monotonic() + drain_timeout_s
+            self._stop_at = min(self._stop_at or math.inf, time.monotonic() + drain_timeout_s)
             self._inbox.put(None)  # wakes the loop
 
     def run(self) -> None:
@@ -104,7 +107,8 @@ class Engine:
         self.scheduler.abort_all()
         while self._launched:
             self._commit()
-        self.world.send(Control.STOP)
+        with self.watchdog.limit(self.step_timeout_s, "a rank does not answer"):
+            self.world.send(Control.STOP)
 
     def step(self) -> bool:
         """One step of the whole job; returns whether there is more to do."""
@@ -127,7 +131,7 @@ class Engine:
 
     def _limit(self, num_steps: int) -> Any:
         seconds = step_limit_s(self.step_timeout_s, num_steps, self._is_warm)
-        return self.watchdog.limit(seconds, f"a step took longer than {seconds:.0f} s: a rank hangs")
+        return self.watchdog.limit(seconds, _hang(seconds))
 
     def _take_inbox(self) -> None:
         while not self._inbox.empty():
@@ -141,7 +145,9 @@ class Engine:
         try:
             self._take(self._inbox.get(timeout=self.step_timeout_s / _HEARTBEATS_PER_TIMEOUT))
         except queue.Empty:
-            with self.watchdog.limit(self.step_timeout_s, "a rank does not answer"):
+            # The wait before it counts: a rank that hangs is noticed within step_timeout_s.
+            limit_s = self.step_timeout_s * (1 - 1 / _HEARTBEATS_PER_TIMEOUT)
+            with self.watchdog.limit(limit_s, "a rank does not answer"):
                 self.world.send(Control.HEARTBEAT)
                 self.world.barrier()
 
@@ -160,7 +166,7 @@ def follow(world: World, executor: Executor, watchdog: Watchdog, step_timeout_s:
         if plan is Control.STOP:
             return
         seconds = step_limit_s(step_timeout_s, getattr(plan, "num_steps", 1), is_warm)
-        with watchdog.limit(seconds, f"a step took longer than {seconds:.0f} s: a rank hangs"):
+        with watchdog.limit(seconds, _hang(seconds)):
             if plan is Control.HEARTBEAT:
                 world.barrier()
             else:
@@ -171,3 +177,7 @@ def follow(world: World, executor: Executor, watchdog: Watchdog, step_timeout_s:
 def step_limit_s(step_timeout_s: float, num_steps: int, is_warm: bool) -> float:
     """The watchdog's limit for a plan of `num_steps` forward passes: one second more for each further one."""
     return step_timeout_s + (num_steps - 1) + (0.0 if is_warm else _WARM_UP_S)
+
+
+def _hang(seconds: float) -> str:
+    return f"a step took longer than {seconds:.0f} s: a rank hangs (or --step-timeout-s is too short for this model)"

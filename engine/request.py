@@ -41,7 +41,8 @@ class SamplingParams:
 
 def _check(name: str, value: float, ok: bool, limit: str) -> None:
     if not ok:
-        raise ValueError(f"{name} is {value}; it must be {limit}")
+        shown = f"{value:g}" if isinstance(value, float) else value  # fp32 on the wire: 1.2, not 1.2000000476837158
+        raise ValueError(f"{name} is {shown}; it must be {limit}")
 
 
 @dataclass

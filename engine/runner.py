@@ -5,7 +5,9 @@ It knows slots, tokens and blocks from the plans it is given, and never the sche
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +23,9 @@ from engine.weights import TORCH_DTYPES, ShardReader
 
 if TYPE_CHECKING:
     from engine.scheduler import Plan
+
+
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 class StepResult:
@@ -150,6 +155,9 @@ def _memory_left(device: torch.device, local_size: int) -> int:
         return torch.cuda.mem_get_info(device)[0]
     with open("/proc/meminfo") as file:
         available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    with contextlib.suppress(OSError, ValueError):  # a container's own limit, where it has one
+        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        available = min(available, max(0, limit - used))
     return available // 2 // local_size
 
 

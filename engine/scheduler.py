@@ -103,10 +103,6 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self._running)
 
-    @property
-    def num_running(self) -> int:
-        return len(self._running)
-
     def check(self, request: Request) -> None:
         """Raise ValueError for a request that could never run. May be called from any thread."""
         check_length(request, self.max_seq_len, "the longest sequence served")

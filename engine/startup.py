@@ -19,6 +19,9 @@ from engine.static import StaticScheduler
 from engine.watchdog import Watchdog
 from engine.weights import ShardReader
 
+# Head sizes that FasterTransformer's decoder attention is built for (decoder_masked_multihead_attention.cu).
+_FT_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 144, 160, 192, 224, 256)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -39,6 +42,9 @@ def choose(engine_config: EngineConfig, model_config: ModelConfig, lib_path: Pat
         missing = _why_not_fastertransformer(model_config, lib_path, device)
         engine = "torch" if missing else "fastertransformer"
         reason = missing or f"{lib_path} is there"
+    positions = model_config.max_pos_seq_len
+    if model_config.has_positional_encoding and engine_config.max_seq_len > positions:
+        raise ValueError(f"max_seq_len is {engine_config.max_seq_len}; the model has {positions} positions")
     if engine == "torch":
         check_supported(model_config)
         if engine_config.int8_mode:
@@ -48,12 +54,20 @@ def choose(engine_config: EngineConfig, model_config: ModelConfig, lib_path: Pat
     return Choice(engine, reason, device, dtype)
 
 
+def connect(world: World, parallel: ParallelConfig, choice: Choice) -> Comm | None:
+    """Join the tp and pp groups: all ranks meet here. None for FasterTransformer's op, which does so by itself."""
+    if choice.device.type == "cuda":
+        torch.cuda.set_device(choice.device)
+    return Comm(world, parallel, choice.device) if choice.engine == "torch" else None
+
+
 def load(
     folder: Path,
     model_config: ModelConfig,
     engine_config: EngineConfig,
     parallel: ParallelConfig,
     world: World,
+    comm: Comm | None,
     choice: Choice,
     lib_path: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -63,17 +77,14 @@ def load(
     Raises ValueError or RuntimeError where that fails, which may be on one rank only: the ranks must agree that all
     went well before they meet in the executor's `prepare`.
     """
-    if choice.device.type == "cuda":
-        torch.cuda.set_device(choice.device)
-    else:
+    if choice.device.type == "cpu":
         torch.set_num_threads(claim_cores(world.local_size))
-    if choice.engine == "fastertransformer":
+    if comm is None:
         from engine.fastertransformer import FasterTransformerExecutor
 
         return FasterTransformerExecutor(
             folder, model_config, engine_config, parallel, choice.device, choice.dtype, lib_path, progress
         )
-    comm = Comm(world, parallel, choice.device)
     reader = ShardReader(folder, model_config, parallel.tp_rank, choice.dtype)
     counter = _Counter(GPT.num_load_steps(model_config, comm), progress)
     return TorchExecutor(reader, engine_config, comm, choice.device, world.local_size, counter)
@@ -110,14 +121,18 @@ class _Counter:
 
 
 def claim_cores(local_size: int) -> int:
-    """The number of threads for this rank: the node's cores over its ranks.
+    """The number of threads for this rank: OMP_NUM_THREADS, else its share of the cores that the node's ranks may use.
 
-    mpirun binds each rank to one core where there are few ranks, which would leave the others idle and put
-    Triton on the same core; a rank with less than its share lifts that.
+    mpirun binds each rank to one core where there are few ranks, which would leave the others idle and put Triton on
+    the same core; that binding is lifted. What taskset, numactl or Slurm set is the user's wish and stays.
     """
+    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        return int(os.environ["OMP_NUM_THREADS"])
+    is_bound_by_mpirun = "OMPI_COMM_WORLD_SIZE" in os.environ and "SLURM_JOB_ID" not in os.environ
     share = max(1, (os.cpu_count() or 1) // local_size)
-    if len(os.sched_getaffinity(0)) < share:
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    if is_bound_by_mpirun and len(os.sched_getaffinity(0)) < share:
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))  # the kernel keeps what the container allows
+        return max(1, len(os.sched_getaffinity(0)) // local_size)
     return max(1, min(share, len(os.sched_getaffinity(0))))
 
 
@@ -139,4 +154,6 @@ def _why_not_fastertransformer(config: ModelConfig, lib_path: Path, device: torc
         return f"no FasterTransformer library at {lib_path}"
     if device.type != "cuda":
         return "FasterTransformer needs a GPU"
+    if config.size_per_head not in _FT_HEAD_SIZES:
+        return f"FasterTransformer has no kernel for size_per_head {config.size_per_head}"
     return None

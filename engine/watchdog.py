@@ -36,6 +36,11 @@ class Watchdog:
         finally:
             self._deadline = float("inf")
 
+    def allow(self, seconds: float, message: str) -> None:
+        """From now on the process has `seconds`, for the way out: nothing lifts this but another call or `limit`."""
+        self._message = message
+        self._deadline = time.monotonic() + seconds
+
     def _watch(self) -> None:
         while True:
             time.sleep(_CHECK_INTERVAL_S)

@@ -7,6 +7,7 @@ little-endian arrays without headers, every linear stored [in, out].
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,9 +119,7 @@ class ShardReader:
         """This rank's shard in the file's dtype, memory-mapped, read-only by convention."""
         path = self.folder / spec.file_name(self.tp_rank)
         shape = spec.shard_shape(self.config.tensor_para_size)
-        count = 1
-        for size in shape:
-            count *= size
+        count = math.prod(shape)
         expected = count * self.file_dtype.itemsize
         try:
             actual = path.stat().st_size

@@ -124,6 +124,10 @@ class TritonFrontend:
         if command is not None:
             with contextlib.suppress(OSError):
                 os.kill(command.pid, signal.SIGKILL)
+        workspace = getattr(self._triton, "_workspace", None)
+        if workspace is not None:  # a copy of tritonserver, 22 MB
+            with contextlib.suppress(OSError):
+                workspace.clean()
 
 
 def _prepare_environment() -> None:

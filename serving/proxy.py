@@ -51,7 +51,9 @@ class InFlightResponsesHandler(DecoupledResponsesHandler):
                     responses_queue.task_done()
         finally:
             if responses is None:
-                responses = [pb_utils.InferenceResponse(error=pb_utils.TritonError(error)) for _ in senders]
+                is_users = error.startswith("BadRequest: ")  # gpt.py's class: HTTP 400; the rest stays 500
+                code = pb_utils.TritonError.INVALID_ARG if is_users else pb_utils.TritonError.INTERNAL
+                responses = [pb_utils.InferenceResponse(error=pb_utils.TritonError(error, code)) for _ in senders]
             for sender, response in zip(senders, responses):
                 await loop.run_in_executor(
                     None, sender.send, response, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL

@@ -92,16 +92,16 @@ class Cluster:
             command, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=check
         )
 
-    def job(self, job_id: int) -> dict[str, str]:
-        """The job's fields as `scontrol show job` has them: JobState, ExitCode, NodeList and so on."""
-        words = self.call("scontrol", "--oneliner", "show", "job", str(job_id)).split()
+    def fields(self, kind: str, name: str) -> dict[str, str]:
+        """What `scontrol show` has of a job or step: JobState, ExitCode, NodeList and so on."""
+        words = self.call("scontrol", "--oneliner", "show", kind, name).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait_end(self, job_id: int, timeout_s: float) -> dict[str, str]:
         """The job's fields once it is over and its processes are gone."""
         deadline = time.monotonic() + timeout_s
         while True:
-            job = self.job(job_id)
+            job = self.fields("job", str(job_id))
             if job["JobState"] not in ("PENDING", "RUNNING", "COMPLETING") and not self.processes(job_id):
                 return job
             assert time.monotonic() < deadline, f"job {job_id} is {job['JobState']} after {timeout_s} s"
@@ -143,9 +143,8 @@ def _configure(folder: Path, kill_wait: int) -> None:
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o600)
-    # Slurm wants a device file for each GPU, complains when these are none, and takes them all the same.
-    for number in range(8):
-        (folder / f"gpu{number}").touch()
+    for number in range(8):  # a GPU is a device file whose name has its number
+        (folder / f"gpu{number}").symlink_to("/dev/null")
     (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-7]\n")
     (folder / "slurm.conf").write_text(_CONFIG.format(folder=folder, ports=free_ports(3), kill_wait=kill_wait))
 

@@ -17,7 +17,7 @@ from engine.comm import World
 from engine.config import EngineConfig, ModelConfig, ParallelConfig
 from engine.engine import Engine
 from engine.request import Request, SamplingParams
-from engine.startup import choose, load
+from engine.startup import choose, connect, load
 from engine.watchdog import Watchdog
 from tests.launch import ROOT, mpirun
 
@@ -43,7 +43,16 @@ def make_engine(folder: Path, **limits: object) -> Engine:
     config = ModelConfig.read(folder / "config.ini")
     settings = EngineConfig(device="cpu", **limits)
     choice = choose(settings, config, Path("none"), 0)
-    executor = load(folder, config, settings, ParallelConfig(), world, choice, Path("none"))
+    executor = load(
+        folder,
+        config,
+        settings,
+        ParallelConfig(),
+        world,
+        connect(world, ParallelConfig(), choice),
+        choice,
+        Path("none"),
+    )
     executor.prepare()
     return startup.make_engine(executor, config, settings, world, Watchdog())
 
@@ -93,6 +102,14 @@ def test_the_last_position_of_the_model_can_be_reached(
     assert finish(engine, [request(prompt_ids, SamplingParams(room))]) == [hf_greedy(gpt2_source[1], prompt_ids, room)]
     with pytest.raises(ValueError, match=f"request_output_len is {room + 1}; .* that is 257, .* is 256 tokens"):
         engine.submit(request(prompt_ids, SamplingParams(room + 1)))
+
+
+def test_requests_are_submitted_all_or_none(engine: Engine) -> None:
+    fits, too_long = request([1], SamplingParams(4)), request([1], SamplingParams(400))
+    with pytest.raises(ValueError, match="request_output_len is 400"):
+        engine.submit(fits, too_long)
+    assert not engine.step()
+    assert fits.output_ids == []
 
 
 SEEDED = [

@@ -29,14 +29,15 @@ class LetterTokenizer:
         return "".join("abcdefghijk"[i] for i in token_ids)
 
 
-def counting_engine(request: Request) -> None:
+def counting_engine(*requests: Request) -> None:
     """Answers from another thread with 0, 1, 2 …; a prompt that begins with b ends early."""
 
     def work() -> None:
-        while not request.is_finished:
-            count = len(request.output_ids)
-            request.append(END if request.prompt_ids[0] == 1 and count == 1 else count)
-            request.publish(request.output_ids[-1:])
+        for request in requests:
+            while not request.is_finished:
+                count = len(request.output_ids)
+                request.append(END if request.prompt_ids[0] == 1 and count == 1 else count)
+                request.publish(request.output_ids[-1:])
 
     threading.Thread(target=work).start()
 
@@ -70,9 +71,9 @@ def test_short_rows_are_padded_with_end_id() -> None:
 def test_parameters_reach_their_own_request() -> None:
     seen: list[Request] = []
 
-    def submit(request: Request) -> None:
-        seen.append(request)
-        counting_engine(request)
+    def submit(*requests: Request) -> None:
+        seen.extend(requests)
+        counting_engine(*requests)
 
     infer(
         good(
@@ -88,7 +89,7 @@ def test_parameters_reach_their_own_request() -> None:
 
 
 def test_nothing_runs_where_one_row_is_wrong() -> None:
-    def submit(request: Request) -> None:
+    def submit(*requests: Request) -> None:
         raise AssertionError("submitted")
 
     with pytest.raises(BadRequest, match=r"^request_output_len is 0; it must be at least 1$"):
@@ -128,7 +129,7 @@ def test_what_pytriton_would_send_of_an_error_is_the_sentence() -> None:
 
 
 def test_a_defect_is_one_sentence_too(caplog: pytest.LogCaptureFixture) -> None:
-    def submit(request: Request) -> None:
+    def submit(*requests: Request) -> None:
         raise KeyError("slot")
 
     with pytest.raises(InternalError, match="^internal error: 'slot'$"):

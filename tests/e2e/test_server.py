@@ -133,7 +133,7 @@ BAD_REQUESTS = {
     ),
     "top_p 1.5": ({"runtime_top_p": ("FP32", [1.5])}, "runtime_top_p is 1.5; it must be between 0 and 1"),
     "top_p negative": ({"runtime_top_p": ("FP32", [-0.5])}, "runtime_top_p is -0.5; it must be between 0 and 1"),
-    "temperature negative": ({"temperature": ("FP32", [-1.0])}, "temperature is -1.0; it must be 0 or more"),
+    "temperature negative": ({"temperature": ("FP32", [-1.0])}, "temperature is -1; it must be 0 or more"),
     "fewer values than prompts": (
         {"prompts": ("BYTES", ["x", "y"]), "request_output_len": ("UINT32", [4, 4]), "temperature": ("FP32", [1.0])},
         None,  # Triton's own words: it checks batch sizes itself
@@ -149,7 +149,7 @@ def test_bad_request_gets_one_sentence(server: Server, case: str) -> None:
     changes, expected = BAD_REQUESTS[case]
     inputs = [tensor(name, *value) for name, value in {**GOOD, **changes}.items() if value is not None]
     status, answer = server.infer(MODEL, inputs)
-    assert status in (400, 500)
+    assert status == 400 or expected is None
     text = sentence(answer)
     assert text, answer
     assert "Traceback" not in text and "site-packages" not in text
@@ -267,7 +267,7 @@ def test_a_death_ends_the_job_and_answers_the_client(
         assert code != 0
         assert time.monotonic() - started < 30
         if victim == "a rank hangs":
-            assert "a step took longer than 5 s: a rank hangs; ending the job" in server.text
+            assert "a step took longer than 5 s: a rank hangs (or --step-timeout-s is too short" in server.text
         deadline = time.monotonic() + 15
         while any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family):
             assert time.monotonic() < deadline, [p for p in family if p.is_running()]
@@ -302,6 +302,7 @@ def test_wrong_world_size_says_the_right_command(converted: Callable[[int], Path
             ["--pp", "2", "--model-name", "a b"],
             "model_name is 'a b'; it may have letters, digits, '_', '.' and '-' only",
         ),
+        (["--max-seq-len", "257"], "max_seq_len is 257; the model has 256 positions"),
         (["--data-type", "fp16"], "data_type is fp16; on a CPU it must be fp32 or bf16"),
         (["--device", "cuda"], "device is cuda, and torch sees no GPU"),
         (["--engine", "fastertransformer"], "and there is no such file"),

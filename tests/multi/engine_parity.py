@@ -19,7 +19,7 @@ from engine.engine import Engine, follow
 from engine.request import Request, SamplingParams
 from engine.runner import TorchExecutor
 from engine.scheduler import Admission, Chunk, Plan
-from engine.startup import choose, load, make_engine
+from engine.startup import choose, connect, load, make_engine
 from engine.watchdog import Watchdog
 
 
@@ -49,7 +49,9 @@ def main() -> None:
     )
     model_config = ModelConfig.read(flags.folder / "config.ini")
     choice = choose(limits, model_config, flags.lib_path, world.local_rank)
-    executor = load(flags.folder, model_config, limits, parallel, world, choice, flags.lib_path)
+    executor = load(
+        flags.folder, model_config, limits, parallel, world, connect(world, parallel, choice), choice, flags.lib_path
+    )
     executor.prepare()
     items = json.loads(flags.requests.read_text())
     if flags.logits is not None:
