@@ -28,16 +28,16 @@ demo: install  ## serve the model in models/ on 2 ranks, ask it for two stories,
 	@$(ENV)
 	$(MPIRUN) -n 2 ./server.py --hf-model-name models/stories --tp 2 $(PORTS) &
 	server=$$!
-	trap 'kill -USR1 $$server 2>/dev/null && wait $$server || true' EXIT
+	stop() { kill -TERM $$(cat /proc/$$server/task/$$server/children) && wait $$server; }
+	trap 'stop 2>/dev/null || true' EXIT
 	./client.py --url http://localhost:$(HTTP_PORT) --model-name stories --init-timeout-s 120 \
 	  --output-len 120 --top-k 40 --temperature 0.8 --random-seed 7 \
 	  --prompts "Once upon a time there was a king who" "The children ran down to the river, and" &
 	client=$$!
 	wait -n $$server $$client || { echo "demo: the server or the client failed"; kill $$client 2>/dev/null || true; exit 1; }
 	wait $$client
-	kill -USR1 $$server
-	wait $$server
 	trap - EXIT
+	stop
 
 serve: install  ## serve and stay: make serve NP=4 ARGS="--hf-model-name gpt2 --tp 2 --pp 2"
 	@$(ENV)

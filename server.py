@@ -312,7 +312,7 @@ def _lead(start: _Start, triton_flags: TritonFlags, started: float) -> int:
 def _log_ready(start: _Start, frontend: TritonFrontend, seconds: float) -> None:
     choice = start.choice
     _LOG.info(
-        "ready: model %s, engine %s (%s), tp %d × pp %d, %s on %s, %s, after %.1f s",
+        "ready: model %s, engine %s (%s), tp %d × pp %d, %s on %s, %s, pid %d, after %.1f s",
         start.triton_name,
         choice.engine,
         choice.reason,
@@ -321,6 +321,7 @@ def _log_ready(start: _Start, frontend: TritonFrontend, seconds: float) -> None:
         str(choice.dtype).removeprefix("torch."),
         choice.device.type,
         " and ".join(frontend.urls),
+        os.getpid(),
         seconds,
     )
 

@@ -64,6 +64,8 @@ PartitionName=p Nodes=n0,n1 Default=YES MaxTime=INFINITE State=UP
 
 def why_not() -> str | None:
     """What this machine lacks to run a cluster, or None."""
+    if not os.environ.get("SLURM_TESTS"):
+        return "set SLURM_TESTS=1 to start a private Slurm of two nodes"
     missing = [program for program in _PROGRAMS if shutil.which(program) is None]
     if missing:
         return f"no {', '.join(missing)}: apt-get install {_PACKAGES}"
@@ -91,6 +93,11 @@ class Cluster:
         return subprocess.run(
             command, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=check
         )
+
+    def submit(self, *arguments: str, cwd: Path) -> int:
+        """sbatch; returns the job's id. It starts in `cwd`."""
+        command = ("sbatch", "--parsable", *arguments)
+        return int(self.run(*command, timeout_s=_CALL_TIMEOUT_S, check=True, cwd=cwd).stdout)
 
     def fields(self, kind: str, name: str) -> dict[str, str]:
         """What `scontrol show` has of a job or step: JobState, ExitCode, NodeList and so on."""

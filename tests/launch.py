@@ -88,8 +88,9 @@ class Server:
         return [int(pid) for pid in children if b"server.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
     def stop(self, number: int = signal.SIGUSR1, timeout_s: float = 60) -> int:
-        """Signal mpirun (SIGUSR1: drain) and return its exit code."""
-        self.process.send_signal(number)
+        """Signal the ranks (mpirun itself does not always pass a signal on) and return mpirun's exit code."""
+        for pid in self.rank_pids:
+            os.kill(pid, number)
         return self.process.wait(timeout_s)
 
     def kill(self) -> None:

@@ -28,13 +28,14 @@ MODEL = "tiny-gpt2"
 TEXTS = ["the rain in", "so many more words than in the other prompt"]
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
 WITHOUT_GPUS = (*TWO_NODES, "--cpus-per-task=1", "--gpus-per-node=0")
-# Both nodes are 127.0.0.1 and share its cores (hence --cpus-per-task=1); on real nodes Open MPI finds its way by itself.
+# Both nodes are 127.0.0.1, with this machine's cores; on real nodes Open MPI finds its way by itself.
 ONE_MACHINE = {
     "OMPI_MCA_pml": "ob1",
     "OMPI_MCA_btl": "self,tcp",
     "OMPI_MCA_btl_tcp_if_include": "lo",
+    "OMP_NUM_THREADS": "1",
 }
-_NUM_ROWS = 16
+NUM_ROWS = 16  # of the request in flight
 NO_PMIX = "2 Slurm tasks, but each is an MPI world of its own: start with srun --mpi=pmix"
 
 
@@ -58,9 +59,8 @@ class JobServer(Server):
         self.log = log
         self.http, self.grpc, self.metrics = free_ports(3)
         ports = ["--http-port", str(self.http), "--grpc-port", str(self.grpc), "--metrics-port", str(self.metrics)]
-        command = ["sbatch", "--parsable", f"--output={log}", *WITHOUT_GPUS, "slurm/serve.sbatch"]
-        command += ["--http-address", "127.0.0.1", *ports, *flags]
-        self.job_id = int(cluster.run(*command, timeout_s=20, check=True, cwd=ROOT).stdout)
+        job = [f"--output={log}", *WITHOUT_GPUS, "slurm/serve.sbatch", "--http-address", "127.0.0.1", *ports, *flags]
+        self.job_id = cluster.submit(*job, cwd=ROOT)
 
     @property
     def text(self) -> str:
@@ -97,7 +97,7 @@ def job_server(cluster: Cluster, tmp_path: Path, folder: Path) -> Iterator[JobSe
         cluster.wait_end(server.job_id, 30)
 
 
-def ask_in_background(server: Server, rows: int = _NUM_ROWS) -> tuple[threading.Thread, list[tuple[float, Any]]]:
+def ask_in_background(server: Server, rows: int = NUM_ROWS) -> tuple[threading.Thread, list[tuple[float, Any]]]:
     """A request that takes a second or more, and a list for when it was answered and the answer or error."""
     inputs = [tensor("prompts", "BYTES", ["word"] * rows), tensor("request_output_len", "UINT32", [250] * rows)]
     answers: list[tuple[float, Any]] = []
@@ -124,8 +124,9 @@ def check_drain(server: JobServer, *scancel: str) -> dict[str, str]:
     thread.join(1)
     answered, answer = answers[0]
     assert answered > signalled
+    assert isinstance(answer, dict), (answer, server.text)
     lengths = next(o for o in answer["outputs"] if o["name"] == "sequence_length")["data"]
-    assert len(lengths) == _NUM_ROWS and min(lengths) > 1
+    assert len(lengths) == NUM_ROWS and min(lengths) > 1
     assert server.text.count("SIGTERM: finishing what is in flight") == 1
     assert "Traceback" not in server.text
     return job
@@ -151,8 +152,8 @@ def test_ranks_get_what_the_file_asks_for(cluster: Cluster, tmp_path: Path) -> N
         '[ "$SLURM_PROCID" = 0 ] && scontrol show step "$SLURM_JOB_ID.0"\nexit 0\n'
     )
     script.chmod(0o755)
-    command = ["sbatch", "--wait", "--output=out", *TWO_NODES, "--cpus-per-task=3", str(ROOT / "slurm/serve.sbatch")]
-    cluster.run(*command, "--model-name", "two words", timeout_s=30, check=True, cwd=tmp_path)
+    job = ["--output=out", *TWO_NODES, "--cpus-per-task=3", str(ROOT / "slurm/serve.sbatch"), "--model-name", "a b"]
+    assert cluster.wait_end(cluster.submit(*job, cwd=tmp_path), 30)["JobState"] == "COMPLETED"
     lines = (tmp_path / "out").read_text().splitlines()
     for rank in range(2):
         assert f"rank={rank} node={rank} gpus=0,1,2,3,4,5,6,7 argc=2" in lines  # a rank picks among all of its node's
@@ -160,8 +161,8 @@ def test_ranks_get_what_the_file_asks_for(cluster: Cluster, tmp_path: Path) -> N
 
 
 def test_submitted_from_elsewhere_it_says_so(cluster: Cluster, tmp_path: Path) -> None:
-    command = ["sbatch", "--wait", "--output=out", *TWO_NODES, str(ROOT / "slurm/serve.sbatch")]
-    assert cluster.run(*command, timeout_s=30, cwd=tmp_path).returncode == 1
+    job = ["--output=out", *TWO_NODES, str(ROOT / "slurm/serve.sbatch")]
+    assert cluster.wait_end(cluster.submit(*job, cwd=tmp_path), 30)["ExitCode"] == "1:0"
     expected = f"serve.sbatch: no server.py in {tmp_path}: submit from the repository's root\n"
     assert (tmp_path / "out").read_text() == expected
 
