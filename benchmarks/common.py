@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from engine.comm import World
 from engine.config import ModelConfig
+from engine.startup import claim_cores
 from engine.weights import WeightSpec
 
 # heads × head size × layers; inner size 4 × hidden, tied embedding.
@@ -58,6 +60,16 @@ class RandomReader:
 
     def map(self, spec: WeightSpec) -> torch.Tensor:
         return self.read(spec)
+
+
+def claim_device(world: World, wish: str, threads: int) -> torch.device:
+    """This rank's GPU, or the CPU with `threads` threads (0: the rank's share of the cores)."""
+    if torch.cuda.is_available() and wish != "cpu":
+        device = torch.device("cuda", world.local_rank)
+        torch.cuda.set_device(device)
+        return device
+    torch.set_num_threads(threads or claim_cores(world.local_size))
+    return torch.device("cpu")
 
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:

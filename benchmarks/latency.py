@@ -22,26 +22,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import SHAPES, RandomReader, model_config, report, weight_bytes
+from benchmarks.common import SHAPES, RandomReader, claim_device, model_config, report, weight_bytes
 from engine.comm import Comm, World
 from engine.config import EngineConfig, ParallelConfig
 from engine.engine import Engine, follow
 from engine.request import Request, SamplingParams
 from engine.runner import TorchExecutor, computation_dtype
 from engine.scheduler import Scheduler
-from engine.startup import claim_cores
 from engine.watchdog import Watchdog
 
 
 def main() -> None:
     flags = parse_flags()
     world = World()
-    is_cuda = torch.cuda.is_available() and flags.device != "cpu"
-    device = torch.device("cuda", world.local_rank) if is_cuda else torch.device("cpu")
-    if is_cuda:
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(flags.threads or claim_cores(world.local_size))
+    device = claim_device(world, flags.device, flags.threads)
     dtype = computation_dtype(flags.data_type, device)
     parallel = ParallelConfig(flags.tp, flags.pp, world.rank)
     comm = Comm(world, parallel, device)

@@ -21,13 +21,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import SHAPES, RandomReader, model_config, report
+from benchmarks.common import SHAPES, RandomReader, claim_device, model_config, report
 from engine.comm import Comm, World
 from engine.config import EngineConfig, ParallelConfig
 from engine.engine import Engine, follow
 from engine.request import Request, SamplingParams, Update
 from engine.runner import TorchExecutor, computation_dtype
-from engine.startup import claim_cores, make_engine
+from engine.startup import make_engine
 from engine.watchdog import Watchdog
 from gpt import INPUTS, OUTPUTS, GPTModel
 from serving.frontend import TritonFlags, TritonFrontend
@@ -46,12 +46,7 @@ class WordTokenizer:
 def main() -> None:
     flags = parse_flags()
     world = World()
-    is_cuda = torch.cuda.is_available() and flags.device != "cpu"
-    device = torch.device("cuda", world.local_rank) if is_cuda else torch.device("cpu")
-    if is_cuda:
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(flags.threads or claim_cores(world.local_size))
+    device = claim_device(world, flags.device, flags.threads)
     dtype = computation_dtype("auto", device)
     config = model_config(flags.shape, flags.tp)
     limits = EngineConfig(max_batch_size=8)
