@@ -56,6 +56,22 @@ def test_client_prints_greedy_text_of_hugging_face(
         assert answer["sentences"] == [tokenizer.decode(expected, skip_special_tokens=True)]
 
 
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (1, 2), (2, 2), (4, 1)], ids=lambda n: str(n))
+def test_greedy_text_through_triton_at_other_grids(
+    tp: int, pp: int, converted: Callable[[int], Path], gpt2_source: tuple[Path, GPT2LMHeadModel], tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(gpt2_source[0])
+    with serving(tp * pp, tmp_path / "log", *flags_of(converted(tp), tp), "--pp", str(pp)) as server:
+        inputs = [tensor("prompts", "BYTES", TEXTS), tensor("request_output_len", "UINT32", [64] * len(TEXTS))]
+        status, answer = server.infer(MODEL, inputs)
+    assert status == 200, answer
+    outputs = {output["name"]: output for output in answer["outputs"]}
+    rows = np.array(outputs["output_ids"]["data"]).reshape(len(TEXTS), -1)
+    for text, row, length in zip(TEXTS, rows, outputs["sequence_length"]["data"], strict=True):
+        prompt_ids = tokenizer.encode(text)
+        assert row[:length].tolist() == prompt_ids + hf_greedy(gpt2_source[1], prompt_ids, 64)
+
+
 def test_client_takes_a_bare_host_and_prints_under_rules(server: Server) -> None:
     done = server.client("--url", f"127.0.0.1:{server.http}", "--model-name", MODEL, "--prompts", "one", "two")
     assert done.returncode == 0, done.stderr
