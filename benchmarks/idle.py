@@ -28,6 +28,8 @@ def main() -> None:
     time.sleep(flags.seconds)
     shares = {}
     for process, seconds in zip(processes, before, strict=True):
+        if not process.is_running():
+            continue
         name = f"{role(process)} {process.pid}"
         shares[name] = (sum(process.cpu_times()[:2]) - seconds) / flags.seconds
         print(f"{name:32} {100 * shares[name]:6.2f} % of a core")

@@ -143,8 +143,8 @@ def check_greedy(server: Server, gpt2_source: tuple[Path, GPT2LMHeadModel]) -> N
 
 
 def test_ranks_get_what_the_file_asks_for(cluster: Cluster, tmp_path: Path) -> None:
-    """A stand-in for server.py shows it. Slurm 22.05's srun takes no --cpus-per-task from sbatch by itself: each rank
-    of the first serve.sbatch had one core."""
+    """A stand-in for server.py shows it. Under the first serve.sbatch a rank that Slurm binds had one core: srun of
+    Slurm 22.05 does not take --cpus-per-task from sbatch."""
     script = tmp_path / "server.py"
     script.write_text(
         "#!/bin/sh\n"
@@ -157,7 +157,7 @@ def test_ranks_get_what_the_file_asks_for(cluster: Cluster, tmp_path: Path) -> N
     lines = (tmp_path / "out").read_text().splitlines()
     for rank in range(2):
         assert f"rank={rank} node={rank} gpus=0,1,2,3,4,5,6,7 argc=2" in lines  # a rank picks among all of its node's
-    assert any("CPUs=6 Tasks=2" in line for line in lines)
+    assert "TresPerTask=cpu:3" in "".join(lines)
 
 
 def test_submitted_from_elsewhere_it_says_so(cluster: Cluster, tmp_path: Path) -> None:
