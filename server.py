@@ -328,7 +328,7 @@ def _log_ready(start: _Start, frontend: TritonFrontend, seconds: float) -> None:
 
 def _watch_triton(frontend: TritonFrontend, engine: Engine, is_over: threading.Event, failures: list[str]) -> None:
     while not is_over.wait(1.0):
-        if not frontend.is_alive() and not is_over.is_set():
+        if not frontend.is_alive() and not is_over.is_set() and not engine.is_stopping:
             failures.append("Triton Inference Server ended by itself; ending the job")
             engine.stop(0.0)
             return

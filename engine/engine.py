@@ -92,6 +92,10 @@ class Engine:
         while not request.is_finished:
             self.step()
 
+    @property
+    def is_stopping(self) -> bool:
+        return self._stop_at is not None
+
     def stop(self, drain_timeout_s: float) -> None:
         """Let `run` return once all that was submitted has ended, or after `drain_timeout_s` without it."""
         with self._submit_lock:
@@ -101,7 +105,7 @@ class Engine:
     def run(self) -> None:
         """Step until stopped, sleeping while there is nothing to do; then send the other ranks home."""
         while not self._is_over():
-            if not self.step():
+            if not self.step() and not self._is_over():  # the step may have ended the last request of a drain
                 self._sleep()
         self._take_inbox()
         self.scheduler.abort_all()

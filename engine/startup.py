@@ -121,19 +121,34 @@ class _Counter:
 
 
 def claim_cores(local_size: int) -> int:
-    """The number of threads for this rank: OMP_NUM_THREADS, else its share of the cores that the node's ranks may use.
+    """The number of threads for this rank: OMP_NUM_THREADS, else SLURM_CPUS_PER_TASK under srun, else its share.
 
     mpirun binds each rank to one core where there are few ranks, which would leave the others idle and put Triton on
     the same core; that binding is lifted. What taskset, numactl or Slurm set is the user's wish and stays.
+    OMP_THREAD_LIMIT is a ceiling: with more threads than it allows, oneDNN's packed linear gives wrong results.
     """
-    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
-        return int(os.environ["OMP_NUM_THREADS"])
+    threads = _wished_threads() or _share_of_cores(local_size)
+    return min(threads, _positive("OMP_THREAD_LIMIT") or threads)
+
+
+def _wished_threads() -> int:
+    is_under_mpirun = "OMPI_COMM_WORLD_SIZE" in os.environ
+    return _positive("OMP_NUM_THREADS") or (0 if is_under_mpirun else _positive("SLURM_CPUS_PER_TASK"))
+
+
+def _share_of_cores(local_size: int) -> int:
     is_bound_by_mpirun = "OMPI_COMM_WORLD_SIZE" in os.environ and "SLURM_JOB_ID" not in os.environ
     share = max(1, (os.cpu_count() or 1) // local_size)
     if is_bound_by_mpirun and len(os.sched_getaffinity(0)) < share:
         os.sched_setaffinity(0, range(os.cpu_count() or 1))  # the kernel keeps what the container allows
         return max(1, len(os.sched_getaffinity(0)) // local_size)
     return max(1, min(share, len(os.sched_getaffinity(0))))
+
+
+def _positive(variable: str) -> int:
+    """An environment variable's whole number; 0 where it is absent or no number."""
+    value = os.environ.get(variable, "")
+    return int(value) if value.isdigit() else 0
 
 
 def _choose_device(wish: str, local_rank: int) -> torch.device:
