@@ -35,7 +35,7 @@ from serving.frontend import TritonFlags, TritonFrontend
 
 _LOG = logging.getLogger("server")
 _PROGRESS_INTERVAL_S = 2.0
-# mpirun kills its ranks 0.3 to 1 s after its own SIGTERM or SIGINT, but forwards SIGUSR1 and leaves them alone.
+# mpirun kills its ranks 0.3 to 1 s after its own SIGTERM or SIGINT; most versions forward SIGUSR1 and wait.
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _WAY_OUT_S = 60.0  # from the last step to the end of the process: Triton's own drain takes up to half of it
 
