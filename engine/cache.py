@@ -45,6 +45,7 @@ class KVCache:
         self.block_size = block_size
         self.device = device
         self._places: dict[int, np.ndarray] = {}  # slot -> flat cache position of each of its tokens
+        self._run_len: dict[int, int] = {}  # slot -> how many of its first positions follow one another
 
     @staticmethod
     def bytes_per_block(num_layers: int, block_size: int, heads_local: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -53,8 +54,23 @@ class KVCache:
 
     def assign(self, slot: int, block_ids: list[int]) -> None:
         """Give a slot its blocks; whatever it had before is forgotten."""
-        first = np.asarray(block_ids, dtype=np.int64) * self.block_size
-        self._places[slot] = (first[:, None] + np.arange(self.block_size)).ravel()
+        self._set(slot, self._places_in(block_ids))
+
+    def fork(self, slot: int, parent: int, length: int, block_ids: list[int]) -> None:
+        """Let a slot read the first `length` tokens where `parent` has them; its own blocks hold what follows."""
+        self._set(slot, np.concatenate([self._places[parent][:length], self._places_in(block_ids)]))
+
+    def reorder(self, slots: list[int], parents: list[int], length: int) -> None:
+        """Let each slot go on from the first `length` tokens of its parent, in place of its own.
+
+        Nothing is copied but indices: a slot writes each token to a place of its own, which no other slot ever
+        writes, so what beams share stays as it is (FasterTransformer's cache_indirection does the same).
+        """
+        histories = [self._places[parent][:length].copy() for parent in parents]
+        for slot, history in zip(slots, histories, strict=True):
+            places = self._places[slot]
+            places[:length] = history
+            self._set(slot, places)
 
     def places(self, slot: int, start: int, length: int) -> np.ndarray:
         """The flat cache positions of the slot's tokens [start, start + length)."""
@@ -64,6 +80,15 @@ class KVCache:
         """Describe a slot's tokens [start, start + length), which are the batch's rows from `first_row`."""
         kv_len = start + length
         places = self._places[slot][:kv_len]
-        if places[-1] - places[0] == kv_len - 1:
+        if kv_len <= self._run_len[slot]:
             return Segment(first_row, length, kv_len, slice(int(places[0]), int(places[0]) + kv_len))
         return Segment(first_row, length, kv_len, torch.from_numpy(places).to(self.device))
+
+    def _places_in(self, block_ids: list[int]) -> np.ndarray:
+        first = np.asarray(block_ids, dtype=np.int64) * self.block_size
+        return (first[:, None] + np.arange(self.block_size)).ravel()
+
+    def _set(self, slot: int, places: np.ndarray) -> None:
+        breaks = np.flatnonzero(np.diff(places) != 1)
+        self._places[slot] = places
+        self._run_len[slot] = int(breaks[0]) + 1 if len(breaks) else len(places)

@@ -145,14 +145,14 @@ class Comm:
         self._backend.receive(tensor, self.parallel.rank - self.parallel.tp)
         return tensor
 
-    def return_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The last stage's tokens, also on the first stage (the stages between have no use for them)."""
+    def return_results(self, values: torch.Tensor) -> torch.Tensor:
+        """The last stage's results, also on the first stage (the stages between have no use for them)."""
         parallel = self.parallel
         if parallel.pp > 1 and parallel.is_last_stage:
-            self._backend.send(tokens, parallel.tp_rank)
+            self._backend.send(values, parallel.tp_rank)
         elif parallel.pp > 1 and parallel.is_first_stage:
-            self._backend.receive(tokens, parallel.tp_rank + (parallel.pp - 1) * parallel.tp)
-        return tokens
+            self._backend.receive(values, parallel.tp_rank + (parallel.pp - 1) * parallel.tp)
+        return values
 
     def min_over_ranks(self, value: int) -> int:
         """The smallest of all ranks' values."""

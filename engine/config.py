@@ -201,7 +201,8 @@ class EngineConfig:
         choices=("auto", *DATA_TYPES),
     )
     int8_mode: int = flag(0, "1: weight-only int8 (fastertransformer engine)", choices=(0, 1))
-    max_batch_size: int = flag(64, "requests that run at once; further ones wait")
+    max_batch_size: int = flag(256, "sequences that run at once (a sample or a beam is one); further ones wait")
+    max_queue_size: int = flag(2048, "requests that may wait; further ones are refused (HTTP 503)")
     max_seq_len: int = flag(0, "tokens of a request, prompt and output together; 0: what the model's positions allow")
     max_step_tokens: int = flag(0, "prompt tokens computed in one step; 0: 512 on a CPU, 8192 on a GPU")
     block_size: int = flag(16, "tokens in one block of the key-value cache")
@@ -211,6 +212,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name, least in (
             ("max_batch_size", 1),
+            ("max_queue_size", 1),
             ("max_seq_len", 0),
             ("max_step_tokens", 0),
             ("block_size", 1),

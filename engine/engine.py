@@ -13,10 +13,11 @@ import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Collection
 from typing import Any, Protocol
 
 from engine.comm import World
-from engine.request import Request, SamplingParams
+from engine.request import CANCELLED, EngineBusy, Request, SamplingParams
 from engine.watchdog import Watchdog
 
 _LOG = logging.getLogger("engine")
@@ -34,12 +35,16 @@ class Control(enum.Enum):
 class Scheduler(Protocol):
     """Decides what runs (engine.scheduler.Scheduler, engine.static.StaticScheduler)."""
 
+    waiting: Collection[Request]
+    has_token_log_probs: bool  # whether it tells a log-probability per token
+
     @property
     def has_work(self) -> bool: ...
     def check(self, request: Request) -> None: ...
     def add(self, request: Request) -> None: ...
     def schedule(self) -> Any | None: ...
-    def commit(self, tokens: list[Any]) -> None: ...
+    def commit(self, step: Any) -> None: ...
+    def cancel(self, request: Request, reason: str) -> None: ...
     def abort_all(self) -> None: ...
 
 
@@ -63,34 +68,51 @@ class Engine:
         world: World,
         watchdog: Watchdog,
         step_timeout_s: float,
+        max_queue_size: int,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
         self.world = world
         self.watchdog = watchdog
         self.step_timeout_s = step_timeout_s
-        self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self.max_queue_size = max_queue_size
+        # (request, None): take it; (request, reason): end it; None: look whether to stop
+        self._inbox: queue.SimpleQueue[tuple[Request, str | None] | None] = queue.SimpleQueue()
         self._submit_lock = threading.Lock()
         self._launched: deque[Any] = deque()
         self._stop_at: float | None = None
         self._is_warm = False
 
     def submit(self, *requests: Request) -> None:
-        """Queue requests, whose `on_update` hears of the rest; none where one raises ValueError: it could never run."""
+        """Queue requests, whose `on_update` hears of the rest; all of them or none.
+
+        Raises ValueError for one that could never run, EngineBusy where the queue is full or the engine is stopping.
+        """
         for request in requests:
             self.scheduler.check(request)
         with self._submit_lock:  # what is in the inbox when a stop comes is still answered; nothing comes after it
             if self._stop_at is not None:
-                raise ValueError("the server is stopping and takes no new requests")
+                raise EngineBusy("the server is stopping and takes no new requests")
+            num_waiting = len(self.scheduler.waiting) + self._inbox.qsize()
+            if num_waiting + len(requests) > self.max_queue_size:
+                raise EngineBusy(f"{num_waiting} requests wait already, and at most {self.max_queue_size} may")
             for request in requests:
-                self._inbox.put(request)
+                self._inbox.put((request, None))
+
+    def cancel(self, request: Request) -> None:
+        """End a submitted request soon, with what it has; one that has ended stays as it is."""
+        self._inbox.put((request, CANCELLED))
 
     def warm_up(self, end_id: int) -> None:
         """Run a request of two tokens, so that the first user does not pay for what is done once."""
-        request = Request([0], SamplingParams(2), end_id, lambda update: None)
+        request = Request([0], SamplingParams(2), end_id)
         self.scheduler.add(request)
         while not request.is_finished:
             self.step()
+
+    @property
+    def has_token_log_probs(self) -> bool:
+        return self.scheduler.has_token_log_probs
 
     @property
     def is_stopping(self) -> bool:
@@ -129,9 +151,9 @@ class Engine:
 
     def _commit(self) -> None:
         with self._limit(1):
-            tokens = self._launched.popleft().wait()
+            output = self._launched.popleft().wait()
         self._is_warm = True
-        self.scheduler.commit(tokens)
+        self.scheduler.commit(output)
 
     def _limit(self, num_steps: int) -> Any:
         seconds = step_limit_s(self.step_timeout_s, num_steps, self._is_warm)
@@ -141,9 +163,14 @@ class Engine:
         while not self._inbox.empty():
             self._take(self._inbox.get())
 
-    def _take(self, request: Request | None) -> None:
-        if request is not None:
+    def _take(self, message: tuple[Request, str | None] | None) -> None:
+        if message is None:
+            return
+        request, reason = message
+        if reason is None:
             self.scheduler.add(request)
+        else:
+            self.scheduler.cancel(request, reason)
 
     def _sleep(self) -> None:
         try:

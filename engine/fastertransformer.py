@@ -1,6 +1,7 @@
 """Drives FasterTransformer's torch op, `torch.classes.FasterTransformer.ParallelGptOp`: one object per rank.
 
-Argument order, weight order and the meaning of results were read from FasterTransformer's source
+Owns how the op is called; it must not know whose rows these are, nor where a text ends (engine.static). Argument
+order, weight order and the meaning of results were read from FasterTransformer's source
 (th_op/multi_gpu_gpt/ParallelGptOp.cc and examples/pytorch/gpt/utils). The op checks little and reads wrong dtypes
 as they lie in memory, so everything is made exactly as it wants it here.
 """
@@ -8,37 +9,39 @@ as they lie in memory, so everything is made exactly as it wants it here.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from engine.config import EngineConfig, ModelConfig, ParallelConfig
-from engine.request import SamplingParams
+from engine.request import Output, SamplingParams
 from engine.weights import ShardReader, layer_specs, outer_specs
 
 if TYPE_CHECKING:
-    from engine.static import Batch
+    from engine.static import Batch, Row
 
 # A layer's matrices among its twelve weights: those that int8_mode 1 quantizes.
 _MATRICES = (2, 4, 8, 10)
-_MAX_TOP_K = 1024  # FasterTransformer clips silently
+_CUM_LOG_PROBS = 1  # return_cum_log_probs: of the generated tokens
 
 
 class BatchResult:
-    """A finished batch's tokens, one list per request (rank 0 alone has valid ones)."""
+    """A finished batch: per row its sequence, or its beams, best first (rank 0 alone has valid ones)."""
 
-    def __init__(self, tokens: list[list[int]]) -> None:
-        self._tokens = tokens
+    def __init__(self, rows: list[list[Output]]) -> None:
+        self._rows = rows
 
-    def wait(self) -> list[list[int]]:
-        return self._tokens
+    def wait(self) -> list[list[Output]]:
+        return self._rows
 
 
 class FasterTransformerExecutor:
     """Holds this rank's weights, the op around them (once `prepare` is called), and executes whole batches."""
 
     num_ahead = 0
+    has_token_log_probs = False
 
     def __init__(
         self,
@@ -73,27 +76,37 @@ class FasterTransformerExecutor:
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> BatchResult:
-        """Run a batch to its end on every rank; the tokens are the op's, end_id included, cut to each request."""
-        lengths = [len(prompt) for prompt in batch.prompts]
-        longest = max(lengths)
-        # Right-padded with a token that exists; the op looks at no more than each row's own length.
-        rows = [prompt + [self.config.end_id] * (longest - len(prompt)) for prompt in batch.prompts]
-        output = self._op.forward(
+        """Run a batch to its end on every rank; each sequence has num_steps tokens, end_id repeated at its end."""
+        arguments = _sampling_arguments([row.sampling for row in batch.rows])
+        bad_words = _bad_words(batch.rows)
+        lengths = [len(row.prompt_ids) for row in batch.rows]
+        width = self._padded_len(batch, max(lengths))
+        # Right-padded with a token that exists; the op attends to no more than each row's own length.
+        rows = [row.prompt_ids + [self.config.end_id] * (width - len(row.prompt_ids)) for row in batch.rows]
+        # Where a sequence ends shows in its tokens; the op's count of them is unsafe for beams, whose threads race for
+        # it (update_kernel, gatherTree).
+        output_ids, _, log_probs = self._op.forward(
             torch.tensor(rows, dtype=torch.int32, device=self.device),
             torch.tensor(lengths, dtype=torch.int32, device=self.device),
             batch.num_steps,
-            1,  # beam_width
-            *_sampling_arguments(batch.sampling),
-            None,  # bad_words_list
-            0,  # return_cum_log_probs
+            batch.beam_width,
+            *arguments,
+            bad_words if bad_words is None else bad_words.to(self.device),
+            _CUM_LOG_PROBS,
         )
-        output_ids, sequence_lengths = (tensor.cpu()[:, 0].tolist() for tensor in output[:2])
-        tokens = []
-        for ids, end, length, params in zip(output_ids, sequence_lengths, lengths, batch.sampling, strict=True):
-            # sequence_lengths counts from the padded prompt's end; the row itself has no padding inside.
-            count = min(end - longest, params.max_new_tokens)
-            tokens.append(ids[length : length + count])
-        return BatchResult(tokens)
+        return BatchResult(
+            [
+                # The generated tokens follow the prompt: the op takes the padding out.
+                [Output(ids[length : length + batch.num_steps], cum_log_prob=p) for ids, p in zip(*row, strict=True)]
+                for length, *row in zip(lengths, output_ids.cpu().tolist(), log_probs.cpu().tolist(), strict=True)
+            ]
+        )
+
+    def _padded_len(self, batch: Batch, longest: int) -> int:
+        """The longest prompt's; 2 where the op, seeing one token only, would forget a penalty (BaseSamplingLayer)."""
+        if batch.beam_width == 1 and any(row.sampling.has_penalty for row in batch.rows):
+            return max(longest, min(2, self.max_seq_len - batch.num_steps))
+        return longest
 
 
 def _load_library(lib_path: Path) -> None:
@@ -182,23 +195,50 @@ def _constructor_arguments(config: ModelConfig, parallel: ParallelConfig, int8_m
 
 
 def _sampling_arguments(sampling: Sequence[SamplingParams]) -> list[torch.Tensor | None]:
-    """top_k … random_seed, one value per row, on the CPU; None where the op's default is what is meant.
+    """top_k … random_seed, one value per row, on the CPU; None where all rows mean the op's default.
 
-    A greedy row is top_k 1: the op has no temperature 0. Seeds beyond 2^63 keep their bits.
+    A greedy row is top_k 1: the op has no temperature 0. It keeps its temperature only where that tells, with a
+    presence penalty, so that its log-probabilities are the model's own. Seeds beyond 2^63 keep their bits.
     """
-    greedy = [params.is_greedy for params in sampling]
-    top_k = [1 if g else min(p.top_k, _MAX_TOP_K) for p, g in zip(sampling, greedy, strict=True)]
+    is_beam = sampling[0].beam_width > 1
+    greedy = [params.is_greedy and not is_beam for params in sampling]
+    top_k = [1 if g else p.top_k for p, g in zip(sampling, greedy, strict=True)]
     top_p = [0.0 if g else p.top_p for p, g in zip(sampling, greedy, strict=True)]
-    temperature = [1.0 if g else p.temperature for p, g in zip(sampling, greedy, strict=True)]
-    seeds = [p.random_seed - (p.random_seed >> 63 << 64) for p in sampling]
-    return [
-        torch.tensor(top_k, dtype=torch.int32),
-        torch.tensor(top_p, dtype=torch.float32),
-        None,  # beam_search_diversity_rate
-        torch.tensor(temperature, dtype=torch.float32),
-        None,  # len_penalty
-        None,  # repetition_penalty
-        None,  # presence_penalty
-        None,  # min_length
-        torch.tensor(seeds, dtype=torch.int64),
+    temperature = [
+        1.0 if g and p.presence_penalty == 0 else p.temperature or 1.0 for p, g in zip(sampling, greedy, strict=True)
     ]
+    seeds = [p.random_seed - (p.random_seed >> 63 << 64) for p in sampling]
+    repetition = _column([p.repetition_penalty for p in sampling], torch.float32, 1.0)
+    presence = _column([p.presence_penalty for p in sampling], torch.float32, 0.0)
+    assert repetition is None or presence is None, "the op takes one of the two penalties"
+    return [
+        None if is_beam else _column(top_k, torch.int32),
+        None if is_beam else _column(top_p, torch.float32),
+        _column([p.beam_search_diversity_rate for p in sampling], torch.float32, 0.0) if is_beam else None,
+        _column(temperature, torch.float32, 1.0),
+        _column([p.len_penalty for p in sampling], torch.float32, None) if is_beam else None,
+        repetition,
+        presence,
+        _column([min(p.min_length, p.max_new_tokens) for p in sampling], torch.int32, 0),
+        None if is_beam else _column(seeds, torch.int64),
+    ]
+
+
+def _column(values: Sequence[Any], dtype: torch.dtype, *default: Any) -> torch.Tensor | None:
+    """One value per row, or None where there is a default and all values are that."""
+    if default and all(value == default[0] for value in values):
+        return None
+    return torch.tensor(values, dtype=dtype)
+
+
+def _bad_words(rows: Sequence[Row]) -> torch.Tensor | None:
+    """[rows, 2, len] int32: the words' tokens, one word behind the other, then where each ends, padded with -1."""
+    tokens = [[token_id for word in row.bad_word_ids for token_id in word] for row in rows]
+    ends = [list(accumulate(map(len, row.bad_word_ids))) for row in rows]
+    width = max(map(len, tokens))
+    if width == 0:
+        return None
+    padded = [
+        [ids + [0] * (width - len(ids)), e + [-1] * (width - len(e))] for ids, e in zip(tokens, ends, strict=True)
+    ]
+    return torch.tensor(padded, dtype=torch.int32)

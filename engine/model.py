@@ -2,7 +2,7 @@
 
 Axis names: tokens - the rows of a step, all requests' new tokens end to end; hidden - head_num · size_per_head;
 heads_local - head_num / tp; head_dim - size_per_head; inter_local - inter_size / tp; vocab_local - the
-vocabulary's rows on this rank, ⌈vocab / tp⌉ (the last ranks' are padded); rows - the tokens that are sampled.
+vocabulary's rows on this rank, ⌈vocab / tp⌉ (the last ranks' are padded); rows - tokens whose logits are wanted.
 """
 
 from __future__ import annotations
@@ -45,11 +45,10 @@ class StepInput:
     positions: torch.Tensor  # [tokens] int64, in each token's own request
     places: torch.Tensor  # [tokens] int64, where the token's keys and values go in the flat cache
     segments: list[Segment]
-    sampled_rows: torch.Tensor  # [rows] int64, indices into tokens
 
 
 class GPT:
-    """A pipeline stage: token ids (first stage) or hidden states → hidden states, or logits (last stage)."""
+    """A pipeline stage: token ids (first stage) or hidden states → hidden states; and logits (last stage)."""
 
     def __init__(self, comm: Comm, reader: ShardReader, device: torch.device, progress: Callable[[], None]) -> None:
         config = reader.config
@@ -104,7 +103,7 @@ class GPT:
         return rows.to(self.device)
 
     def forward(self, step: StepInput, cache: KVCache) -> torch.Tensor | None:
-        """Run this stage. Returns logits [rows, vocab] fp32 on the last stage, None on the others."""
+        """Run this stage. Returns hidden states [tokens, hidden] on the last stage, None on the others."""
         parallel = self.comm.parallel
         num_tokens = step.positions.shape[0]
         if parallel.is_first_stage:
@@ -117,8 +116,12 @@ class GPT:
         if not parallel.is_last_stage:
             self.comm.send_forward(x)
             return None
+        return x
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """[rows, hidden] of the last stage's hidden states → logits [rows, vocab] fp32."""
         hidden = (self.config.hidden,)
-        x = F.layer_norm(x[step.sampled_rows], hidden, self.final_weight, self.final_bias, self.config.layernorm_eps)
+        x = F.layer_norm(x, hidden, self.final_weight, self.final_bias, self.config.layernorm_eps)
         return self.lm_head(x)
 
 

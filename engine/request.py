@@ -1,24 +1,49 @@
-"""What a user asks for and what the engine answers: Request, SamplingParams, Update. No torch here."""
+"""What a user asks for and what the engine answers: Request, SamplingParams, Output. No torch here."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 SEED_LIMIT = 2**64
+MAX_BEAM_WIDTH = 16
+MAX_LOG_PROBS = 64  # alternatives per token
+MAX_N = 64
+
 END_ID = "end_id"  # finish reasons
 LENGTH = "length"
+STOP = "stop"  # a stop word
+CANCELLED = "cancelled"  # by the one who asked, or at the deadline
 SHUTDOWN = "shutdown"
+
+_EARLY_STOPPING = ("false", "true", "never")
+
+
+class EngineBusy(RuntimeError):
+    """The engine takes no request now, and may take it later."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen. top_k 0 and top_p 0 (the default) is greedy, as in FasterTransformer.
 
-    top_k > 0 keeps the k likeliest tokens; top_p > 0 then keeps the shortest prefix, in order of
-    probability, that holds at least that mass (the token that crosses it included); top_p alone works on
-    the whole vocabulary, and top_p 1 samples from the plain softmax. temperature 0 means greedy.
+    top_k > 0 keeps the k likeliest tokens; top_p > 0 then keeps the shortest prefix, in order of probability, that
+    holds at least that mass (the token that crosses it included); top_p alone works on the whole vocabulary, and
+    top_p 1 samples from the plain softmax. temperature 0 means greedy. `n` samples of one prompt have the seeds
+    random_seed, random_seed + 1, …
+
+    top_p_decay: after each token top_p becomes max(top_p · top_p_decay, top_p_min), and what it was at first after
+    the token top_p_reset_id (FasterTransformer, sampling_topp_kernels.cu, computeToppDecay).
+
+    repetition_penalty r: a logit l of a token that the prompt or the output has is l / r, or l · r where it is
+    negative; presence_penalty is subtracted from it instead, after the temperature (FasterTransformer,
+    sampling_penalty_kernels.cu, RepetitionPenaltyType); frequency_penalty is subtracted as often as the output has
+    the token (OpenAI's definition). min_length: the end token is not chosen as one of the first min_length tokens.
+
+    beam_width > 1 is beam search, which does not sample: `engine.beam` has its rules.
     """
 
     max_new_tokens: int
@@ -26,6 +51,21 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 0.0
     random_seed: int = 0
+    top_p_decay: float = 1.0
+    top_p_min: float = 1e-6
+    top_p_reset_id: int = -1  # none
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    min_length: int = 0
+    n: int = 1
+    beam_width: int = 1
+    len_penalty: float | None = None  # the executor's own: 1 for the torch engine
+    beam_search_diversity_rate: float = 0.0
+    early_stopping: str = "false"
+    num_log_probs: int = 0  # alternatives to report per generated token
+    prompt_log_probs: bool = False
+    next_token_logits: bool = False
 
     def __post_init__(self) -> None:
         _check("request_output_len", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1")
@@ -33,52 +73,142 @@ class SamplingParams:
         _check("runtime_top_k", self.top_k, self.top_k >= 0, "0 or more")
         _check("runtime_top_p", self.top_p, 0 <= self.top_p <= 1, "between 0 and 1")
         _check("random_seed", self.random_seed, 0 <= self.random_seed < SEED_LIMIT, "between 0 and 2^64 - 1")
+        _check("top_p_decay", self.top_p_decay, 0 < self.top_p_decay <= 1, "above 0 and at most 1")
+        _check("top_p_min", self.top_p_min, 0 < self.top_p_min <= 1, "above 0 and at most 1")
+        _check("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < math.inf, "above 0")
+        for name in ("presence_penalty", "frequency_penalty", "len_penalty", "beam_search_diversity_rate"):
+            value = getattr(self, name)
+            _check(name, value, value is None or math.isfinite(value), "a finite number")
+        _check("min_length", self.min_length, self.min_length >= 0, "0 or more")
+        _check("n", self.n, 1 <= self.n <= MAX_N, f"between 1 and {MAX_N}")
+        _check("beam_width", self.beam_width, 1 <= self.beam_width <= MAX_BEAM_WIDTH, f"between 1 and {MAX_BEAM_WIDTH}")
+        limit = f"between 0 and {MAX_LOG_PROBS}"
+        _check("num_log_probs", self.num_log_probs, 0 <= self.num_log_probs <= MAX_LOG_PROBS, limit)
+        _check("early_stopping", self.early_stopping, self.early_stopping in _EARLY_STOPPING, "false, true or never")
+        if self.repetition_penalty != 1 and self.presence_penalty != 0:
+            raise ValueError(
+                f"repetition_penalty is {self.repetition_penalty:g} and presence_penalty {self.presence_penalty:g}; "
+                "at most one of the two can be set"
+            )
+        if self.n > 1 and self.beam_width > 1:
+            raise ValueError(f"n is {self.n} and beam_width {self.beam_width}; one of the two must be 1")
+        if self.n > 1 and self.is_greedy:
+            raise ValueError(f"n is {self.n}; with greedy choice it must be 1 (set runtime_top_k or runtime_top_p)")
 
     @property
     def is_greedy(self) -> bool:
         return self.top_k == 1 or self.temperature == 0 or (self.top_k == 0 and self.top_p == 0)
 
+    @property
+    def width(self) -> int:
+        """Sequences that the request runs at once."""
+        return max(self.n, self.beam_width)
 
-def _check(name: str, value: float, ok: bool, limit: str) -> None:
+    def for_sample(self, index: int) -> SamplingParams:
+        """The parameters of the index-th of n samples: a request of one sample with that seed gives the same text."""
+        if index == 0 or self.n == 1:
+            return self
+        return dataclasses.replace(self, n=1, random_seed=(self.random_seed + index) % SEED_LIMIT)
+
+    @property
+    def has_penalty(self) -> bool:
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+def _check(name: str, value: Any, ok: bool, limit: str) -> None:
     if not ok:
         shown = f"{value:g}" if isinstance(value, float) else value  # fp32 on the wire: 1.2, not 1.2000000476837158
         raise ValueError(f"{name} is {shown}; it must be {limit}")
 
 
-@dataclass
-class Update:
-    """News of one request: its new tokens and, once, why it ended."""
+class Words(Protocol):
+    """A request's stop and bad words, over the bytes that tokens stand for (engine.words)."""
 
-    token_ids: list[int]
-    finish_reason: str | None = None  # end_id, length, shutdown; None while it runs
+    always_banned: list[int]
+    has_bad: bool
+    has_stop: bool
+
+    def banned(self, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> list[int]: ...
+    def stops(self, output_ids: Sequence[int]) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Token:
+    """A chosen token: its log-probability under the model's own logits, and the likeliest ones in its place."""
+
+    token_id: int
+    log_prob: float = 0.0
+    alternatives: tuple[tuple[int, float], ...] = ()  # (token id, log-probability), likeliest first
+
+
+@dataclass
+class Output:
+    """One generated sequence. `tokens` only grows, but for beams, which come all at once."""
+
+    token_ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    alternatives: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    cum_log_prob: float = 0.0
+    finish_reason: str | None = None
+
+    def append(self, token: Token) -> None:
+        """Take one more token."""
+        self.token_ids.append(token.token_id)
+        self.log_probs.append(token.log_prob)
+        self.alternatives.append(token.alternatives)
+        self.cum_log_prob += token.log_prob
+
+    def extended(self, token: Token) -> Output:
+        """A copy with one more token."""
+        copy = Output(self.token_ids[:], self.log_probs[:], self.alternatives[:], self.cum_log_prob)
+        copy.append(token)
+        return copy
 
 
 @dataclass(eq=False)
 class Request:
     """One prompt on its way through the engine.
 
-    `on_update` is called from the engine's thread, so it must be quick and must not raise.
+    `on_update` is called from the engine's thread whenever the outputs have grown or ended, so it must be quick and
+    must not raise. Another thread may read the outputs meanwhile: lists grow by appending, and a finish_reason is set
+    after the last token is there. end_id None: no token ends the text.
     """
 
     prompt_ids: list[int]
     sampling: SamplingParams
-    end_id: int
-    on_update: Callable[[Update], None]
-    output_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
+    end_id: int | None
+    on_update: Callable[[Request], None] = lambda request: None
+    words: Words | None = None
+    bad_word_ids: list[list[int]] = field(default_factory=list)  # as tokens, for an executor that knows no text
+    outputs: list[Output] = field(default_factory=list)  # n samples, or beams, best first, once they have ended
+    prompt_log_probs: list[float] = field(default_factory=list)  # of prompt_ids[1:], where asked for
+    next_token_logits: Sequence[float] | None = None  # [vocab], of the first new token, where asked for
+    is_finished: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.outputs:
+            self.outputs = [Output() for _ in range(self.sampling.n)]
 
     @property
-    def is_finished(self) -> bool:
-        return self.finish_reason is not None
+    def output_ids(self) -> list[int]:
+        """The first (often the only) output's tokens."""
+        return self.outputs[0].token_ids
 
-    def append(self, token_id: int) -> None:
-        """Take one generated token; end_id is kept as the last token, as FasterTransformer's op does."""
-        self.output_ids.append(token_id)
-        if token_id == self.end_id:
-            self.finish_reason = END_ID
-        elif len(self.output_ids) == self.sampling.max_new_tokens:
-            self.finish_reason = LENGTH
+    @property
+    def finish_reason(self) -> str | None:
+        return self.outputs[0].finish_reason
 
-    def publish(self, token_ids: list[int]) -> None:
-        """Tell the one who waits about new tokens and, where it has ended, why."""
-        self.on_update(Update(token_ids, self.finish_reason))
+    def reason_to_end(self, output_ids: list[int]) -> str | None:
+        """Why a sequence ends with its last token; end_id stays that token, as with FasterTransformer's op."""
+        if output_ids[-1] == self.end_id:
+            return END_ID
+        if self.words is not None and self.words.has_stop and self.words.stops(output_ids):
+            return STOP
+        return LENGTH if len(output_ids) == self.sampling.max_new_tokens else None
+
+    def end(self, reason: str) -> None:
+        """End what has not ended by itself, and tell."""
+        for output in self.outputs:
+            output.finish_reason = output.finish_reason or reason
+        self.is_finished = True
+        self.on_update(self)

@@ -6,9 +6,8 @@ It knows slots, tokens and blocks from the plans it is given, and never the sche
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,35 +16,32 @@ from engine.cache import KVCache
 from engine.comm import Comm
 from engine.config import EngineConfig
 from engine.model import GPT, StepInput
-from engine.request import SamplingParams
-from engine.sampling import sample
+from engine.plan import Admission, Plan, Reorder, StepOutput
+from engine.results import Admitted, Layout, choose
 from engine.weights import TORCH_DTYPES, ShardReader
-
-if TYPE_CHECKING:
-    from engine.scheduler import Plan
-
 
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 class StepResult:
-    """The sampled tokens of one step, perhaps still on their way from the device."""
+    """What one step gave, perhaps still on its way from the device."""
 
-    def __init__(self, tokens: torch.Tensor) -> None:
+    def __init__(self, values: torch.Tensor, layout: Layout) -> None:
+        self._layout = layout
         self._event = None
-        if tokens.device.type == "cuda":
-            self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            self._tokens.copy_(tokens, non_blocking=True)
+        if values.device.type == "cuda":
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
         else:
-            self._tokens = tokens
+            self._values = values
 
-    def wait(self) -> list[int]:
-        """The tokens, one per sampled slot in the plan's order."""
+    def wait(self) -> StepOutput:
+        """Tokens, and what else was asked for."""
         if self._event is not None:
             self._event.synchronize()
-        return self._tokens.tolist()
+        return self._layout.parse(self._values)
 
 
 class TorchExecutor:
@@ -70,9 +66,10 @@ class TorchExecutor:
             self.model = GPT(comm, reader, device, progress)
         self.max_seq_len = engine_config.max_seq_len or reader.config.max_pos_seq_len
         self.max_step_tokens = engine_config.max_step_tokens or (512 if device.type == "cpu" else 8192)
-        self._prompts: dict[int, np.ndarray] = {}  # slot -> prompt token ids
-        self._sampling: dict[int, SamplingParams] = {}
-        self._last_tokens = torch.zeros(engine_config.max_batch_size, dtype=torch.int64, device=device)
+        self._admitted: dict[int, Admitted] = {}  # per slot
+        num_slots = engine_config.max_batch_size
+        self._tokens = torch.zeros(num_slots, self.max_seq_len, dtype=torch.int64, device=device)
+        self._beam_scores = torch.zeros(num_slots, device=device)
 
     def prepare(self) -> None:
         """Allocate the key-value cache, as large on every rank as the rank with the least memory can."""
@@ -93,59 +90,71 @@ class TorchExecutor:
 
     @torch.inference_mode()
     def execute(self, plan: Plan) -> StepResult | None:
-        """Compute one plan. Returns the sampled tokens on the first stage's ranks, None elsewhere."""
-        logits = self.forward(plan)
-        sampled = [chunk for chunk in plan.chunks if chunk.samples]
-        if logits is not None:
-            positions = [chunk.start + chunk.length for chunk in sampled]
-            tokens = sample(logits, [self._sampling[chunk.slot] for chunk in sampled], positions)
-        else:
-            tokens = torch.empty(len(sampled), dtype=torch.int64, device=self.device)
-        if sampled:
-            tokens = self.comm.return_tokens(tokens)
-        if not self.comm.parallel.is_first_stage:
+        """Compute one plan. Returns what it gives on the first stage's ranks, None elsewhere."""
+        parallel = self.comm.parallel
+        x = self._run(plan)
+        if not (parallel.is_first_stage or parallel.is_last_stage):
             return None
-        self._last_tokens[self._tensor([chunk.slot for chunk in sampled])] = tokens
-        return StepResult(tokens)
+        layout = Layout.of(plan, self._admitted, self.model.config.vocab_size)
+        if x is not None:
+            logits = self.model.logits(x[self._tensor(layout.token_index)]) if layout.rows else x.new_empty(0)
+            values = choose(layout, logits, self._tokens, self._beam_scores, lambda part: self.model.logits(x[part]))
+        else:
+            values = torch.empty(sum(layout.sizes), dtype=torch.float64, device=self.device)
+        if len(values):
+            values = self.comm.return_results(values)
+        if layout.rows:
+            slots, positions = zip(*((row.slot, row.position) for row in layout.rows), strict=True)
+            self._tokens[self._tensor(slots), self._tensor(positions)] = values[: len(slots)].long()
+        return StepResult(values, layout) if parallel.is_first_stage else None
 
     @torch.inference_mode()
     def forward(self, plan: Plan) -> torch.Tensor | None:
-        """One pass over the plan's tokens: on the last stage, logits [sampled chunks, vocab] fp32."""
+        """One pass over the plan's tokens: on the last stage, logits [sampled rows, vocab] fp32."""
+        x = self._run(plan)
+        if x is None:
+            return None
+        layout = Layout.of(plan, self._admitted, self.model.config.vocab_size)
+        return self.model.logits(x[self._tensor(layout.token_index)])
+
+    def _run(self, plan: Plan) -> torch.Tensor | None:
         for admission in plan.admissions:
-            self._prompts[admission.slot] = np.asarray(admission.prompt_ids, dtype=np.int64)
-            self._sampling[admission.slot] = admission.sampling
-            self.cache.assign(admission.slot, admission.block_ids)
+            self._admit(admission)
+        for reorder in plan.reorders:
+            self._reorder(reorder)
         return self.model.forward(self._input(plan), self.cache)
 
+    def _admit(self, admission: Admission) -> None:
+        slots, prompt_len = admission.slots, len(admission.prompt_ids)
+        self._tokens[self._tensor(slots), :prompt_len] = self._tensor(admission.prompt_ids)
+        for index, (slot, block_ids) in enumerate(zip(slots, admission.block_ids, strict=True)):
+            self._admitted[slot] = Admitted(admission, admission.sampling.for_sample(index))
+            if index == 0:
+                self.cache.assign(slot, block_ids)
+            else:
+                self.cache.fork(slot, slots[0], prompt_len, block_ids)
+
+    def _reorder(self, reorder: Reorder) -> None:
+        slots, length = self._tensor(reorder.slots), reorder.length
+        self._tokens[slots, :length] = self._tokens[self._tensor(reorder.parents), :length]
+        self._tokens[slots, length] = self._tensor(reorder.token_ids)
+        self._beam_scores[slots] = torch.tensor(reorder.scores, dtype=torch.float32).to(self.device)
+        self.cache.reorder(reorder.slots, reorder.parents, length)
+
     def _input(self, plan: Plan) -> StepInput:
-        decode_slots = []
-        prompt_ids, positions, places, segments, sampled_rows = [], [], [], [], []
+        slots, positions, places, segments = [], [], [], []
         row = 0
         for chunk in plan.chunks:
-            prompt = self._prompts[chunk.slot]
-            end = chunk.start + chunk.length
-            if chunk.start >= len(prompt):
-                decode_slots.append(chunk.slot)
-            else:
-                prompt_ids.append(prompt[chunk.start : end])
-            positions.append(np.arange(chunk.start, end))
+            slots.append(np.full(chunk.length, chunk.slot))
+            positions.append(np.arange(chunk.start, chunk.start + chunk.length))
             places.append(self.cache.places(chunk.slot, chunk.start, chunk.length))
             segments.append(self.cache.segment(chunk.slot, row, chunk.start, chunk.length))
             row += chunk.length
-            if chunk.samples:
-                sampled_rows.append(row - 1)
-        token_ids = self._last_tokens[self._tensor(decode_slots)]  # decodes come first in a plan
-        if prompt_ids:
-            token_ids = torch.cat([token_ids, self._tensor(np.concatenate(prompt_ids))])
-        return StepInput(
-            token_ids,
-            self._tensor(np.concatenate(positions)),
-            self._tensor(np.concatenate(places)),
-            segments,
-            self._tensor(sampled_rows),
-        )
+        own_positions = self._tensor(np.concatenate(positions))
+        token_ids = self._tokens[self._tensor(np.concatenate(slots)), own_positions]
+        return StepInput(token_ids, own_positions, self._tensor(np.concatenate(places)), segments)
 
-    def _tensor(self, values: np.ndarray | list[int]) -> torch.Tensor:
+    def _tensor(self, values: np.ndarray | Sequence[int]) -> torch.Tensor:
         return torch.as_tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from engine.logits import column
 from engine.request import SamplingParams
 
 # Rows with 0 < top_k ≤ this look at twice as many candidates, not at the vocabulary; fixed, so that a row's result
@@ -25,11 +26,16 @@ _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 _LAST_SHIFT = 31
 
 
-def sample(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> torch.Tensor:
+def sample(
+    logits: torch.Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    top_p: torch.Tensor | None = None,
+) -> torch.Tensor:
     """One token per row.
 
-    logits: [rows, vocab] fp32; params: one per row; positions: of the token to be chosen, in its request.
-    Returns [rows] int64 on the logits' device.
+    logits: [rows, vocab] fp32; params: one per row; positions: of the token to be chosen, in its request;
+    top_p: [rows] fp64, where decay has changed it. Returns [rows] int64 on the logits' device.
     """
     tokens = logits.argmax(dim=-1)
     groups: dict[int, list[int]] = {}  # candidates to look at -> rows
@@ -40,7 +46,8 @@ def sample(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Se
         index = torch.tensor(rows, device=logits.device)
         own = [params[row] for row in rows]
         states = row_states([p.random_seed for p in own], [positions[row] for row in rows])
-        tokens[index] = _sample_rows(logits[index], own, states, num_candidates)
+        own_top_p = top_p[index] if top_p is not None else None
+        tokens[index] = _sample_rows(logits[index], own, states, num_candidates, own_top_p)
     return tokens
 
 
@@ -48,40 +55,45 @@ def _num_candidates(params: SamplingParams, logits: torch.Tensor) -> int:
     """How many of a row's likeliest tokens must be sorted: 0 where nothing is cut off. logits: [vocab]."""
     vocab_size = logits.shape[-1]
     partial = min(2 * _MAX_PARTIAL_TOP_K, vocab_size)
-    if params.top_k == 0 and params.top_p in (0, 1):
+    top_p = params.top_p  # the largest that it becomes
+    if params.top_p_decay < 1:
+        top_p = max(params.top_p, params.top_p_min)
+    elif params.top_k == 0 and params.top_p in (0, 1):
         return 0
     if 0 < params.top_k <= _MAX_PARTIAL_TOP_K:
         return partial
     if params.top_k == 0 and logits.device.type == "cpu":  # on a GPU the answer would cost more than the sort
         scaled = logits.double() / params.temperature
         mass = (scaled.topk(partial, sorted=False).values - scaled.logsumexp(dim=-1)).exp().sum()
-        if mass > params.top_p + 1e-9:  # the nucleus ends inside
+        if mass > top_p + 1e-9:  # the nucleus ends inside
             return partial
     return vocab_size
 
 
 def _sample_rows(
-    logits: torch.Tensor, params: list[SamplingParams], states: np.ndarray, num_candidates: int
+    logits: torch.Tensor,
+    params: list[SamplingParams],
+    states: np.ndarray,
+    num_candidates: int,
+    decayed_top_p: torch.Tensor | None,
 ) -> torch.Tensor:
     device = logits.device
-
-    def column(values: list[float] | np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-        return torch.as_tensor(values, dtype=dtype).to(device)[:, None]  # [rows, 1]
-
-    row_state = column(states.view(np.int64), torch.int64)
-    temperature = column([p.temperature for p in params], torch.float64)
+    row_state = column(states.view(np.int64), torch.int64, device)
+    temperature = column([p.temperature for p in params], torch.float64, device)
     if num_candidates == 0:
         token_ids = torch.arange(logits.shape[-1], device=device)
         return (logits / temperature + gumbel(row_state, token_ids)).argmax(dim=-1)
     whole = (logits / temperature).logsumexp(dim=-1, keepdim=True)  # [rows, 1] fp64
     logits, token_ids = _descending(logits, num_candidates)
-    top_k = column([p.top_k or num_candidates for p in params], torch.int64)
-    top_p = column([p.top_p or 1.0 for p in params], torch.float64)
+    top_k = column([p.top_k or num_candidates for p in params], torch.int64, device)
+    top_p = column([p.top_p or 1.0 for p in params], torch.float64, device)
+    if decayed_top_p is not None:
+        top_p = decayed_top_p[:, None].masked_fill(column([p.top_p == 0 for p in params], torch.bool, device), 1.0)
     rank = torch.arange(num_candidates, device=device)
     scaled = (logits / temperature).masked_fill(rank >= top_k, float("-inf"))  # [rows, candidates] fp64
     # The nucleus ends with the first candidate whose cumulated mass reaches top_p: of the top k's mass where they
     # are cut to k, of all tokens' where they are not (the candidates then need not be all).
-    is_cut = column([p.top_k > 0 for p in params], torch.bool)
+    is_cut = column([p.top_k > 0 for p in params], torch.bool, device)
     whole = torch.where(is_cut, scaled.logsumexp(dim=-1, keepdim=True), whole)
     mass_before = (scaled - whole).exp().cumsum(dim=-1).roll(1, dims=-1)
     scaled = scaled.masked_fill((rank > 0) & (mass_before >= top_p), float("-inf"))

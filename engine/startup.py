@@ -104,7 +104,7 @@ def make_engine(
         )
     else:
         scheduler = StaticScheduler(engine_config.max_batch_size, executor.max_seq_len, model_config.end_id)
-    return Engine(scheduler, executor, world, watchdog, engine_config.step_timeout_s)
+    return Engine(scheduler, executor, world, watchdog, engine_config.step_timeout_s, engine_config.max_queue_size)
 
 
 class _Counter:

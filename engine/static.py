@@ -1,36 +1,67 @@
 """Static batches for an executor that runs whole ones (FasterTransformer's op). Numbers only: no torch.
 
-A batch is computed from its prompts to its longest output; requests that come meanwhile wait for the next one.
+Owns who shares a batch, what the op cannot do (`check`) and what it leaves to the host: stop words and each request's
+own length. It must not know how the op is called (engine.fastertransformer).
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
-from engine.request import SHUTDOWN, Request, SamplingParams
+from engine.request import SHUTDOWN, Output, Request, SamplingParams
 from engine.scheduler import check_length
+
+_MAX_TOP_K = 1024  # the op clips silently (TopKSamplingLayer.cu)
+_MAX_PENALIZED_LEN = 6144  # 8 bytes of 48 KiB of shared memory per token (sampling_penalty_kernels.cu)
+
+# field -> (its name in a request, the one value that the op has)
+_ONLY_VALUES: dict[str, tuple[str, Any]] = {
+    "frequency_penalty": ("frequency_penalty", 0),
+    "top_p_decay": ("top_p_decay", 1),
+    "early_stopping": ("early_stopping", "false"),
+    "num_log_probs": ("num_log_probs", 0),
+    "prompt_log_probs": ("is_return_prompt_log_probs", False),
+    "next_token_logits": ("is_return_next_token_logits", False),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a batch: a prompt with the parameters of one sample, or of one beam search."""
+
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    bad_word_ids: list[list[int]]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Requests that run together, from first to last token, the same on every rank."""
+    """Rows that run together, from first to last token, the same on every rank."""
 
-    prompts: list[list[int]]
-    sampling: list[SamplingParams]
+    rows: list[Row]
+
+    @property
+    def beam_width(self) -> int:
+        return self.rows[0].sampling.beam_width
 
     @property
     def num_steps(self) -> int:
         """The batch's output length: that of its longest request."""
-        return max(params.max_new_tokens for params in self.sampling)
+        return max(row.sampling.max_new_tokens for row in self.rows)
 
 
 class StaticScheduler:
-    """First come, first served, as many at once as fit.
+    """Batches in order of arrival: each is formed around the request that has waited longest.
 
-    The op pads prompts to the longest and generates the longest output for all, so a request joins a batch only
-    while longest prompt + longest output stay within `max_seq_len`; one that does not fit keeps its place in line.
+    It takes in those behind it, first come, first served, that fit (`_Group`); the others keep their places in line.
+    So a request may be overtaken while it does not fit, but only until it is the first in line: it runs in the n-th
+    batch at the latest where it was the n-th to come. A batch runs to its end whatever becomes of its requests.
     """
+
+    has_token_log_probs = False
 
     def __init__(self, max_batch_size: int, max_seq_len: int, end_id: int) -> None:
         self.max_batch_size = max_batch_size
@@ -45,9 +76,32 @@ class StaticScheduler:
 
     def check(self, request: Request) -> None:
         """Raise ValueError for a request that the op cannot run. May be called from any thread."""
-        check_length(request, self.max_seq_len, "the longest sequence served")
+        params = request.sampling
+        for field, (name, value) in _ONLY_VALUES.items():
+            if getattr(params, field) != value:
+                raise ValueError(
+                    f"{name} is {_shown(getattr(params, field))}; with the FasterTransformer engine it must be "
+                    f"{_shown(value)}"
+                )
+        if request.end_id is None:
+            raise ValueError("ignore_eos is true; with the FasterTransformer engine it must be false")
         if request.end_id != self.end_id:
-            raise ValueError(f"end_id is {request.end_id}; the FasterTransformer engine ends at {self.end_id} only")
+            raise ValueError(
+                f"end_id is {request.end_id}; with the FasterTransformer engine it must be the model's, {self.end_id}"
+            )
+        if params.top_k > _MAX_TOP_K and not params.is_greedy:
+            raise ValueError(
+                f"runtime_top_k is {params.top_k}; with the FasterTransformer engine it must be at most {_MAX_TOP_K}"
+            )
+        if any(word[-1] == 0 for word in request.bad_word_ids):
+            raise ValueError("bad_words has a word whose last token is 0, the one that FasterTransformer never bans")
+        if params.width > self.max_batch_size:
+            name = "n" if params.n > 1 else "beam_width"
+            raise ValueError(f"{name} is {params.width}; at most {self.max_batch_size} sequences run at once")
+        check_length(request, self.max_seq_len, "the longest sequence served")
+        if _penalty(params) is not None:
+            what = f"the longest sequence to which FasterTransformer applies a {_penalty(params)}"
+            check_length(request, _MAX_PENALIZED_LEN, what)
 
     def add(self, request: Request) -> None:
         """Queue a request that `check` let pass."""
@@ -57,35 +111,130 @@ class StaticScheduler:
         """The next batch, or None where nothing waits or one is on its way."""
         if self._running or not self.waiting:
             return None
-        left: deque[Request] = deque()
-        longest_prompt = longest_output = 0
-        for request in self.waiting:
-            prompt = max(longest_prompt, len(request.prompt_ids))
-            output = max(longest_output, request.sampling.max_new_tokens)
-            if len(self._running) < self.max_batch_size and prompt + output <= self.max_seq_len:
-                self._running.append(request)
-                longest_prompt, longest_output = prompt, output
-            else:
-                left.append(request)
-        self.waiting = left
-        return Batch([r.prompt_ids for r in self._running], [r.sampling for r in self._running])
+        group = _Group(self.max_batch_size, self.max_seq_len)
+        self.waiting = deque([request for request in self.waiting if not group.take(request)])
+        self._running = group.requests
+        return Batch([row for request in self._running for row in _rows(request)])
 
-    def commit(self, outputs: list[list[int]]) -> None:
-        """Take the batch's tokens, one list per request, each cut to what its request asked for."""
+    def commit(self, results: list[list[Output]]) -> None:
+        """Take what the op gave: per row one sequence, or its beams, best first, each as long as the whole batch."""
         requests, self._running = self._running, []
-        for request, token_ids in zip(requests, outputs, strict=True):
-            if request.is_finished:  # aborted while the batch ran
+        rows = iter(results)
+        for request in requests:
+            sequences = [sequence for _ in range(request.sampling.n) for sequence in next(rows)]
+            if request.is_finished:  # ended while the batch ran
                 continue
-            for token_id in token_ids:
-                request.append(token_id)
-                if request.is_finished:
-                    break
-            assert request.is_finished, (len(token_ids), request.sampling.max_new_tokens)
-            request.publish(list(request.output_ids))
+            outputs = request.outputs if len(sequences) == request.sampling.n else [Output() for _ in sequences]
+            for output, sequence in zip(outputs, sequences, strict=True):
+                _cut(request, sequence, output)
+            request.outputs = outputs
+            request.is_finished = True
+            request.on_update(request)
+
+    def cancel(self, request: Request, reason: str) -> None:
+        """End a request: one that runs gets nothing, and its rows are dropped when the batch ends."""
+        if request.is_finished:
+            return
+        if request not in self._running:
+            self.waiting.remove(request)
+        request.end(reason)
 
     def abort_all(self) -> None:
         """End every request; the running batch's tokens are dropped when they come."""
         for request in [*self._running, *self.waiting]:
-            request.finish_reason = SHUTDOWN
-            request.publish([])
-        self.waiting.clear()
+            self.cancel(request, SHUTDOWN)
+
+
+class _Group:
+    """A batch that is being formed.
+
+    The op pads prompts to the longest and generates the longest output for all, so longest prompt + longest output
+    must stay within its positions; and some things it takes once for all rows (`_kind`, `_penalty`).
+    """
+
+    def __init__(self, max_batch_size: int, max_seq_len: int) -> None:
+        self.requests: list[Request] = []
+        self._max_batch_size = max_batch_size
+        self._max_seq_len = max_seq_len
+        self._num_sequences = self._prompt_len = self._output_len = 0
+        self._penalty: str | None = None
+
+    def take(self, request: Request) -> bool:
+        """Take a request in where it fits; says whether it does."""
+        params = request.sampling
+        num_sequences = self._num_sequences + params.width
+        prompt_len = max(self._prompt_len, len(request.prompt_ids))
+        output_len = max(self._output_len, params.max_new_tokens)
+        penalty = self._penalty or _penalty(params)
+        limit = min(self._max_seq_len, _MAX_PENALIZED_LEN) if penalty else self._max_seq_len
+        if num_sequences > self._max_batch_size or prompt_len + output_len > limit:
+            return False
+        if _penalty(params) not in (None, penalty):
+            return False
+        if self.requests and _kind(request) != _kind(self.requests[0]):
+            return False
+        self.requests.append(request)
+        self._num_sequences, self._prompt_len, self._output_len = num_sequences, prompt_len, output_len
+        self._penalty = penalty
+        return True
+
+
+def _kind(request: Request) -> tuple[Any, ...]:
+    """What all requests of a batch must have in common, for a result that does not depend on the others.
+
+    The op counts padding where it looks back for a bad word of several tokens, and in a beam's length; applies the
+    first row's parameters to the beams of all; searches as many steps for all; and finds other rows' beams in the place
+    of a row's own for bad words, with several pipeline stages.
+    """
+    params = request.sampling
+    has_long_word = any(len(word) > 1 for word in request.bad_word_ids)
+    prompt_len = len(request.prompt_ids)
+    if params.beam_width == 1:
+        return (1, prompt_len if has_long_word else None)
+    return (
+        params.beam_width,
+        prompt_len if params.len_penalty else None,
+        params.max_new_tokens,
+        params.temperature or 1.0,
+        params.repetition_penalty,
+        params.presence_penalty,
+        params.min_length,
+        params.len_penalty,
+        params.beam_search_diversity_rate,
+        id(request) if request.bad_word_ids else None,
+    )
+
+
+def _penalty(params: SamplingParams) -> str | None:
+    """Which of the two penalties a request has: the op takes one or the other for a batch."""
+    if params.repetition_penalty != 1:
+        return "repetition_penalty"
+    return "presence_penalty" if params.presence_penalty != 0 else None
+
+
+def _rows(request: Request) -> list[Row]:
+    samples = [request.sampling.for_sample(index) for index in range(request.sampling.n)]
+    return [Row(request.prompt_ids, params, request.bad_word_ids) for params in samples]
+
+
+def _cut(request: Request, sequence: Output, output: Output) -> None:
+    """Fill an output with the op's tokens up to the one that ends it.
+
+    The op's log-probability is of all that it generated: it is unknown (NaN) for a text that ends before that, at a
+    stop word or because the batch has a longer request.
+    """
+    for token_id in sequence.token_ids:
+        output.token_ids.append(token_id)
+        reason = request.reason_to_end(output.token_ids)
+        if reason is not None:
+            break
+    assert reason is not None, (len(sequence.token_ids), request.sampling.max_new_tokens)
+    is_whole = output.token_ids[-1] == request.end_id or len(output.token_ids) == len(sequence.token_ids)
+    output.cum_log_prob = sequence.cum_log_prob if is_whole else math.nan
+    output.finish_reason = reason
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -58,7 +58,7 @@ def make_engine(folder: Path, **limits: object) -> Engine:
 
 
 def request(prompt_ids: list[int], sampling: SamplingParams) -> Request:
-    return Request(prompt_ids, sampling, 302, lambda update: None)
+    return Request(prompt_ids, sampling, 302)
 
 
 def finish(engine: Engine, requests: list[Request]) -> list[list[int]]:
@@ -88,7 +88,7 @@ def test_end_id_ends_the_text_and_is_its_last_token(engine: Engine, gpt2_source:
     prompt_ids = prompts(1)[0]
     expected = hf_greedy(gpt2_source[1], prompt_ids)
     end_id = expected[10]
-    r = Request(prompt_ids, SamplingParams(NEW_TOKENS), end_id, lambda update: None)
+    r = Request(prompt_ids, SamplingParams(NEW_TOKENS), end_id)
     finish(engine, [r])
     assert r.output_ids == expected[: expected.index(end_id) + 1]
     assert r.finish_reason == "end_id"

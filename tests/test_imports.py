@@ -14,14 +14,14 @@ ALLOWED = {
     "engine": {"engine", "kernels"},
     "readers": {"readers", "engine.config", "engine.weights"},
     "convert": {"readers", "engine.config", "engine.weights", "helpers"},
-    "gpt": {"engine.request", "helpers"},
-    "serving": {"serving", "engine.config"},
+    "gpt": {"engine.request", "helpers", "serving"},
+    "serving": {"serving", "engine.config", "engine.request", "engine.words"},
     "client": {"helpers"},
     "server": {"convert", "engine", "gpt", "helpers", "serving"},
 }
 OWN = {*ALLOWED, "kernels"}
-HOST_SIDE = ("config", "request", "scheduler", "blocks", "static")
-DEVICE_SIDE = ("comm", "layers", "attention", "cache", "sampling", "model", "weights")
+HOST_SIDE = ("config", "request", "words", "beam", "blocks", "plan", "scheduler", "static")
+DEVICE_SIDE = ("comm", "layers", "attention", "cache", "logits", "sampling", "results", "model", "weights")
 
 
 def imports(path: Path) -> set[str]:

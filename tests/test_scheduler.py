@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
 from engine.blocks import BlockAllocator
-from engine.request import Request, SamplingParams, Update
-from engine.scheduler import Chunk, Plan, Scheduler
+from engine.plan import Chunk, Plan, StepOutput
+from engine.request import CANCELLED, END_ID, Request, SamplingParams, Token
+from engine.scheduler import Scheduler
 
 END = 999
 
 
-def request(prompt_len: int, output_len: int, updates: list[Update] | None = None) -> Request:
+def request(prompt_len: int, output_len: int, updates: list[str | None] | None = None, **sampling: Any) -> Request:
+    """`updates` gets the finish reason at each update."""
     sink = updates if updates is not None else []
-    return Request(list(range(prompt_len)), SamplingParams(output_len), END, sink.append)
+    return Request(
+        list(range(prompt_len)), SamplingParams(output_len, **sampling), END, lambda r: sink.append(r.finish_reason)
+    )
+
+
+def output(plan: Plan, *token_ids: int) -> StepOutput:
+    """What a plan gave: these tokens, the last one again and again where they are too few."""
+    count = sum(len(chunk.sampled_slots) for chunk in plan.chunks)
+    return StepOutput([Token(token_id) for token_id in [*token_ids, *token_ids[-1:] * count][:count]])
 
 
 def scheduler(max_batch_size: int = 4, max_step_tokens: int = 16, num_blocks: int = 64) -> Scheduler:
@@ -31,7 +42,7 @@ def run(s: Scheduler, ahead: int = 0, token: int = 1, most: int = 10_000) -> lis
             plans.append(plan)
             uncommitted.append(plan)
         if uncommitted and (plan is None or len(uncommitted) > ahead):
-            s.commit([token] * len(uncommitted.pop(0).sampled_slots))
+            s.commit(output(uncommitted.pop(0), token))
         if not uncommitted and not s.has_work:
             return plans
     raise AssertionError("the scheduler never came to an end")
@@ -41,35 +52,33 @@ def test_long_prompt_is_cut_into_pieces_and_samples_once_at_its_end() -> None:
     s = scheduler(max_step_tokens=16)
     s.add(request(40, 2))
     assert [plan.chunks for plan in run(s)] == [
-        [Chunk(0, 0, 16, False)],
-        [Chunk(0, 16, 16, False)],
-        [Chunk(0, 32, 8, True)],
-        [Chunk(0, 40, 1, True)],
+        [Chunk(0, 0, 16)],
+        [Chunk(0, 16, 16)],
+        [Chunk(0, 32, 8, [0])],
+        [Chunk(0, 40, 1, [0])],
     ]
 
 
 def test_requests_join_between_steps_and_decodes_come_first() -> None:
     s = scheduler()
     s.add(request(3, 5))
-    plan = s.schedule()
-    s.commit([1])
+    s.commit(output(s.schedule(), 1))
     s.add(request(4, 2))
     plan = s.schedule()
-    assert plan.chunks == [Chunk(0, 3, 1, True), Chunk(1, 0, 4, True)]
-    assert [a.slot for a in plan.admissions] == [1]
+    assert plan.chunks == [Chunk(0, 3, 1, [0]), Chunk(1, 0, 4, [1])]
+    assert [a.slots for a in plan.admissions] == [[1]]
 
 
 def test_a_short_request_leaves_at_once_and_its_slot_is_used_again() -> None:
     s = scheduler(max_batch_size=2)
-    updates: list[Update] = []
+    updates: list[str | None] = []
     s.add(request(2, 50))
     s.add(request(2, 1, updates))
     s.add(request(2, 1))
-    s.schedule()
-    s.commit([1, 1])
-    assert [u.finish_reason for u in updates] == ["length"]
+    s.commit(output(s.schedule(), 1))
+    assert updates == ["length"]
     plan = s.schedule()
-    assert [a.slot for a in plan.admissions] == [1]
+    assert [a.slots for a in plan.admissions] == [[1]]
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2])
@@ -90,15 +99,14 @@ def test_the_same_plans_whether_tokens_are_known_late_or_not(ahead: int) -> None
 
 def test_end_id_ends_a_request_and_the_token_already_on_its_way_is_dropped() -> None:
     s = scheduler()
-    updates: list[Update] = []
+    updates: list[str | None] = []
     r = request(2, 50, updates)
     s.add(r)
-    s.schedule()
-    s.schedule()  # planned before the first token is known
-    s.commit([END])
-    s.commit([5])
+    plans = [s.schedule(), s.schedule()]  # the second before the first token is known
+    s.commit(output(plans[0], END))
+    s.commit(output(plans[1], 5))
     assert r.output_ids == [END]
-    assert [u.finish_reason for u in updates] == ["end_id"]
+    assert updates == ["end_id"]
     assert not s.has_work
     assert s.blocks.num_free == s.blocks.num_blocks
 
@@ -108,8 +116,9 @@ def test_a_request_waits_for_blocks_and_none_is_lost() -> None:
     first, second = request(6, 7), request(6, 7)  # 12 tokens = 3 blocks each
     s.add(first)
     s.add(second)
-    assert len(s.schedule().admissions) == 1
-    s.commit([1])
+    plan = s.schedule()
+    assert len(plan.admissions) == 1
+    s.commit(output(plan, 1))
     run(s)
     assert (len(first.output_ids), len(second.output_ids)) == (7, 7)
     assert s.blocks.num_free == 4
@@ -127,13 +136,13 @@ def test_what_can_never_run_is_refused_with_the_numbers() -> None:
 
 def test_abort_ends_all_and_frees_all() -> None:
     s = scheduler(max_batch_size=1)
-    updates: list[Update] = []
+    updates: list[str | None] = []
     s.add(request(2, 9, updates))
     s.add(request(2, 9, updates))
-    s.schedule()
+    plan = s.schedule()
     s.abort_all()
-    s.commit([1])
-    assert [u.finish_reason for u in updates] == ["shutdown", "shutdown"]
+    s.commit(output(plan, 1))
+    assert updates == ["shutdown", "shutdown"]
     assert not s.has_work
     assert s.blocks.num_free == s.blocks.num_blocks
 
@@ -162,3 +171,68 @@ def test_blocks_are_consecutive_where_they_can_be() -> None:
     assert blocks.allocate(1) is None
     with pytest.raises(AssertionError, match="free already"):
         blocks.free([0, 0])
+
+
+def test_samples_share_the_blocks_of_their_prompt_and_leave_one_by_one() -> None:
+    s = scheduler(num_blocks=40)
+    r = request(10, 9, n=3, top_k=5)
+    s.add(r)
+    plan = s.schedule()
+    assert plan.chunks == [Chunk(0, 0, 10, [0, 1, 2])]
+    assert [len(ids) for ids in plan.admissions[0].block_ids] == [5, 2, 2]  # 18 tokens; 8 tokens of their own
+    assert s.blocks.num_free == 31
+    s.commit(output(plan, 1, END, 3))
+    assert [o.finish_reason for o in r.outputs] == [None, END_ID, None]
+    assert s.blocks.num_free == 33
+    plan = s.schedule()
+    assert plan.chunks == [Chunk(0, 10, 1, [0]), Chunk(2, 10, 1, [2])]
+    s.commit(output(plan, END, 4))  # the prompt's blocks are still read
+    assert s.blocks.num_free == 35
+    run(s)
+    assert [len(o.token_ids) for o in r.outputs] == [2, 1, 9]
+    assert s.blocks.num_free == 40
+
+
+@pytest.mark.parametrize("is_running", [False, True])
+def test_a_cancelled_request_leaves_at_once(is_running: bool) -> None:
+    s = scheduler(max_batch_size=3)
+    updates: list[str | None] = []
+    other, r = request(2, 20), request(2, 20, updates, n=2, top_k=5)
+    if not is_running:
+        s.add(request(2, 2, n=2, top_k=2))
+    s.add(other)
+    s.add(r)
+    plans = [s.schedule(), s.schedule()]
+    s.commit(output(plans[0], 1))
+    s.cancel(r, CANCELLED)
+    s.cancel(r, CANCELLED)  # once more does nothing
+    s.commit(output(plans[1], 1))
+    assert updates[-1] == CANCELLED
+    assert [len(o.token_ids) for o in r.outputs] == ([1, 1] if is_running else [0, 0])
+    run(s)
+    assert len(other.output_ids) == 20
+    assert s.blocks.num_free == s.blocks.num_blocks
+
+
+def test_a_request_with_bad_words_is_planned_once_its_last_token_is_known() -> None:
+    class Words:
+        always_banned, has_bad, has_stop = [7], True, False
+
+        def banned(self, prompt_ids: list[int], output_ids: list[int]) -> list[int]:
+            return [len(output_ids)]
+
+    s = scheduler()
+    s.add(Request([1, 2], SamplingParams(3), END, words=Words()))
+    plan = s.schedule()
+    assert (plan.admissions[0].banned_ids, plan.chunks[0].banned_ids) == ([7], [0])
+    assert s.schedule() is None
+    s.commit(output(plan, 5))
+    assert s.schedule().chunks[0].banned_ids == [1]
+
+
+def test_width_is_checked_against_slots_and_blocks() -> None:
+    s = scheduler(max_batch_size=4, num_blocks=10)
+    with pytest.raises(ValueError, match="^n is 5; at most 4 sequences run at once$"):
+        s.check(request(2, 2, n=5, top_k=2))
+    with pytest.raises(ValueError, match="^beam_width is 4; .* takes 16 blocks, and the key-value cache has 10$"):
+        s.check(request(1, 16, beam_width=4))

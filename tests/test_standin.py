@@ -232,6 +232,44 @@ def test_a_finished_beam_keeps_its_score(model: Any) -> None:
         np.testing.assert_allclose(scores, expected, rtol=1e-4)
 
 
+def plain_beams(
+    model: Any, prompt: list[int], end_id: int, temperature: float, len_penalty: float, diversity: float
+) -> list[tuple[list[int], float]]:
+    """[beam] -> tokens, score: beam search of width 3 in numpy, the op's length: prompt and padding too."""
+    width, max_input_len = 3, max(map(len, PROMPTS))
+    beams: list[tuple[list[int], float]] = [([], 0.0)]
+    for _ in range(OUTPUT_LEN):
+        found = []
+        for tokens, total in beams:
+            if tokens[-1:] == [end_id]:
+                found.append((total / (max_input_len - 1 + len(tokens)) ** len_penalty, tokens, total))
+                continue
+            log_probs = (last_logits(model, prompt + tokens) / temperature).log_softmax(-1).double().numpy()
+            for place, token in enumerate(np.argsort(-log_probs)[: 2 * width]):
+                score = (total + log_probs[token]) / (max_input_len + len(tokens)) ** len_penalty
+                found.append((score + diversity * (place % width), [*tokens, int(token)], total + log_probs[token]))
+        beams = [(tokens, total) for _, tokens, total in sorted(found, key=lambda one: -one[0])[:width]]
+    return beams
+
+
+@pytest.mark.parametrize(
+    ("temperature", "len_penalty", "diversity"), [(1, 0, 0), (0.6, 0, 0), (1, 4, 0), (1, -3, 0), (1, 0, -0.7)]
+)
+def test_parameters_of_beams(model: Any, temperature: float, len_penalty: float, diversity: float) -> None:
+    end_id = expected_greedy(model)[1][2]
+    op = tiny.make_op(weights_of(model), end_id=end_id)
+    given = dict(beam_search_diversity_rate=floats(diversity), len_penalty=floats(len_penalty))
+    outputs = tiny.run(
+        op, PROMPTS, OUTPUT_LEN, beam_width=3, log_probs=1, temperature=floats(*[temperature] * 4), **given
+    )
+    new, neutral = (tiny.new_tokens(each, PROMPTS) for each in (outputs, tiny.run(op, PROMPTS, OUTPUT_LEN, 3)))
+    for prompt, beams, scores in zip(PROMPTS, new, outputs[2].tolist(), strict=True):
+        expected = plain_beams(model, prompt, end_id, temperature, len_penalty, diversity)
+        assert beams == [tokens for tokens, _ in expected]
+        np.testing.assert_allclose(scores, [total for _, total in expected], rtol=1e-4)
+    assert (new != neutral) == ((temperature, len_penalty, diversity) != (1, 0, 0))
+
+
 def test_a_seed_decides_a_row_alone_or_in_a_batch(op: Any) -> None:
     seeds = torch.tensor([7, 8, 9, 10])
     params = dict(top_k=ints(5, 0, 0, 40), top_p=floats(0, 0.8, 1.0, 0.9), temperature=floats(1, 2, 1, 3))

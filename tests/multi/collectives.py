@@ -23,7 +23,7 @@ def main() -> None:
         else:
             assert comm.receive_forward(torch.empty(3, 4, dtype=dtype)).eq(7 + parallel.tp_rank).all()
     tokens = torch.tensor([5, 6]) if parallel.is_last_stage else torch.zeros(2, dtype=torch.int64)
-    assert comm.return_tokens(tokens).tolist() == [5, 6]
+    assert comm.return_results(tokens).tolist() == [5, 6]
     assert comm.min_over_ranks(10 - world.rank) == 7
 
 

@@ -2,7 +2,7 @@
 
     mpirun -n 4 python tests/multi/engine_parity.py CONVERTED_FOLDER REQUESTS.json --tp 2 --pp 2
 
-REQUESTS.json: a list of {"prompt_ids": [...], "sampling": {...}}. Submitted a few at a time while others run.
+REQUESTS.json: a list of items as tests.traffic has them. Submitted at random times while others run.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import numpy as np
 
 from engine.comm import World
 from engine.config import EngineConfig, ModelConfig, ParallelConfig
-from engine.engine import Engine, follow
-from engine.request import Request, SamplingParams
+from engine.engine import follow
+from engine.plan import Admission, Chunk, Plan
+from engine.request import SamplingParams
 from engine.runner import TorchExecutor
-from engine.scheduler import Admission, Chunk, Plan
 from engine.startup import choose, connect, load, make_engine
 from engine.watchdog import Watchdog
+from tests.traffic import VOCAB_SIZE, make_request, results, run_alone, run_crowd, vocabulary
 
 
 def main() -> None:
@@ -34,6 +35,9 @@ def main() -> None:
     parser.add_argument("--engine", default="torch")
     parser.add_argument("--lib-path", type=Path, default=Path("none"))
     parser.add_argument("--int8-mode", type=int, default=0)
+    parser.add_argument("--outputs", type=Path, help="save all that tests.traffic.results has of each request here")
+    parser.add_argument("--alone", action="store_true", help="one request after the other instead")
+    parser.add_argument("--max-batch-size", type=int, default=5)
     parser.add_argument("--logits", type=Path, help="instead of generating, save each prompt's next-token logits here")
     flags = parser.parse_args()
     world = World()
@@ -43,8 +47,8 @@ def main() -> None:
         device=flags.device,
         data_type=flags.data_type,
         int8_mode=flags.int8_mode,
-        max_batch_size=5,
-        max_step_tokens=24,
+        max_batch_size=flags.max_batch_size,
+        max_step_tokens=max(24, flags.max_batch_size),
         block_size=4,
     )
     model_config = ModelConfig.read(flags.folder / "config.ini")
@@ -60,11 +64,16 @@ def main() -> None:
     if world.rank > 0:
         follow(world, executor, Watchdog(), limits.step_timeout_s)
         return
-    requests = [
-        Request(item["prompt_ids"], SamplingParams(**item["sampling"]), model_config.end_id, lambda update: None)
-        for item in items
-    ]
-    run(make_engine(executor, model_config, limits, world, Watchdog()), requests)
+    words = vocabulary(max(VOCAB_SIZE, model_config.vocab_size))
+    requests = [make_request({"end_id": model_config.end_id, **item}, words) for item in items]
+    engine = make_engine(executor, model_config, limits, world, Watchdog())
+    (run_alone if flags.alone else run_crowd)(engine, requests)
+    engine.stop(10)
+    engine.run()
+    if flags.engine == "torch":
+        assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
+    if flags.outputs is not None:
+        flags.outputs.write_text(json.dumps([results(request) for request in requests]))
     print("RESULT", json.dumps([request.output_ids for request in requests]))
 
 
@@ -74,28 +83,15 @@ def save_logits(executor: TorchExecutor, parallel: ParallelConfig, prompts: list
     for prompt_ids in prompts:
         blocks = list(range(-(-len(prompt_ids) // executor.cache.block_size)))
         middle = len(prompt_ids) // 2
-        pieces = [Chunk(0, 0, middle, False)] if middle else []
-        pieces.append(Chunk(0, middle, len(prompt_ids) - middle, True))
+        pieces = [Chunk(0, 0, middle)] if middle else []
+        pieces.append(Chunk(0, middle, len(prompt_ids) - middle, [0]))
         for piece in pieces:
-            admissions = [Admission(0, prompt_ids, SamplingParams(1), blocks)] if piece.start == 0 else []
+            admissions = [Admission([0], prompt_ids, SamplingParams(1), None, [blocks])] if piece.start == 0 else []
             logits = executor.forward(Plan([piece], admissions))
         if logits is not None:
             rows.append(logits[0].cpu().numpy())
     if parallel.is_last_stage and parallel.tp_rank == 0:
         np.save(path, np.stack(rows))
-
-
-def run(engine: Engine, requests: list[Request]) -> None:
-    """Submit two requests every three steps, so that they join and leave a running batch."""
-    todo = list(requests)
-    while todo or not all(request.is_finished for request in requests):
-        for request in todo[:2]:
-            engine.submit(request)
-        del todo[:2]
-        for _ in range(3):
-            engine.step()
-    engine.stop(10)
-    engine.run()
 
 
 if __name__ == "__main__":

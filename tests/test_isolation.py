@@ -1,0 +1,94 @@
+"""A request's result is its own: 500 requests with every mix of parameters, in a crowd as alone, at any tp × pp."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.launch import ROOT, mpirun
+from tests.test_engine import make_engine
+from tests.traffic import make_request, random_items, results, run_alone, run_crowd, vocabulary
+
+COUNT = 500
+
+
+@pytest.fixture(scope="module")
+def items() -> list[dict[str, Any]]:
+    return random_items(COUNT, seed=1)
+
+
+class Runs:
+    """The items' results by (tp, pp, alone or in a crowd), each run once."""
+
+    def __init__(self, items: list[dict[str, Any]], converted: Callable[[int], Path], folder: Path) -> None:
+        self.items = items
+        self.converted = converted
+        self.folder = folder
+        self.get = functools.cache(self._run)
+
+    def _run(self, tp: int, pp: int, is_alone: bool) -> list[dict[str, Any]]:
+        if tp * pp == 1:
+            engine = make_engine(self.converted(1), max_batch_size=24, max_step_tokens=24, block_size=4)
+            words = vocabulary()
+            requests = [make_request(item, words) for item in self.items]
+            (run_alone if is_alone else run_crowd)(engine, requests)
+            assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
+            return [results(request) for request in requests]
+        path, outputs = self.folder / "requests.json", self.folder / "outputs.json"
+        path.write_text(json.dumps(self.items))
+        script = str(ROOT / "tests/multi/engine_parity.py")
+        flags = ["--tp", str(tp), "--pp", str(pp), "--max-batch-size", "24", "--outputs", str(outputs)]
+        flags += ["--alone"] if is_alone else []
+        done = mpirun(tp * pp, script, str(self.converted(tp)), str(path), *flags)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return json.loads(outputs.read_text())
+
+
+@pytest.fixture(scope="module")
+def runs(
+    items: list[dict[str, Any]], converted: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Runs:
+    return Runs(items, converted, tmp_path_factory.mktemp("isolation"))
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (2, 2)], ids=["tp1-pp1", "tp2-pp1", "tp2-pp2"])
+def test_each_request_is_what_it_is_alone(tp: int, pp: int, items: list[dict[str, Any]], runs: Runs) -> None:
+    alone, crowd = runs.get(tp, pp, True), runs.get(tp, pp, False)
+    different = [index for index in range(COUNT) if texts(crowd[index]) != texts(alone[index])]
+    assert not different, f"request {different[0]}: {items[different[0]]}\n{crowd[different[0]]}\n{alone[different[0]]}"
+    for one, other in zip(crowd, alone, strict=True):
+        for name in ("log_probs", "alternatives"):
+            for ours, theirs in zip(one["outputs"], other["outputs"], strict=True):
+                assert np.allclose(flat(ours[name]), flat(theirs[name]), atol=1e-4)
+        assert np.allclose(one["prompt_log_probs"], other["prompt_log_probs"], atol=1e-4)
+        assert np.allclose(one["next_token_logits"], other["next_token_logits"], atol=1e-4)
+
+
+def texts(result: dict[str, Any]) -> list[Any]:
+    return [(output["token_ids"], output["finish_reason"]) for output in result["outputs"]]
+
+
+def flat(values: list[Any]) -> list[float]:
+    """The numbers of nested lists."""
+    return [number for value in values for number in (flat(value) if isinstance(value, (list, tuple)) else [value])]
+
+
+def test_the_mix_has_everything(items: list[dict[str, Any]], runs: Runs) -> None:
+    alone = runs.get(1, 1, True)
+    reasons = {output["finish_reason"] for result in alone for output in result["outputs"]}
+    assert reasons == {"length", "end_id", "stop"}
+    for name in ("n", "beam_width", "top_p_decay", "presence_penalty", "frequency_penalty", "prompt_log_probs"):
+        assert sum(name in item["sampling"] for item in items) > 20
+    words = vocabulary()
+    for item, result in zip(items, alone, strict=True):
+        for output in result["outputs"]:
+            text = b"".join(words.token_bytes[i] for i in output["token_ids"]).decode()
+            assert not any(word in text for word in item["bad"])
+            stops = [word for word in item["stop"] if word in text]
+            assert bool(stops) == (output["finish_reason"] == "stop") or output["finish_reason"] == "end_id"
