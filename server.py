@@ -31,7 +31,7 @@ from engine.engine import Engine, follow
 from engine.startup import Choice, choose, connect, load, make_engine
 from engine.watchdog import Watchdog
 from helpers import find_checkpoint, model_key, one_line, setup_logging
-from serving.frontend import TritonFlags, TritonFrontend
+from serving.frontend import TritonFlags, TritonFrontend, TritonModel
 
 _LOG = logging.getLogger("server")
 _PROGRESS_INTERVAL_S = 2.0
@@ -282,15 +282,22 @@ def _load_tokenizer(folder: Path) -> Any:
 def _lead(start: _Start, triton_flags: TritonFlags, started: float) -> int:
     """Rank 0: Triton in front, the engine's loop in this thread, until a signal or a failure."""
     from gpt import INPUTS, OUTPUTS, GPTModel
+    from serving.inputs import Parser
 
     frontend = TritonFrontend(triton_flags, start.flags.verbose)
     watchdog = Watchdog(before_exit=frontend.kill)
     engine = make_engine(start.executor, start.model_config, start.engine_config, start.world, watchdog)
-    model = GPTModel(engine.submit, start.tokenizer, start.model_config.end_id, start.model_config.vocab_size)
+    model = GPTModel(engine, Parser(start.tokenizer, start.model_config.end_id, start.model_config.vocab_size))
+    name = start.triton_name
     is_over = threading.Event()
     failures: list[str] = []
     try:
-        frontend.start(start.triton_name, model.infer, INPUTS, OUTPUTS)
+        frontend.start(
+            [
+                TritonModel(name, model.infer, INPUTS, OUTPUTS),
+                TritonModel(f"{name}_streaming", model.stream, INPUTS, OUTPUTS, decoupled=True),
+            ]
+        )
         engine.warm_up(start.model_config.end_id)
         _on_signals(_SecondSignal(lambda number: _drain(number, engine, triton_flags.drain_timeout), frontend.kill))
         threading.Thread(target=_watch_triton, args=(frontend, engine, is_over, failures), daemon=True).start()

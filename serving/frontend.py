@@ -12,8 +12,12 @@ import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engine.config import flag
+
+if TYPE_CHECKING:  # PyTriton reads the environment as it is imported
+    from pytriton.model_config import Tensor
 
 _LOG = logging.getLogger("serving")
 _LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PRTE_", "OPAL_", "PMI_", "ORTE_")
@@ -56,8 +60,23 @@ class TritonFlags:
                     ) from None
 
 
+@dataclass(frozen=True)
+class TritonModel:
+    """A name under which Triton serves a callable of this process.
+
+    infer: an async function that returns a list with one dict of batched arrays for each request; or, decoupled, an
+    async generator function that yields such lists, one for each response, of arrays without a batch dimension.
+    """
+
+    name: str
+    infer: Callable
+    inputs: Sequence[Tensor]
+    outputs: Sequence[Tensor]
+    decoupled: bool = False
+
+
 class TritonFrontend:
-    """One tritonserver with one model, bound to a callable of this process."""
+    """One tritonserver with its models, bound to callables of this process."""
 
     def __init__(self, flags: TritonFlags, verbose: bool) -> None:
         self.flags = flags
@@ -69,15 +88,15 @@ class TritonFrontend:
         host = socket.gethostname() if self.flags.http_address == "0.0.0.0" else self.flags.http_address
         return [f"http://{host}:{self.flags.http_port}", f"grpc://{host}:{self.flags.grpc_port}"]
 
-    def start(self, model_name: str, infer: Callable, inputs: Sequence, outputs: Sequence) -> None:
-        """Start tritonserver and bind the model. Call from the main thread: tritonserver ends with its thread."""
+    def start(self, models: Sequence[TritonModel]) -> None:
+        """Start tritonserver and bind the models. Call from the main thread: tritonserver ends with its thread."""
         _prepare_environment()
         from serving.proxy import install
 
         install()
         for attempt in range(1, _BIND_TRIES + 1):
             try:
-                self._start_once(model_name, infer, inputs, outputs)
+                self._start_once(models)
                 return
             except Exception as error:  # PyTriton raises many kinds; the last one is the user's
                 self.kill()
@@ -85,7 +104,7 @@ class TritonFrontend:
                     raise RuntimeError(f"Triton did not start: {' '.join(str(error).split())[:500]}") from error
                 _LOG.warning("Triton did not start (try %d of %d), once more", attempt, _BIND_TRIES)
 
-    def _start_once(self, model_name: str, infer: Callable, inputs: Sequence, outputs: Sequence) -> None:
+    def _start_once(self, models: Sequence[TritonModel]) -> None:
         from pytriton.model_config import ModelConfig
         from pytriton.triton import Triton, TritonConfig
 
@@ -106,8 +125,11 @@ class TritonFrontend:
         with _launcher_free_environment():
             self._triton = Triton(config=config)
             # No dynamic batcher: requests are batched by the engine, in flight.
-            model_config = ModelConfig(max_batch_size=_MAX_PROMPTS, batcher=None)
-            self._triton.bind(model_name, infer, inputs, outputs, config=model_config, strict=False)
+            batched = ModelConfig(max_batch_size=_MAX_PROMPTS, batcher=None)
+            streaming = ModelConfig(batching=False, decoupled=True)
+            for model in models:
+                config = streaming if model.decoupled else batched
+                self._triton.bind(model.name, model.infer, model.inputs, model.outputs, config=config, strict=False)
             self._triton.run()
 
     def is_alive(self) -> bool:

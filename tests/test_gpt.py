@@ -1,9 +1,10 @@
-"""PyTriton's callable, without Triton: arrays in, arrays out, one sentence for what is wrong."""
+"""The callables, without Triton or a model: arrays in, arrays out, one sentence for what is wrong."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -11,40 +12,81 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.request import Request
-from gpt import BadRequest, GPTModel, InternalError
+from engine.request import CANCELLED, SHUTDOWN, EngineBusy, Output, Request, Token
+from gpt import BadRequest, GPTModel, InternalError, ServerBusy
+from serving.inputs import Parser
 
 END = 9
+LETTERS = "abcdefghijk"
 
 
 class LetterTokenizer:
     """One token per letter; j is the end token, and the model does not know k."""
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        assert not add_special_tokens
-        return ["abcdefghijk".index(letter) for letter in text]
+    all_special_ids = ()
 
-    def decode(self, token_ids: list[int], clean_up_tokenization_spaces: bool) -> str:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [LETTERS.index(letter) for letter in text.replace(" ", "")]
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
         assert not clean_up_tokenization_spaces
-        return "".join("abcdefghijk"[i] for i in token_ids)
+        return "".join(LETTERS[i] for i in token_ids)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {letter: i for i, letter in enumerate(LETTERS)}
 
 
-def counting_engine(*requests: Request) -> None:
-    """Answers from another thread with 0, 1, 2 …; a prompt that begins with b ends early."""
+class CountingEngine:
+    """Answers from another thread with 0, 1, 2 … of log-probability -0.5; a prompt that begins with b ends early."""
 
-    def work() -> None:
+    has_token_log_probs = True
+
+    def __init__(self, delay_s: float = 0.0) -> None:
+        self.seen: list[Request] = []
+        self.cancelled: list[Request] = []
+        self.delay_s = delay_s
+
+    def submit(self, *requests: Request) -> None:
+        self.seen += requests
+        threading.Thread(target=self._work, args=(requests,)).start()
+
+    def cancel(self, request: Request) -> None:
+        self.cancelled.append(request)
+
+    def _work(self, requests: tuple[Request, ...]) -> None:
         for request in requests:
+            if request.sampling.beam_width > 1:
+                request.outputs = [Output() for _ in range(request.sampling.beam_width)]
             while not request.is_finished:
-                count = len(request.output_ids)
-                request.append(END if request.prompt_ids[0] == 1 and count == 1 else count)
-                request.publish(request.output_ids[-1:])
+                time.sleep(self.delay_s)
+                for output in request.outputs:
+                    self._append(request, output)
+                request.is_finished = all(output.finish_reason for output in request.outputs)
+                if request in self.cancelled:
+                    request.end(CANCELLED)
+                else:
+                    request.on_update(request)
 
-    threading.Thread(target=work).start()
+    def _append(self, request: Request, output: Output) -> None:
+        count = len(output.token_ids)
+        token_id = END if request.prompt_ids[0] == 1 and count == 1 else count % END
+        output.append(Token(token_id, -0.5, ((token_id, -0.5), (8, -2.0))[: request.sampling.num_log_probs]))
+        output.finish_reason = request.reason_to_end(output.token_ids)
 
 
-def infer(arrays: dict[str, Any], submit: Callable[[Request], None] = counting_engine) -> dict[str, np.ndarray]:
-    model = GPTModel(submit, LetterTokenizer(), END, 10)
-    return asyncio.run(model.infer([arrays]))[0]
+def model(engine: Any = None) -> GPTModel:
+    return GPTModel(engine or CountingEngine(), Parser(LetterTokenizer(), END, 10))
+
+
+def infer(arrays: dict[str, Any], engine: Any = None) -> dict[str, np.ndarray]:
+    return asyncio.run(model(engine).infer([arrays]))[0]
+
+
+def stream(arrays: dict[str, Any], engine: Any = None) -> list[dict[str, np.ndarray]]:
+    async def collect() -> list[dict[str, np.ndarray]]:
+        return [answer async for (answer,) in model(engine).stream([arrays])]
+
+    return asyncio.run(collect())
 
 
 def column(values: list[Any], dtype: Any) -> np.ndarray:
@@ -55,11 +97,19 @@ def good(**more: Any) -> dict[str, np.ndarray]:
     return {"prompts": column([b"ab", b"bcde"], object), "request_output_len": column([4, 6], np.uint32), **more}
 
 
+def one(prompt: bytes = b"ab", output_len: int = 4, **more: Any) -> dict[str, np.ndarray]:
+    """A request of the streaming model."""
+    return {"prompts": np.array([prompt], object), "request_output_len": np.array([output_len], np.uint32), **more}
+
+
 def test_rows_keep_their_own_length_and_shapes_are_tritons() -> None:
     answer = infer(good())
     assert answer["sentences"].tolist() == [[[b"ababcd"]], [[b"bcdea"]]]  # end_id is no text …
     assert answer["sequence_length"].tolist() == [[6], [6]]  # … but a token
     assert answer["output_ids"].tolist() == [[[0, 1, 0, 1, 2, 3]], [[1, 2, 3, 4, 0, END]]]
+    assert answer["finish_reason"].tolist() == [[b"length"], [b"end_id"]]
+    assert answer["cum_log_probs"].tolist() == [[-2.0], [-1.0]]
+    assert set(answer) == {"sentences", "sequence_length", "output_ids", "finish_reason", "cum_log_probs"}
     assert (answer["output_ids"].dtype, answer["sequence_length"].dtype) == (np.int32, np.int64)
 
 
@@ -68,59 +118,152 @@ def test_short_rows_are_padded_with_end_id() -> None:
     assert answer["output_ids"].tolist() == [[[0, 1, 0, END, END, END]], [[1, 2, 3, 4, 0, END]]]
 
 
+def test_rows_of_other_widths_are_padded() -> None:
+    answer = infer(
+        good(
+            n=column([1, 3], np.uint32),
+            runtime_top_k=column([0, 3], np.uint32),
+            is_return_log_probs=column([False, True], bool),
+            num_log_probs=column([2, 0], np.uint32),
+        )
+    )
+    assert answer["sentences"].tolist() == [[[b"ababcd"], [b""], [b""]], [[b"bcdea"]] * 3]
+    assert answer["sequence_length"].tolist() == [[6, 0, 0], [6, 6, 6]]
+    assert answer["finish_reason"].tolist() == [[b"length", b"", b""], [b"end_id"] * 3]
+    assert answer["output_log_probs"].tolist() == [[[0, 0]] * 3, [[-0.5, -0.5]] * 3]
+    assert answer["top_token_ids"].shape == (2, 1, 4, 2)
+    assert answer["top_token_ids"][0].tolist() == [[[0, 8], [1, 8], [2, 8], [3, 8]]]
+    assert answer["top_log_probs"][0, 0, 0].tolist() == [-0.5, -2.0]
+
+
 def test_parameters_reach_their_own_request() -> None:
-    seen: list[Request] = []
-
-    def submit(*requests: Request) -> None:
-        seen.extend(requests)
-        counting_engine(*requests)
-
+    engine = CountingEngine()
     infer(
         good(
             runtime_top_k=column([0, 3], np.uint32),
             runtime_top_p=column([0.5, 0], np.float32),
             temperature=column([2, 0.25], np.float32),
             random_seed=column([1, 2**64 - 1], np.uint64),
+            end_id=column([3, 4], np.uint32),
+            ignore_eos=column([False, True], bool),
         ),
-        submit,
+        engine,
     )
-    chosen = [(r.sampling.top_k, r.sampling.top_p, r.sampling.temperature, r.sampling.random_seed) for r in seen]
+    chosen = [(r.sampling.top_k, r.sampling.top_p, r.sampling.temperature, r.sampling.random_seed) for r in engine.seen]
     assert chosen == [(0, 0.5, 2.0, 1), (3, 0.0, 0.25, 2**64 - 1)]
+    assert [r.end_id for r in engine.seen] == [3, None]
+
+
+def test_input_ids_take_the_place_of_prompts() -> None:
+    ids = np.array([[0, 1, 5], [1, 2, 3]], np.int32)
+    arrays = {"input_ids": ids, "request_output_len": column([2, 2], np.uint32)}
+    assert infer(arrays)["sentences"].tolist() == [[[b"abfab"]], [[b"bcda"]]]
+    arrays["input_lengths"] = column([2, 3], np.uint32)
+    assert infer(arrays)["sentences"].tolist() == [[[b"abab"]], [[b"bcda"]]]
+
+
+def test_start_id_stands_in_for_an_empty_prompt() -> None:
+    arrays = {"prompts": column([b""], object), "request_output_len": column([2], np.uint32)}
+    assert infer({**arrays, "start_id": column([4], np.uint32)})["sentences"].tolist() == [[[b"eab"]]]
+
+
+def test_stop_words_end_the_text_and_are_cut_from_it() -> None:
+    stop_words = np.array([[b"bc", b""], [b"", b""]], object)
+    answer = infer(good(stop_words=stop_words))
+    assert answer["sentences"].tolist() == [[[b"aba"]], [[b"bcdea"]]]
+    assert answer["finish_reason"].tolist() == [[b"stop"], [b"end_id"]]
+    assert answer["output_ids"][0].tolist() == [[0, 1, 0, 1, 2, END]]  # the tokens stay
+    keep = column([True, False], bool)
+    answer = infer(good(stop_words=stop_words, include_stop_words_in_output=keep))
+    assert answer["sentences"][0].tolist() == [[b"ababc"]]
+
+
+def test_exclude_input_leaves_the_generated_text() -> None:
+    answer = infer(good(exclude_input_in_output=column([True, False], bool)))
+    assert answer["sentences"].tolist() == [[[b"abcd"]], [[b"bcdea"]]]
+    assert answer["sequence_length"].tolist() == [[6], [6]]
+
+
+@pytest.mark.parametrize("options", [{}, {"stop_words": np.array([b"de"], object)}, {"ignore_eos": np.array([True])}])
+@pytest.mark.parametrize("prompt", [b"ab", b"ba"])
+def test_pieces_joined_are_the_whole_text(prompt: bytes, options: dict[str, np.ndarray]) -> None:
+    whole = infer({name: array[None] for name, array in one(prompt, 7, **options).items()})
+    answers = stream(one(prompt, 7, **options), CountingEngine(delay_s=0.005))
+    assert len(answers) > 1
+    assert b"".join(answer["sentences"][0, 0] for answer in answers) == whole["sentences"][0, 0, 0]
+    ids = [token_id for answer in answers for token_id in answer["output_ids"][0].tolist()]
+    assert [LETTERS.index(letter) for letter in prompt.decode()] + ids == whole["output_ids"][0, 0].tolist()
+    for name in ("sequence_length", "finish_reason", "cum_log_probs"):
+        assert answers[-1][name].tolist() == whole[name][0].tolist()
+        assert not any(name in answer for answer in answers[:-1])
+
+
+def test_samples_and_beams_stream_as_one_answer() -> None:
+    (answer,) = stream(one(beam_width=np.array([2], np.uint32)))
+    assert answer["sentences"].tolist() == [[b"ababcd"], [b"ababcd"]]
+    assert answer["output_ids"].shape == (2, 6)
+
+
+def test_a_stop_with_the_id_ends_the_request_with_what_it_has() -> None:
+    engine = CountingEngine(delay_s=0.01)
+    gpt = model(engine)
+
+    async def go() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        arrays = {name: array[None] for name, array in one(b"ab", 200).items()}
+        running = asyncio.create_task(gpt.infer([{**arrays, "request_id": column([b"x"], object)}]))
+        await asyncio.sleep(0.1)
+        with pytest.raises(BadRequest, match="^request_id 'x' is running already; it must be unique$"):
+            await gpt.infer([{**arrays, "request_id": column([b"x"], object)}])
+        stop = {"stop": column([True], bool), "request_id": column([b"x"], object)}
+        (stopped,) = await gpt.infer([stop])
+        (answer,) = await running
+        with pytest.raises(BadRequest, match="^request_id 'x' is not running$"):
+            await gpt.infer([stop])
+        return stopped, answer
+
+    stopped, answer = asyncio.run(go())
+    assert stopped["finish_reason"].tolist() == [[CANCELLED.encode()]]
+    assert answer["finish_reason"].tolist() == [[CANCELLED.encode()]]
+    assert answer["sentences"][0, 0, 0].startswith(b"abab")
+
+
+def test_the_deadline_ends_a_request_with_what_it_has() -> None:
+    arrays = one(b"ab", 200, deadline_s=np.array([0.1], np.float32))
+    answers = stream(arrays, CountingEngine(delay_s=0.01))
+    assert answers[-1]["finish_reason"].tolist() == [b"cancelled"]
+    assert 1 < len(answers) < 30
+
+
+@pytest.mark.parametrize("kind", ["infer", "stream"])
+def test_a_client_that_goes_away_cancels_its_request(kind: str) -> None:
+    engine = CountingEngine(delay_s=0.01)
+
+    async def go() -> None:
+        if kind == "infer":
+            task = asyncio.create_task(model(engine).infer([good()]))
+            await asyncio.sleep(0.03)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        else:
+            answers = model(engine).stream([one(b"ab", 200)])
+            await anext(answers)
+            await answers.aclose()
+
+    asyncio.run(go())
+    assert engine.cancelled == engine.seen
 
 
 def test_nothing_runs_where_one_row_is_wrong() -> None:
-    def submit(*requests: Request) -> None:
-        raise AssertionError("submitted")
-
+    engine = CountingEngine()
     with pytest.raises(BadRequest, match=r"^request_output_len is 0; it must be at least 1$"):
-        infer(good(request_output_len=column([4, 0], np.uint32)), submit)
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"prompts": column([b"a", b""], object)}, "prompts[1] is empty; it must have at least one token"),
-        (
-            {"prompts": column([b"a", b"\xf0\x9f"], object)},
-            "prompts[1] is not valid UTF-8: unexpected end of data at byte 0",
-        ),
-        ({"prompts": column([b"a", b"ak"], object)}, "prompts[1] has token 10; the vocabulary has 10 tokens"),
-        (
-            {"temperature": column([1.0], np.float32)},
-            "temperature has 1 values; it must have one for each of the 2 prompts",
-        ),
-        ({"temperature": column([1.0, np.nan], np.float32)}, "temperature is nan; it must be 0 or more"),
-    ],
-)
-def test_bad_rows_are_named(changes: dict[str, np.ndarray], sentence: str) -> None:
-    with pytest.raises(BadRequest) as caught:
-        infer(good(**changes))
-    assert str(caught.value) == sentence
+        infer(good(request_output_len=column([4, 0], np.uint32)), engine)
+    assert not engine.seen
 
 
 def test_what_pytriton_would_send_of_an_error_is_the_sentence() -> None:
     """PyTriton formats exceptions with traceback.format_exception and sends the text to the client."""
-    for kind in (BadRequest, InternalError):
+    for kind in (BadRequest, ServerBusy, InternalError):
         try:
             raise kind("the sentence")
         except kind as error:
@@ -128,10 +271,33 @@ def test_what_pytriton_would_send_of_an_error_is_the_sentence() -> None:
         assert text == f"{kind.__name__}: the sentence\n"
 
 
-def test_a_defect_is_one_sentence_too(caplog: pytest.LogCaptureFixture) -> None:
-    def submit(*requests: Request) -> None:
-        raise KeyError("slot")
+class FailingEngine(CountingEngine):
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
 
+    def submit(self, *requests: Request) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("ask", [lambda engine: infer(good(), engine), lambda engine: stream(one(), engine)])
+def test_a_defect_is_one_sentence_too(caplog: pytest.LogCaptureFixture, ask: Callable[[Any], Any]) -> None:
     with pytest.raises(InternalError, match="^internal error: 'slot'$"):
-        infer(good(), submit)
+        ask(FailingEngine(KeyError("slot")))
     assert "Traceback" in caplog.text  # the log has it all
+
+
+@pytest.mark.parametrize("ask", [lambda engine: infer(good(), engine), lambda engine: stream(one(), engine)])
+def test_a_full_queue_is_busy_and_not_the_users_fault(ask: Callable[[Any], Any]) -> None:
+    with pytest.raises(ServerBusy, match="^3 requests wait$"):
+        ask(FailingEngine(EngineBusy("3 requests wait")))
+
+
+def test_a_request_that_the_shutdown_ended_may_be_sent_again() -> None:
+    class Ending(CountingEngine):
+        def submit(self, *requests: Request) -> None:
+            for request in requests:
+                request.end(SHUTDOWN)
+
+    with pytest.raises(ServerBusy, match="^the server stopped before the request was finished$"):
+        infer(good(), Ending())
