@@ -161,32 +161,35 @@ class GPTModel:
         news = [asyncio.Event() for _ in asks]
         for ask, changed in zip(asks, news, strict=True):
             ask.request.on_update = _Listener(bell, changed, only_ends)
-        timers: list[asyncio.TimerHandle] = []
-        ids = self._register(asks)
-        try:
+        with self._registered(asks):
             self.engine.submit(*(ask.request for ask in asks))
-            timers += [
+            timers = [
                 loop.call_later(ask.deadline_s, self.engine.cancel, ask.request) for ask in asks if ask.deadline_s
             ]
-            yield news
-        finally:
-            for timer in timers:
-                timer.cancel()
-            with self._lock:
-                for request_id in ids:
-                    del self._by_id[request_id]
-            for ask in asks:
-                if not ask.request.is_finished:  # the client went away
-                    self.engine.cancel(ask.request)
+            try:
+                yield news
+            finally:
+                for timer in timers:
+                    timer.cancel()
+                for ask in asks:
+                    if not ask.request.is_finished:  # the client went away
+                        self.engine.cancel(ask.request)
 
-    def _register(self, asks: Sequence[Ask]) -> list[str]:
+    @contextlib.contextmanager
+    def _registered(self, asks: Sequence[Ask]) -> Iterator[None]:
+        """Inside, the requests that have an id are known by it."""
         ids = [ask.request_id for ask in asks if ask.request_id]
         with self._lock:
             for index, request_id in enumerate(ids):
                 if request_id in self._by_id or request_id in ids[:index]:
                     raise ValueError(f"request_id {request_id!r} is running already; it must be unique")
             self._by_id |= {ask.request_id: ask.request for ask in asks if ask.request_id}
-        return ids
+        try:
+            yield
+        finally:
+            with self._lock:
+                for request_id in ids:
+                    del self._by_id[request_id]
 
     def _stop(self, request_ids: list[str]) -> dict[str, np.ndarray]:
         with self._lock:

@@ -301,3 +301,13 @@ def test_a_request_that_the_shutdown_ended_may_be_sent_again() -> None:
 
     with pytest.raises(ServerBusy, match="^the server stopped before the request was finished$"):
         infer(good(), Ending())
+
+
+def test_what_the_engine_refused_is_not_cancelled() -> None:
+    """The engine had never heard of such a request, and ended the whole job over the word to cancel it."""
+    engine = FailingEngine(ValueError("too long"))
+    gpt = model(engine)
+    for _ in range(2):  # nor is its id taken
+        with pytest.raises(BadRequest, match="^too long$"):
+            asyncio.run(gpt.infer([good(request_id=column([b"a", b"b"], object))]))
+    assert not engine.cancelled

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from tests.launch import Server, sentence, serving, tensor
+from tests.launch import Server, serving, tensor
 from tests.test_engine import hf_greedy
 
 MODEL = "tiny-gpt2"
@@ -129,76 +129,6 @@ def test_a_short_request_does_not_wait_for_long_ones(server: Server) -> None:
         thread.join()
     assert len(seconds) == 8
     assert short < min(seconds) / 2
-
-
-GOOD = {"prompts": ("BYTES", ["x"]), "request_output_len": ("UINT32", [4])}
-# What is changed in a good request, and the sentence it gets.
-BAD_REQUESTS = {
-    "empty prompt": ({"prompts": ("BYTES", [""])}, "prompts[0] is empty; it must have at least one token"),
-    "output_len 0": ({"request_output_len": ("UINT32", [0])}, "request_output_len is 0; it must be at least 1"),
-    "output_len beyond the positions": (
-        {"request_output_len": ("UINT32", [256])},
-        "request_output_len is 256; with the prompt's 1 tokens that is 257, "
-        "and the longest sequence served is 256 tokens",
-    ),
-    "beam_width 0": ({"beam_width": ("UINT32", [0])}, "beam_width is 0; it must be 1"),
-    "beam_width 4": ({"beam_width": ("UINT32", [4])}, "beam_width is 4; it must be 1"),
-    "top_k beyond the vocabulary": (
-        {"runtime_top_k": ("UINT32", [304])},
-        "runtime_top_k is 304; the vocabulary has 303 tokens",
-    ),
-    "top_p 1.5": ({"runtime_top_p": ("FP32", [1.5])}, "runtime_top_p is 1.5; it must be between 0 and 1"),
-    "top_p negative": ({"runtime_top_p": ("FP32", [-0.5])}, "runtime_top_p is -0.5; it must be between 0 and 1"),
-    "temperature negative": ({"temperature": ("FP32", [-1.0])}, "temperature is -1; it must be 0 or more"),
-    "fewer values than prompts": (
-        {"prompts": ("BYTES", ["x", "y"]), "request_output_len": ("UINT32", [4, 4]), "temperature": ("FP32", [1.0])},
-        None,  # Triton's own words: it checks batch sizes itself
-    ),
-    "no output_len": ({"request_output_len": None}, None),
-    "wrong dtype": ({"request_output_len": ("INT32", [4])}, None),
-    "unknown tensor": ({"prompt_len": ("UINT32", [4])}, None),
-}
-
-
-@pytest.mark.parametrize("case", BAD_REQUESTS)
-def test_bad_request_gets_one_sentence(server: Server, case: str) -> None:
-    changes, expected = BAD_REQUESTS[case]
-    inputs = [tensor(name, *value) for name, value in {**GOOD, **changes}.items() if value is not None]
-    status, answer = server.infer(MODEL, inputs)
-    assert status == 400 or expected is None
-    text = sentence(answer)
-    assert text, answer
-    assert "Traceback" not in text and "site-packages" not in text
-    if expected is None:
-        assert len(text) < 300
-    else:
-        assert text == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype", "value", "expected"),
-    [
-        ("temperature", np.float32, np.nan, "temperature is nan; it must be 0 or more"),
-        ("temperature", np.float32, np.inf, "temperature is inf; it must be 0 or more"),
-        ("runtime_top_p", np.float32, np.nan, "runtime_top_p is nan; it must be between 0 and 1"),
-        ("prompts", object, b"ab\xff", "prompts[0] is not valid UTF-8: invalid start byte at byte 2"),
-    ],
-)
-def test_what_json_cannot_say_is_refused_too(
-    server: Server, name: str, dtype: type, value: object, expected: str
-) -> None:
-    from pytriton.client import ModelClient
-    from pytriton.client.exceptions import PyTritonClientInferenceServerError
-
-    inputs = {
-        "prompts": np.array([[b"x"]], dtype=object),
-        "request_output_len": np.array([[4]], dtype=np.uint32),
-        name: np.array([[value]], dtype=dtype),
-    }
-    with ModelClient(server.url("grpc"), MODEL) as client, pytest.raises(PyTritonClientInferenceServerError) as error:
-        client.infer_batch(**inputs)
-    assert expected in str(error.value)
-    assert "Traceback" not in str(error.value)
 
 
 def test_client_shows_the_sentence_and_exits_1(server: Server) -> None:
