@@ -23,6 +23,9 @@ from serving.inputs import Ask, Parser
 from serving.text import TextStream, whole_text
 
 _LOG = logging.getLogger("gpt")
+# A stream's pause after each piece, per other stream: PyTriton and Triton take about this long for one of all
+# their messages, and where they are the limit, pieces of several tokens are quicker than a queue of single ones.
+_PAUSE_S = 0.0005
 
 INPUTS = [Tensor(name=name, dtype=dtype, shape=shape, optional=True) for name, (dtype, shape) in inputs.INPUTS.items()]
 OUTPUTS = [
@@ -87,6 +90,7 @@ class GPTModel:
         self._by_id: dict[str, Request] = {}  # those that run and have a request_id
         self._lock = threading.Lock()  # each of Triton's models has a loop in a thread of its own
         self._bells: dict[asyncio.AbstractEventLoop, _Bell] = {}
+        self._num_streams = 0
 
     async def infer(self, requests: list[Any]) -> list[dict[str, np.ndarray]]:
         """PyTriton's callable: one dict of batched arrays in, one out, for each Triton request.
@@ -109,8 +113,12 @@ class GPTModel:
                 yield [_unbatched(self._stop(stop_ids))]
                 return
             (ask,) = self._parse(arrays)
-            async for answer in self._pieces(ask):
-                yield [answer]
+            self._num_streams += 1
+            try:
+                async for answer in self._pieces(ask):
+                    yield [answer]
+            finally:
+                self._num_streams -= 1
 
     async def _answer(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if (stop_ids := self.parser.stop_ids(arrays)) is not None:
@@ -138,6 +146,7 @@ class GPTModel:
                 if piece := text.push(_without_end(output_ids, request.end_id)):
                     new, num_sent = slice(num_sent, num_seen), num_seen
                     yield {"sentences": _bytes([[piece]]), **_token_arrays(ask, request.outputs, new)}
+                    await asyncio.sleep(_PAUSE_S * (self._num_streams - 1))
             _check_not_shut_down(request)
         last = _unbatched(self._arrays([ask]))
         if request.sampling.width == 1:

@@ -16,6 +16,7 @@ from engine.weights import WeightSpec
 
 # heads × head size × layers; inner size 4 × hidden, tied embedding.
 SHAPES = {
+    "8M": (4, 64, 8, 4096),  # about the demo model
     "124M": (12, 64, 12, 50257),
     "350M": (16, 64, 24, 51200),
     "1.3B": (32, 64, 24, 51200),

@@ -28,8 +28,10 @@ from engine.config import EngineConfig, ParallelConfig
 from engine.engine import Engine, follow
 from engine.request import Request, SamplingParams
 from engine.runner import TorchExecutor, computation_dtype
-from engine.scheduler import Scheduler
+from engine.startup import make_engine
 from engine.watchdog import Watchdog
+
+_TIMEOUT_S = 600.0
 
 
 def main() -> None:
@@ -77,19 +79,18 @@ def measure_shape(
     """Time every batch size of one shape; rank 0 gets the rows, the others an empty list."""
     config = model_config(shape, parallel.tp)
     reader = RandomReader(config, parallel.tp_rank, dtype, device)
-    limits = EngineConfig(max_batch_size=max(flags.batches), max_seq_len=flags.input_len + flags.output_len)
+    limits = EngineConfig(
+        max_batch_size=max(flags.batches), max_seq_len=flags.input_len + flags.output_len, step_timeout_s=_TIMEOUT_S
+    )
     executor = TorchExecutor(reader, limits, comm, device, world.local_size)
     executor.prepare()
     if world.rank > 0:
-        follow(world, executor, watchdog, 600.0)
+        follow(world, executor, watchdog, _TIMEOUT_S)
         return []
     rows = []
     hf_model = _hf_model(config, dtype, device) if flags.compare_hf else None
     prompts = np.random.default_rng(0).integers(0, config.vocab_size, (max(flags.batches), flags.input_len))
-    scheduler = Scheduler(
-        limits.max_batch_size, executor.max_seq_len, executor.max_step_tokens, limits.block_size, executor.num_blocks
-    )
-    engine = Engine(scheduler, executor, world, watchdog, 600.0)
+    engine = make_engine(executor, config, limits, world, watchdog)
     for batch in flags.batches:
         ours, theirs = [], []
         for _ in range(flags.repeats + 1):  # alternating, the first round warms both up
@@ -113,11 +114,12 @@ def _time_engine(engine: Engine, prompts: np.ndarray, output_len: int) -> tuple[
     """Seconds to every request's first token, and to the last."""
     first_tokens: list[float] = []
     sampling = SamplingParams(output_len)
-    requests = [Request(ids.tolist(), sampling, -1, lambda update: None) for ids in prompts]
-    for request in requests:
-        request.on_update = lambda update, r=request: (
-            first_tokens.append(time.perf_counter()) if len(r.output_ids) == 1 else None
-        )
+
+    def on_update(request: Request) -> None:
+        if len(request.output_ids) == 1:
+            first_tokens.append(time.perf_counter())
+
+    requests = [Request(ids.tolist(), sampling, None, on_update) for ids in prompts]
     started = time.perf_counter()
     for request in requests:
         engine.submit(request)

@@ -21,99 +21,53 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import SHAPES, RandomReader, claim_device, model_config, report
-from engine.comm import Comm, World
-from engine.config import EngineConfig, ParallelConfig
-from engine.engine import Engine, follow
-from engine.request import Request, SamplingParams, Update
-from engine.runner import TorchExecutor, computation_dtype
-from engine.startup import make_engine
-from engine.watchdog import Watchdog
-from gpt import INPUTS, OUTPUTS, GPTModel
-from serving.frontend import TritonFlags, TritonFrontend
-
-
-class WordTokenizer:
-    """One token per word; a benchmark needs no more."""
-
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return [int(word) for word in text.split()]
-
-    def decode(self, token_ids: list[int], clean_up_tokenization_spaces: bool) -> str:
-        return " ".join(map(str, token_ids))
+from benchmarks.common import report
+from benchmarks.served import NAME, add_flags, serve, url
+from engine.engine import Engine
+from engine.request import Request, SamplingParams
 
 
 def main() -> None:
     flags = parse_flags()
-    world = World()
-    device = claim_device(world, flags.device, flags.threads)
-    dtype = computation_dtype("auto", device)
-    config = model_config(flags.shape, flags.tp)
-    limits = EngineConfig(max_batch_size=8)
-    parallel = ParallelConfig(flags.tp, 1, world.rank)
-    reader = RandomReader(config, parallel.tp_rank, dtype, device)
-    executor = TorchExecutor(reader, limits, Comm(world, parallel, device), device, world.local_size)
-    executor.prepare()
-    watchdog = Watchdog()
-    if world.rank > 0:
-        follow(world, executor, watchdog, limits.step_timeout_s)
-        return
-    engine = make_engine(executor, config, limits, world, watchdog)
-    ports = TritonFlags("127.0.0.1", flags.http_port, flags.http_port + 1, flags.http_port + 2)
-    frontend = TritonFrontend(ports, verbose=False)
-    model = GPTModel(engine.submit, WordTokenizer(), -1, config.vocab_size)
-    frontend.start("benchmark", model.infer, INPUTS, OUTPUTS)
-    seconds: dict[str, list[float]] = {"engine": [], "http": [], "grpc": []}
-    asker = threading.Thread(target=ask, args=(flags, engine, config.vocab_size, seconds))
-    asker.start()
-    engine.run()
-    asker.join()
-    frontend.stop()
-    show(flags, seconds, device)
+    measured = serve(flags, lambda engine: ask(flags, engine))
+    if measured is not None:
+        show(flags, *measured)
 
 
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=list(SHAPES), default="124M")
+    add_flags(parser)
     parser.add_argument("--input-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=64)
-    parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of a rank; 0: its share of the cores")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
-    parser.add_argument("--http-port", type=int, default=18500, help="gRPC and metrics take the next two")
     return parser.parse_args()
 
 
-def ask(flags: argparse.Namespace, engine: Engine, vocab_size: int, seconds: dict[str, list[float]]) -> None:
-    """Fill `seconds` with each way's times; the first round warms up and is dropped. Stops the engine at the end."""
+def ask(flags: argparse.Namespace, engine: Engine) -> dict[str, list[float]]:
+    """Each way's times in seconds; the first round warms up."""
     from pytriton.client import ModelClient
 
-    try:
-        clients = {
-            "http": ModelClient(f"http://127.0.0.1:{flags.http_port}", "benchmark"),
-            "grpc": ModelClient(f"grpc://127.0.0.1:{flags.http_port + 1}", "benchmark"),
-        }
-        prompt_ids = np.random.default_rng(0).integers(0, vocab_size, flags.input_len).tolist()
-        for _ in range(flags.repeats + 1):
-            seconds["engine"].append(time_engine(engine, prompt_ids, flags.output_len))
-            for kind, client in clients.items():
-                seconds[kind].append(time_client(client, prompt_ids, flags.output_len))
-        for client in clients.values():
-            client.close()
-    finally:
-        engine.stop(0.0)
+    seconds: dict[str, list[float]] = {"engine": [], "http": [], "grpc": []}
+    clients = {kind: ModelClient(url(flags, kind), NAME) for kind in ("http", "grpc")}
+    prompt_ids = np.random.default_rng(0).integers(0, engine.executor.model.config.vocab_size, flags.input_len).tolist()
+    for _ in range(flags.repeats + 1):
+        seconds["engine"].append(time_engine(engine, prompt_ids, flags.output_len))
+        for kind, client in clients.items():
+            seconds[kind].append(time_client(client, prompt_ids, flags.output_len))
+    for client in clients.values():
+        client.close()
+    return seconds
 
 
 def time_engine(engine: Engine, prompt_ids: list[int], output_len: int) -> float:
     finished = threading.Event()
 
-    def on_update(update: Update) -> None:
-        if update.finish_reason is not None:
+    def on_update(request: Request) -> None:
+        if request.is_finished:
             finished.set()
 
     started = time.perf_counter()
-    engine.submit(Request(prompt_ids, SamplingParams(output_len), -1, on_update))
+    engine.submit(Request(prompt_ids, SamplingParams(output_len), None, on_update))
     finished.wait()
     return time.perf_counter() - started
 
@@ -122,7 +76,7 @@ def time_client(client: object, prompt_ids: list[int], output_len: int) -> float
     prompts = np.array([[" ".join(map(str, prompt_ids)).encode()]], dtype=object)
     output_lens = np.array([[output_len]], dtype=np.uint32)
     started = time.perf_counter()
-    answer = client.infer_batch(prompts=prompts, request_output_len=output_lens)
+    answer = client.infer_batch(prompts=prompts, request_output_len=output_lens, ignore_eos=np.array([[True]]))
     elapsed = time.perf_counter() - started
     assert answer["sequence_length"].item() == len(prompt_ids) + output_len
     return elapsed

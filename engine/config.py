@@ -9,20 +9,28 @@ from __future__ import annotations
 import argparse
 import configparser
 import dataclasses
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 DATA_TYPES = {"fp32": 4, "fp16": 2, "bf16": 2}  # name -> bytes per element
 _ACTIVATIONS = ("gelu", "relu")
+_GELU_FORMS = ("tanh", "erf")
 _LAYERNORM_TYPES = ("pre_layernorm", "post_layernorm")
+_LENGTH_WITHOUT_POSITIONS = 2048  # tokens; such a model has no limit of its own
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """A GPT's shape and switches, under FasterTransformer's names and defaults for absent keys.
 
-    Sizes are those of the whole model, not of one rank. `inter_size` 0 stands for 4 × hidden.
+    Sizes are those of the whole model, not of one rank. `inter_size` 0 stands for 4 × hidden. `max_pos_seq_len` is
+    the number of positions; for a model without any it is but the default of EngineConfig.max_seq_len, 0 for 2048.
+
+    Two keys are ours, and FasterTransformer passes over them. `gelu_form`: tanh, as its gelu is, or erf, the exact
+    one. `apply_residual_connection_post_layernorm`, a variant of pre_layernorm under BLOOM's name: what is added to
+    attention's and to the MLP's output is their normalized input (its converter takes it for post_layernorm).
     """
 
     head_num: int
@@ -45,29 +53,38 @@ class ModelConfig:
     use_attention_linear_bias: bool = False
     has_adapters: bool = False
     adapter_inter_size: int = 0
+    gelu_form: str = "tanh"
+    apply_residual_connection_post_layernorm: bool = False
 
     def __post_init__(self) -> None:
         if self.inter_size == 0:
             object.__setattr__(self, "inter_size", 4 * self.hidden)
+        if not self.has_positional_encoding and self.max_pos_seq_len == 0:
+            object.__setattr__(self, "max_pos_seq_len", _LENGTH_WITHOUT_POSITIONS)
         for name in (
             "head_num",
             "size_per_head",
             "num_layer",
             "vocab_size",
             "inter_size",
+            "max_pos_seq_len",
             "tensor_para_size",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"config.ini: {name} is {getattr(self, name)}; it must be at least 1")
-        if self.has_positional_encoding and self.max_pos_seq_len < 1:
-            raise ValueError(f"config.ini: max_pos_seq_len is {self.max_pos_seq_len}; it must be at least 1")
         for name, allowed in (
             ("weight_data_type", tuple(DATA_TYPES)),
             ("activation_type", _ACTIVATIONS),
             ("layernorm_type", _LAYERNORM_TYPES),
+            ("gelu_form", _GELU_FORMS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"config.ini: {name} is {getattr(self, name)!r}; known: {', '.join(allowed)}")
+        if self.apply_residual_connection_post_layernorm and self.layernorm_type != "pre_layernorm":
+            raise ValueError(
+                f"config.ini: apply_residual_connection_post_layernorm is True; layernorm_type must be pre_layernorm "
+                f"then, not {self.layernorm_type}"
+            )
         for name in ("start_id", "end_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise ValueError(
@@ -102,10 +119,12 @@ class ModelConfig:
             raise ValueError(f"{path}: no section [gpt]")
         section = parser["gpt"]
         values: dict[str, typing.Any] = {}
+        if folder := re.fullmatch(r"(\d+)-gpu", path.absolute().parent.name):  # all that FT's OPT converter says of it
+            values["tensor_para_size"] = int(folder[1])
         types = typing.get_type_hints(cls)
         for spec in dataclasses.fields(cls):
             if spec.name not in section:
-                if spec.default is dataclasses.MISSING:
+                if spec.name not in values and spec.default is dataclasses.MISSING:
                     raise ValueError(f"{path}: key {spec.name} is missing from [gpt]")
                 continue
             try:
@@ -131,6 +150,8 @@ class ModelConfig:
 def _parse(section: configparser.SectionProxy, name: str, kind: type) -> typing.Any:
     if kind is bool:
         return section.getboolean(name)
+    if name == "activation_type":  # FasterTransformer's own converters write Gelu and Relu
+        return section[name].lower()
     return kind(section[name])
 
 
@@ -203,7 +224,11 @@ class EngineConfig:
     int8_mode: int = flag(0, "1: weight-only int8 (fastertransformer engine)", choices=(0, 1))
     max_batch_size: int = flag(256, "sequences that run at once (a sample or a beam is one); further ones wait")
     max_queue_size: int = flag(2048, "requests that may wait; further ones are refused (HTTP 503)")
-    max_seq_len: int = flag(0, "tokens of a request, prompt and output together; 0: what the model's positions allow")
+    max_seq_len: int = flag(
+        0,
+        "tokens of a request, prompt and output together; 0: what the model's positions allow, or what it was trained "
+        "with (2048 if unknown) where it has none, as BLOOM; such a model takes any length that memory allows",
+    )
     max_step_tokens: int = flag(0, "prompt tokens computed in one step; 0: 512 on a CPU, 8192 on a GPU")
     block_size: int = flag(16, "tokens in one block of the key-value cache")
     kv_cache_fraction: float = flag(0.9, "share of the memory left after loading that the key-value cache may take")

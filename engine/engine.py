@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from engine.comm import World
 from engine.request import CANCELLED, EngineBusy, Request, SamplingParams
+from engine.statistics import Statistics
 from engine.watchdog import Watchdog
 
 _LOG = logging.getLogger("engine")
@@ -80,6 +81,7 @@ class Engine:
         self._inbox: queue.SimpleQueue[tuple[Request, str | None] | None] = queue.SimpleQueue()
         self._submit_lock = threading.Lock()
         self._launched: deque[Any] = deque()
+        self._statistics = Statistics()
         self._stop_at: float | None = None
         self._is_warm = False
 
@@ -141,6 +143,7 @@ class Engine:
         self._take_inbox()
         plan = self.scheduler.schedule()
         if plan is not None:
+            self._statistics.count(plan.num_sequences, len(self.scheduler.waiting))
             with self._limit(plan.num_steps):
                 self.world.send(plan)
                 self._launched.append(self.executor.execute(plan))

@@ -1,4 +1,4 @@
-"""The tensor-parallel building blocks: linear, vocabulary embedding, LM head. Weights are this rank's shards.
+"""The building blocks: layernorm, linear, vocabulary embedding, LM head. Weights are this rank's shards.
 
 The collectives of a forward pass are here (and at the stage boundary in model.py), nowhere else.
 """
@@ -21,6 +21,18 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     return dtype in (torch.float32, torch.bfloat16) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+
+
+class LayerNorm:
+    """(x − mean) / √(variance + eps) · weight + bias over the last axis; weight and bias are [hidden]."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.eps = eps
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 class Linear:

@@ -9,32 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from engine.attention import attend
+from engine.attention import alibi_slopes, attend, score_masks
 from engine.cache import KVCache, Segment
 from engine.comm import Comm
 from engine.config import ModelConfig
-from engine.layers import Linear, LMHead, RowParallelLinear, VocabEmbedding, can_pack
+from engine.layers import LayerNorm, Linear, LMHead, RowParallelLinear, VocabEmbedding, can_pack
 from engine.weights import ShardReader, WeightSpec, layer_specs, outer_specs
 
 
 def check_supported(config: ModelConfig) -> None:
     """Raise ValueError, naming the key, for a model that this executor does not compute."""
-    expected = {
-        "layernorm_type": "pre_layernorm",
-        "activation_type": "gelu",
-        "has_positional_encoding": True,
-        "has_pre_decoder_layernorm": False,
-        "has_post_decoder_layernorm": True,
-        "use_attention_linear_bias": False,
-        "has_adapters": False,
-    }
-    for name, value in expected.items():
-        if getattr(config, name) != value:
-            raise ValueError(f"{name} is {getattr(config, name)}; the torch engine computes {value} only")
+    if config.has_adapters:
+        raise ValueError("has_adapters is True; the torch engine computes False only")
+
+
+def activation(config: ModelConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The function between the MLP's two linears."""
+    if config.activation_type == "relu":
+        return F.relu
+    return partial(F.gelu, approximate="none" if config.gelu_form == "erf" else "tanh")
 
 
 @dataclass(frozen=True)
@@ -61,13 +59,18 @@ class GPT:
         self._is_packed = can_pack(reader.dtype, device)
         parallel = comm.parallel
         outer = {spec.name: spec for spec in outer_specs(config)}
+        self.slopes = None  # ALiBi's, [heads_local]
+        if config.use_attention_linear_bias:
+            self.slopes = alibi_slopes(config.head_num).chunk(parallel.tp)[parallel.tp_rank].to(device)
         vocab_local = -(-config.vocab_size // parallel.tp)
         first_id = parallel.tp_rank * vocab_local
         wte = None
         if parallel.is_first_stage:
             wte = self._vocab_rows(outer["wte"], first_id, vocab_local)
             self.embedding = VocabEmbedding(wte, first_id, comm)
-            self.position_table = self._load(outer["wpe"])  # [max_pos_seq_len, hidden]
+            has_positions, has_layernorm = config.has_positional_encoding, config.has_pre_decoder_layernorm
+            self.position_table = self._load(outer["wpe"]) if has_positions else None  # [max_pos_seq_len, hidden]
+            self.pre_decoder_layernorm = self._layernorm(outer, "pre_decoder_layernorm") if has_layernorm else None
             progress()
         self.layers = []
         for layer in parallel.layers(config.num_layer):
@@ -76,8 +79,8 @@ class GPT:
             )
             progress()
         if parallel.is_last_stage:
-            self.final_weight = self._load(outer["final_layernorm.weight"])
-            self.final_bias = self._load(outer["final_layernorm.bias"])
+            has_layernorm = config.has_post_decoder_layernorm
+            self.final_layernorm = self._layernorm(outer, "final_layernorm") if has_layernorm else None
             is_tied = not reader.has(outer["lm_head.weight"])
             if is_tied and wte is not None:
                 rows = wte
@@ -95,6 +98,10 @@ class GPT:
     def _load(self, spec: WeightSpec) -> torch.Tensor:
         return self._reader.read(spec).to(self.device)
 
+    def _layernorm(self, outer: dict[str, WeightSpec], name: str) -> LayerNorm:
+        weight, bias = (self._load(outer[f"{name}.{part}"]) for part in ("weight", "bias"))
+        return LayerNorm(weight, bias, self.config.layernorm_eps)
+
     def _vocab_rows(self, spec: WeightSpec, first_id: int, count: int) -> torch.Tensor:
         """Rows [first_id, first_id + count) of a vocabulary table; rows past its end are zeros."""
         rows = self._reader.map(spec)[first_id : first_id + count].to(self.dtype)
@@ -107,12 +114,17 @@ class GPT:
         parallel = self.comm.parallel
         num_tokens = step.positions.shape[0]
         if parallel.is_first_stage:
-            x = self.embedding(step.token_ids) + F.embedding(step.positions, self.position_table)
+            x = self.embedding(step.token_ids)
+            if self.position_table is not None:
+                x = x + F.embedding(step.positions, self.position_table)
+            if self.pre_decoder_layernorm is not None:
+                x = self.pre_decoder_layernorm(x)
         else:
             x = torch.empty(num_tokens, self.config.hidden, dtype=self.dtype, device=self.device)
             self.comm.receive_forward(x)
+        masks = score_masks(step.segments, self.slopes, self.dtype, self.device)
         for index, layer in enumerate(self.layers):
-            x = layer.forward(x, step, cache.keys[index], cache.values[index])
+            x = layer.forward(x, step, masks, cache.keys[index], cache.values[index])
         if not parallel.is_last_stage:
             self.comm.send_forward(x)
             return None
@@ -120,33 +132,63 @@ class GPT:
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] of the last stage's hidden states → logits [rows, vocab] fp32."""
-        hidden = (self.config.hidden,)
-        x = F.layer_norm(x, hidden, self.final_weight, self.final_bias, self.config.layernorm_eps)
-        return self.lm_head(x)
+        return self.lm_head(x if self.final_layernorm is None else self.final_layernorm(x))
 
 
 class Layer:
-    """A pre-layernorm transformer layer: x + attention(ln(x)), then x + mlp(ln(x))."""
+    """A transformer layer; where it normalizes is the configuration's:
+
+    pre_layernorm: x + attention(ln(x)), then x + mlp(ln(x)); post_layernorm: ln(x + attention(x)), then
+    ln(x + mlp(x)). With apply_residual_connection_post_layernorm the first becomes ln(x) + attention(ln(x)), then
+    ln(x) + mlp(ln(x)).
+    """
 
     def __init__(self, config: ModelConfig, comm: Comm, weights: list[torch.Tensor], is_packed: bool) -> None:
         (ln1, ln1_bias, qkv, qkv_bias, dense, dense_bias, ln2, ln2_bias, up, up_bias, down, down_bias) = weights
-        self.hidden = (config.hidden,)
-        self.eps = config.layernorm_eps
         self.head_dim = config.size_per_head
-        self.input_layernorm = (ln1, ln1_bias)
-        self.post_attention_layernorm = (ln2, ln2_bias)
+        self.is_post_layernorm = config.layernorm_type == "post_layernorm"
+        self.is_residual_normed = config.apply_residual_connection_post_layernorm
+        self.input_layernorm = LayerNorm(ln1, ln1_bias, config.layernorm_eps)
+        self.post_attention_layernorm = LayerNorm(ln2, ln2_bias, config.layernorm_eps)
         self.query_key_value = Linear(qkv.flatten(1), qkv_bias.flatten(), is_packed)
         self.dense = RowParallelLinear(dense, dense_bias, is_packed, comm)
         self.up = Linear(up, up_bias, is_packed)
+        self.activation = activation(config)
         self.down = RowParallelLinear(down, down_bias, is_packed, comm)
 
-    def forward(self, x: torch.Tensor, step: StepInput, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        step: StepInput,
+        masks: list[torch.Tensor | None],
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> torch.Tensor:
         """[tokens, hidden] → [tokens, hidden]; writes the tokens' keys and values into the cache."""
-        normed = F.layer_norm(x, self.hidden, *self.input_layernorm, self.eps)
-        qkv = self.query_key_value(normed).unflatten(-1, (3, -1, self.head_dim))  # [tokens, 3, heads_local, head_dim]
+        attention = partial(self.attention, step=step, masks=masks, keys=keys, values=values)
+        if self.is_post_layernorm:
+            x = self.input_layernorm(x + attention(x))
+            return self.post_attention_layernorm(x + self.mlp(x))
+        normed = self.input_layernorm(x)
+        x = (normed if self.is_residual_normed else x) + attention(normed)
+        normed = self.post_attention_layernorm(x)
+        return (normed if self.is_residual_normed else x) + self.mlp(normed)
+
+    def attention(
+        self,
+        x: torch.Tensor,
+        step: StepInput,
+        masks: list[torch.Tensor | None],
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> torch.Tensor:
+        """[tokens, hidden] → [tokens, hidden]"""
+        qkv = self.query_key_value(x).unflatten(-1, (3, -1, self.head_dim))  # [tokens, 3, heads_local, head_dim]
         query, key, value = qkv.unbind(1)
         keys[step.places] = key
         values[step.places] = value
-        x = x + self.dense(attend(query, keys, values, step.segments))
-        normed = F.layer_norm(x, self.hidden, *self.post_attention_layernorm, self.eps)
-        return x + self.down(F.gelu(self.up(normed), approximate="tanh"))
+        return self.dense(attend(query, keys, values, step.segments, masks))
+
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+        """[tokens, hidden] → [tokens, hidden]"""
+        return self.down(self.activation(self.up(x)))

@@ -60,6 +60,11 @@ class Plan:
         """Forward passes that this plan stands for (the watchdog's limit grows with it)."""
         return 1
 
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that get a token."""
+        return sum(len(chunk.sampled_slots) for chunk in self.chunks)
+
 
 @dataclass
 class StepOutput:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from engine.scheduler import Scheduler
 from engine.static import StaticScheduler
 from engine.watchdog import Watchdog
 from engine.weights import ShardReader
+
+_LOG = logging.getLogger("engine")
 
 # Head sizes that FasterTransformer's decoder attention is built for (decoder_masked_multihead_attention.cu).
 _FT_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 144, 160, 192, 224, 256)
@@ -51,6 +54,10 @@ def choose(engine_config: EngineConfig, model_config: ModelConfig, lib_path: Pat
             raise ValueError("int8_mode is 1; the torch engine computes in 0 only")
     elif not lib_path.is_file():
         raise ValueError(f"lib_path is {lib_path}, and there is no such file")
+    elif lacking := _what_fastertransformer_lacks(model_config):
+        raise ValueError(lacking)
+    elif (model_config.activation_type, model_config.gelu_form) == ("gelu", "erf"):
+        _LOG.warning("gelu_form is erf, and FasterTransformer computes the tanh form: results differ slightly")
     return Choice(engine, reason, device, dtype)
 
 
@@ -171,4 +178,13 @@ def _why_not_fastertransformer(config: ModelConfig, lib_path: Path, device: torc
         return "FasterTransformer needs a GPU"
     if config.size_per_head not in _FT_HEAD_SIZES:
         return f"FasterTransformer has no kernel for size_per_head {config.size_per_head}"
+    return _what_fastertransformer_lacks(config)
+
+
+def _what_fastertransformer_lacks(config: ModelConfig) -> str | None:
+    """A sentence naming the key of what its op, or our driver of it, does not compute; None: it computes this model."""
+    if config.apply_residual_connection_post_layernorm:
+        return "apply_residual_connection_post_layernorm is True; FasterTransformer computes False only"
+    if config.has_adapters:
+        return "has_adapters is True; the fastertransformer engine loads no adapters"
     return None

@@ -52,6 +52,11 @@ class Batch:
         """The batch's output length: that of its longest request."""
         return max(row.sampling.max_new_tokens for row in self.rows)
 
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that get tokens."""
+        return len(self.rows) * self.beam_width
+
 
 class StaticScheduler:
     """Batches in order of arrival: each is formed around the request that has waited longest.

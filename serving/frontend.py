@@ -174,17 +174,19 @@ def _library_folders() -> list[Path]:
 
 @contextlib.contextmanager
 def _launcher_free_environment() -> Iterator[None]:
-    """Start tritonserver out of the launcher's reach: without its variables, in a session of its own.
+    """Start tritonserver out of the launcher's reach: without its variables, in a process group of its own.
 
-    mpirun signals a rank's whole process group; tritonserver must outlive that to drain.
+    mpirun signals a rank's whole process group; tritonserver must outlive that to drain. A session of its own would
+    do as well, but Linux schedules sessions against one another (autogroup): with busy cores, streams then stood
+    still for 200 ms at a time.
     """
     import sh
 
     saved = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(_LAUNCHER_PREFIXES)}
     defaults = getattr(sh.Command, "_call_args", {})
-    defaults["new_session"] = True
+    defaults["new_group"] = True
     try:
         yield
     finally:
-        defaults["new_session"] = False
+        defaults["new_group"] = False
         os.environ.update(saved)

@@ -34,7 +34,7 @@ _DIGEST = "04f0c6f001da19af4394f30c1a7c0eabf759a12dae3ba7de2c49b26d2557572d"  # 
 _CANCEL = b"cancel "  # before a request's id, of four bytes: the client of that request has gone
 
 _STUB = (
-    f"\n\n_CANCEL = {_CANCEL!r}"
+    f"\n\nimport time\n\n_CANCEL = {_CANCEL!r}"
     + '''
 _POLL = -1  # instead of a message's flags: time to ask whether the client is still there
 _POLL_S = 0.1
@@ -50,6 +50,13 @@ def _error_response(text):
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(sentence, code))
 
 
+def _end_with_parent(parent):
+    """To ask a sender of a tritonserver that has died waits for ever, and so would this process."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
 class TritonPythonModel(TritonPythonModel):
     """Each request runs and answers on its own, whatever others take, and ends when its client leaves."""
 
@@ -61,6 +68,7 @@ class TritonPythonModel(TritonPythonModel):
         self._requests_server._wrap_request = self._wrap_request
         self._poll_task = None
         self._poll_s = _POLL_S
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
     def execute(self, triton_requests):
         self._server.wait_till_running()

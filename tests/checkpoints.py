@@ -41,17 +41,73 @@ def make_gpt2(
         **dict(bos_token_id=eos, eos_token_id=eos, pad_token_id=eos, tie_word_embeddings=tied),
         **settings,
     )
-    model = transformers.GPT2LMHeadModel(config).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            is_scale = name.rpartition(".")[0].endswith(("ln_1", "ln_2", "ln_f")) and name.endswith("weight")
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator) + float(is_scale))
-    model.to(dtype)
+    model = randomize(transformers.GPT2LMHeadModel(config), seed).to(dtype)
     save(model, folder, format, shards)
     if with_tokenizer:
         make_tokenizer(folder, vocab_size)
     return model
+
+
+def make_opt(
+    folder: Path,
+    vocab_size: int = 303,
+    layers: int = 4,
+    heads: int = 4,
+    hidden: int = 64,
+    n_positions: int = 128,
+    seed: int = 0,
+    shards: int = 1,
+    format: str = "safetensors",
+    tied: bool = True,
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
+) -> transformers.OPTForCausalLM:
+    """Write an OPT to `folder` and return it, as `make_gpt2` does, without a tokenizer."""
+    settings = {"word_embed_proj_dim": hidden, "ffn_dim": 96, **settings}
+    config = transformers.OPTConfig(
+        **dict(vocab_size=vocab_size, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads),
+        **dict(bos_token_id=2, eos_token_id=vocab_size - 1, pad_token_id=1, tie_word_embeddings=tied),
+        max_position_embeddings=n_positions,
+        **settings,
+    )
+    model = randomize(transformers.OPTForCausalLM(config), seed).to(dtype)
+    save(model, folder, format, shards)
+    return model
+
+
+def make_bloom(
+    folder: Path,
+    vocab_size: int = 303,
+    layers: int = 4,
+    heads: int = 4,
+    hidden: int = 64,
+    seed: int = 0,
+    shards: int = 1,
+    format: str = "safetensors",
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
+) -> transformers.BloomForCausalLM:
+    """Write a BLOOM to `folder` and return it, as `make_gpt2` does, without a tokenizer."""
+    config = transformers.BloomConfig(
+        **dict(vocab_size=vocab_size, hidden_size=hidden, n_layer=layers, n_head=heads),
+        **dict(bos_token_id=1, eos_token_id=vocab_size - 1, pad_token_id=3),
+        **settings,
+    )
+    model = randomize(transformers.BloomForCausalLM(config), seed).to(dtype)
+    save(model, folder, format, shards)
+    return model
+
+
+def randomize(model: transformers.PreTrainedModel, seed: int) -> transformers.PreTrainedModel:
+    """Fill every parameter with normal noise of 0.1, around 1 for a layernorm's weight; sets eval mode."""
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    scales = {id(norm.weight) for norm in norms if norm.weight is not None}
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.1 * noise + float(id(parameter) in scales))
+    return model.eval()
 
 
 def save(model: transformers.PreTrainedModel, folder: Path, format: str = "safetensors", shards: int = 1) -> None:

@@ -8,18 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import grpc
 import numpy as np
 from aiohttp import web
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor, triton_to_np_dtype
+
+import client
+from tests.launch import ROOT
 
 NAME = "standin"
 PROMPT_ID = 99
@@ -236,6 +244,20 @@ class StandinServer:
     def url(self, kind: str = "http") -> str:
         return f"{kind}://127.0.0.1:{self.ports[kind]}"
 
+    def ask(self, *flags: str, kind: str = "http") -> tuple[int, str, str]:
+        """client.main in this process: (exit code, stdout, stderr)."""
+        out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
+        argv = ["client.py", "--url", self.url(kind), "--model-name", NAME, *flags]
+        with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = client.main()
+        out.flush()
+        return code, out.buffer.getvalue().decode(), err.getvalue()
+
+    def start(self, *flags: str) -> subprocess.Popen[str]:
+        """client.py as a process of its own."""
+        command = [sys.executable, str(ROOT / "client.py"), "--url", self.url(), "--model-name", NAME, *flags]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
     async def _serve(self) -> None:
         runner = web.AppRunner(_Http(self.model).app, shutdown_timeout=0)
         await runner.setup()
@@ -271,6 +293,19 @@ def standin() -> Iterator[StandinServer]:
         yield server
     finally:
         server.close()
+
+
+def write(path: Path, *lines: object) -> str:
+    """A file of texts and JSON objects, a line each; its path."""
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return str(path)
+
+
+def wait_for(is_so: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 if __name__ == "__main__":

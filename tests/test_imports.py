@@ -16,11 +16,12 @@ ALLOWED = {
     "convert": {"readers", "engine.config", "engine.weights", "helpers"},
     "gpt": {"engine.request", "helpers", "serving"},
     "serving": {"serving", "engine.config", "engine.request", "engine.words"},
-    "client": {"helpers"},
+    "asking": {"asking", "helpers"},
+    "client": {"asking", "helpers"},
     "server": {"convert", "engine", "gpt", "helpers", "serving"},
 }
 OWN = {*ALLOWED, "kernels"}
-HOST_SIDE = ("config", "request", "words", "beam", "blocks", "plan", "scheduler", "static")
+HOST_SIDE = ("config", "request", "words", "beam", "blocks", "plan", "scheduler", "static", "statistics")
 DEVICE_SIDE = ("comm", "layers", "attention", "cache", "logits", "sampling", "results", "model", "weights")
 
 
@@ -59,6 +60,11 @@ def test_no_upward_import(room: str, path: Path) -> None:
 @pytest.mark.parametrize("name", HOST_SIDE)
 def test_host_side_has_no_torch(name: str) -> None:
     assert not {m for m in imports(ROOT / "engine" / f"{name}.py") if m.split(".")[0] in ("torch", "mpi4py")}
+
+
+def test_the_client_has_no_torch() -> None:
+    for path in (ROOT / "client.py", *(ROOT / "asking").glob("*.py")):
+        assert not {m for m in imports(path) if m.split(".")[0] in ("torch", "mpi4py", "transformers")}, path.name
 
 
 @pytest.mark.parametrize("name", [*DEVICE_SIDE, "runner", "fastertransformer"])

@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 
 import client
-from benchmarks import load
-from benchmarks.load import Load, Trace
-from tests.standin_server import NAME, standin
+from asking import load
+from asking.load import Load, Trace
+from asking.parameters import Prompt, parameters_of
+from asking.wire import Busy, make_inputs
+from tests.standin_server import standin
 
 
 def parse(*arguments: str) -> argparse.Namespace:
-    return client.parse_flags(["--bench", "--model-name", NAME, *arguments])
+    return client.parse_flags(["--bench", *arguments])
 
 
 def random_traces(num: int = 200) -> list[Trace]:
@@ -88,7 +90,7 @@ def test_arrivals_are_poisson_and_come_again() -> None:
 
 def test_requests_come_again_and_keep_the_command_lines_parameters() -> None:
     flags = parse("--bench-prompt-len", "3:9", "--bench-output-len", "4:6", "--bench-vocab", "7", "--top-k", "2")
-    given = client.make_inputs(client.Prompt({}, client.parameters_of(flags)))
+    given = make_inputs(Prompt({}, parameters_of(flags)))
     first, again = (list(itertools.islice(load.make_requests(flags, given), 300)) for _ in range(2))
     for one, other in zip(first, again, strict=True):
         assert {name: a.tolist() for name, a in one.items()} == {name: a.tolist() for name, a in other.items()}
@@ -96,7 +98,7 @@ def test_requests_come_again_and_keep_the_command_lines_parameters() -> None:
     assert {inputs["request_output_len"].item() for inputs in first} == {4, 5, 6}
     assert {token for inputs in first for token in inputs["input_ids"]} == set(range(7))
     assert all(inputs["runtime_top_k"].item() == 2 and inputs["ignore_eos"].item() for inputs in first)
-    keep_eos = client.make_inputs(client.Prompt({}, client.parameters_of(parse("--no-ignore-eos"))))
+    keep_eos = make_inputs(Prompt({}, parameters_of(parse("--no-ignore-eos"))))
     assert not next(load.make_requests(flags, keep_eos))["ignore_eos"].item()
 
 
@@ -116,7 +118,7 @@ class FakeAsker:
         await asyncio.sleep(self.seconds)
         del self.running[number]
         if self.failing(number):
-            raise client.Busy("the queue is full")
+            raise Busy("the queue is full")
         on_response({"output_ids": np.zeros((1, 2))})
         if self.is_stopping:
             on_response({"output_ids": np.zeros((1, 0)), "finish_reason": np.array([b"cancelled"], dtype=object)})
@@ -168,18 +170,15 @@ def test_failures_and_cancelled_requests_are_no_latencies() -> None:
 
 
 @pytest.mark.parametrize("kind", ["http", "grpc"])
-def test_bench_measures_a_server(
-    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bench_measures_a_server(kind: str) -> None:
     flags = "--num-requests 10 --concurrency 5 --bench-output-len 6 --bench-prompt-len 3:5 --temperature 0.5".split()
     with standin() as server:
         server.model.token_s = 0.05
-        arguments = ["client.py", "--bench", "--model-name", NAME, "--url", server.url(kind), *flags]
-        monkeypatch.setattr(sys, "argv", arguments)
-        assert client.main() == 0
+        code, out, _ = server.ask("--bench", *flags, kind=kind)
+        assert code == 0
         assert len(server.model.asked) == 12  # 2 of them to warm up
         assert {len(inputs["input_ids"]) for inputs in server.model.asked} <= {3, 4, 5}
-    *lines, last = capsys.readouterr().out.splitlines()
+    *lines, last = out.splitlines()
     found = json.loads(last)
     assert (found["num_finished"], found["concurrency"], found["bench_prompt_len"]) == (10, 5, [3, 5])
     assert found["parameters"] == {"temperature": [0.5]}

@@ -18,6 +18,7 @@ from engine.request import SamplingParams
 from tests.checkpoints import make_gpt2
 from tests.launch import ROOT, mpirun
 from tests.test_engine import NEW_TOKENS, SEEDED, prompts
+from tests.traffic import random_items
 
 NUM_GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(NUM_GPUS == 0, reason="no GPU here")
@@ -122,6 +123,27 @@ def test_logits_are_near_fp32(
         error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
         print(f"tp {tp} pp {pp} {data_type}: relative norm {error:.2e}", flush=True)
         assert error < limit
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2)], ids=lambda n: str(n))
+def test_random_requests_are_in_a_crowd_what_they_are_alone(
+    tp: int, pp: int, gpt2_source: tuple[Path, GPT2LMHeadModel], tmp_path: Path
+) -> None:
+    """Every mix of parameters, as in tests/test_isolation.py, with NCCL and with steps that are run ahead."""
+    items = random_items(150, seed=2)
+    folder = convert(gpt2_source[0], tmp_path / "ft_models", tp, "fp32")
+    found = []
+    for is_alone in (True, False):
+        outputs = tmp_path / f"outputs-{is_alone}.json"
+        flags = ["--data-type", "fp32", "--max-batch-size", "24", "--outputs", str(outputs)]
+        run_grid(tp, pp, folder, items, tmp_path, *flags, *(["--alone"] if is_alone else []))
+        found.append(json.loads(outputs.read_text()))
+    texts = [
+        [[(output["token_ids"], output["finish_reason"]) for output in result["outputs"]] for result in results]
+        for results in found
+    ]
+    different = [index for index, (alone, crowd) in enumerate(zip(*texts, strict=True)) if alone != crowd]
+    assert not different, [(items[index], found[0][index], found[1][index]) for index in different[:3]]
 
 
 def test_hf_reference_runs_in_full_fp32() -> None:

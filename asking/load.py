@@ -1,7 +1,8 @@
-"""How quickly a running server answers under load: `client.py --bench`, which has the flags and sends the requests.
+"""How quickly a running server answers under load: `client.py --bench`.
 
-It knows tensors' names and the client's Asker, and neither the engine nor Triton. A closed loop keeps --concurrency
-requests running; --rate sends them at Poisson arrivals, whatever is running, and counts time from the arrival.
+It knows the tensors' names and an Asker, which sends the requests, and neither the engine nor Triton. A closed loop
+keeps --concurrency requests running; --rate sends them at Poisson arrivals, whatever is running, and counts time from
+the arrival.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from asking.terminal import sign_of_life
+from asking.wire import Asker
 
 _DEFAULT_NUM_REQUESTS = 100
 _PERCENTILES = (50, 90, 99)
@@ -82,9 +86,9 @@ def arrivals(rate: float, seed: int) -> Iterator[float]:
 
 
 class Load:
-    """Sends the requests and keeps their traces. asker: the client's."""
+    """Sends the requests and keeps their traces."""
 
-    def __init__(self, flags: argparse.Namespace, asker: Any, requests: Iterator[dict[str, np.ndarray]]) -> None:
+    def __init__(self, flags: argparse.Namespace, asker: Asker, requests: Iterator[dict[str, np.ndarray]]) -> None:
         self.flags = flags
         self.asker = asker
         self.requests = requests
@@ -140,7 +144,7 @@ class Load:
 
         try:
             await self.asker.attempt(inputs, on_response)
-        except Exception as error:  # the client's Failure; anything else counts as one, too
+        except Exception as error:  # a Failure; anything else counts as one, too
             trace.error = str(error) or type(error).__name__
             return
         if not trace.num_tokens:
@@ -157,8 +161,8 @@ def _num_new_tokens(response: dict[str, np.ndarray], num_prompt_tokens: int) -> 
     return int(response["sequence_length"].sum()) - len(output_ids) * num_prompt_tokens
 
 
-async def run(flags: argparse.Namespace, asker: Any, given: dict[str, np.ndarray], sign_of_life: Any) -> int:
-    """Warm up, load, report; the exit code. sign_of_life: the client's."""
+async def run(flags: argparse.Namespace, asker: Asker, given: dict[str, np.ndarray]) -> int:
+    """Warm up, load, report; the exit code. given: tensors of the command line."""
     requests = make_requests(flags, given)
     warmup = [asker.attempt(next(requests), lambda response: None) for _ in range(flags.bench_warmup)]
     with sign_of_life("warming up"):

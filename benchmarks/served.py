@@ -1,0 +1,104 @@
+"""What the benchmarks of serving share: an engine on random weights with PyTriton in front, in one process."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import SHAPES, RandomReader, claim_device, model_config
+from engine.comm import Comm, World
+from engine.config import EngineConfig, ParallelConfig
+from engine.engine import Engine, follow
+from engine.runner import TorchExecutor, computation_dtype
+from engine.startup import make_engine
+from engine.watchdog import Watchdog
+from gpt import INPUTS, OUTPUTS, GPTModel
+from serving.frontend import TritonFlags, TritonFrontend, TritonModel
+from serving.inputs import Parser
+
+NAME = "benchmark"
+_CLIENT = Path(__file__).resolve().parent.parent / "client.py"
+
+
+class WordTokenizer:
+    """One token per word; a benchmark needs no more."""
+
+    all_special_ids = ()
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def decode(self, token_ids: list[int], **options: Any) -> str:
+        return "".join(f"{token_id} " for token_id in token_ids)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", choices=list(SHAPES), default="124M")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of a rank; 0: its share of the cores")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
+    parser.add_argument("--http-port", type=int, default=18500, help="gRPC and metrics take the next two")
+
+
+def url(flags: argparse.Namespace, kind: str) -> str:
+    """kind: http or grpc."""
+    return f"{kind}://127.0.0.1:{flags.http_port + (kind == 'grpc')}"
+
+
+def serve(flags: argparse.Namespace, measure: Callable[[Engine], Any]) -> tuple[Any, torch.device] | None:
+    """Run `measure` in a thread beside the serving engine; returns what it returns, and the device (rank 0)."""
+    world = World()
+    device = claim_device(world, flags.device, flags.threads)
+    dtype = computation_dtype("auto", device)
+    config = model_config(flags.shape, flags.tp)
+    limits = EngineConfig()
+    parallel = ParallelConfig(flags.tp, 1, world.rank)
+    reader = RandomReader(config, parallel.tp_rank, dtype, device)
+    executor = TorchExecutor(reader, limits, Comm(world, parallel, device), device, world.local_size)
+    executor.prepare()
+    watchdog = Watchdog()
+    if world.rank > 0:
+        follow(world, executor, watchdog, limits.step_timeout_s)
+        return None
+    engine = make_engine(executor, config, limits, world, watchdog)
+    frontend = TritonFrontend(
+        TritonFlags("127.0.0.1", flags.http_port, flags.http_port + 1, flags.http_port + 2), verbose=False
+    )
+    model = GPTModel(engine, Parser(WordTokenizer(), config.end_id, config.vocab_size))
+    frontend.start(
+        [
+            TritonModel(NAME, model.infer, INPUTS, OUTPUTS),
+            TritonModel(f"{NAME}_streaming", model.stream, INPUTS, OUTPUTS, decoupled=True),
+        ]
+    )
+    results: list[Any] = []
+
+    def work() -> None:
+        try:
+            results.append(measure(engine))
+        finally:
+            engine.stop(0.0)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    engine.run()
+    thread.join()
+    frontend.stop()
+    return results[0], device
+
+
+def bench(flags: argparse.Namespace, kind: str, *more: str) -> dict[str, Any]:
+    """What `client.py --bench` measures from a process of its own: its JSON line."""
+    command = [sys.executable, str(_CLIENT), "--bench", "--url", url(flags, kind), "--model-name", NAME, *more]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"client.py --bench failed: {done.stderr.strip()}")
+    return json.loads(done.stdout.splitlines()[-1])
