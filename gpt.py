@@ -231,10 +231,11 @@ class GPTModel:
         arrays = {
             "sentences": _bytes(texts),
             "sequence_length": np.array(lengths, dtype=np.int64),
-            "cum_log_probs": np.array(sums, dtype=np.float32),
             "finish_reason": _bytes(reasons),
             "output_ids": _padded(ids, np.int32, end_ids),
         }
+        if not np.isnan(sums).any():  # FasterTransformer's op knows the sums of whole texts only, and JSON has no NaN
+            arrays["cum_log_probs"] = np.array(sums, dtype=np.float32)
         extras = [_token_arrays(ask, ask.request.outputs, slice(None)) for ask in asks]
         for name in ("output_log_probs", "top_token_ids", "top_log_probs"):
             if any(name in extra for extra in extras):

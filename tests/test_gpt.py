@@ -311,3 +311,15 @@ def test_what_the_engine_refused_is_not_cancelled() -> None:
         with pytest.raises(BadRequest, match="^too long$"):
             asyncio.run(gpt.infer([good(request_id=column([b"a", b"b"], object))]))
     assert not engine.cancelled
+
+
+def test_sums_that_are_not_known_are_left_out() -> None:
+    """As NaN they would make the answer's JSON unreadable."""
+
+    class Unknowing(CountingEngine):
+        def _append(self, request: Request, output: Output) -> None:
+            super()._append(request, output)
+            output.cum_log_prob = float("nan")
+
+    assert "cum_log_probs" not in infer(good(), Unknowing())
+    assert "cum_log_probs" not in stream(one(), Unknowing())[-1]
