@@ -2,6 +2,7 @@
 """Converts a checkpoint into FasterTransformer's weight folder, `OUTPUT_DIR/<tp>-gpu`.
 
     ./convert.py SOURCE OUTPUT_DIR --tp 4 --weight-data-type fp16
+    ./convert.py megatron_345m OUTPUT_DIR --num-heads 16 --tokenizer gpt2_folder
     ./convert.py --verify OUTPUT_DIR/4-gpu
 
 Owns the writing: split, cast, checksums, manifest, lock, and the one rename that makes a folder appear finished.
@@ -34,11 +35,12 @@ import torch
 from engine.config import DATA_TYPES, ModelConfig
 from engine.weights import TORCH_DTYPES, WeightSpec, weight_specs
 from helpers import one_line
-from readers import Weight, open_reader
+from readers import SourceOptions, Weight, open_reader
 from readers.checkpoint import read_json
 
 CONVERTER_VERSION = 1  # part of a folder's identity: raise it when the same source gives other bytes
 MANIFEST = "manifest.json"
+NO_OPTIONS = SourceOptions()
 
 Progress = Callable[[int, int], None]  # (bytes written, bytes in all)
 
@@ -57,28 +59,32 @@ def convert(
     source_name: str = "",
     revision: str | None = None,
     progress: Progress = lambda done, total: None,
+    options: SourceOptions = NO_OPTIONS,
 ) -> Path:
     """Write output_dir/<tp>-gpu and return it; returns at once where it is there, made from the same files.
 
     `weight_data_type` is fp32, fp16, bf16, or auto for the source's own. `source_name` and `revision` (what the
-    user asked for and what it resolved to) go into the manifest only. Two converters on one output_dir take
-    turns. Raises ValueError for a source that cannot be converted, RuntimeError for lack of disk space, OSError
-    for what else the file system refuses; none of them leaves anything behind.
+    user asked for and what it resolved to) go into the manifest only; `options` tell what the source does not.
+    Two converters on one output_dir take turns. Raises ValueError for a source that cannot be converted,
+    RuntimeError for lack of disk space, OSError for what else the file system refuses; none of them leaves
+    anything behind.
     """
     source, output_dir = Path(source), Path(output_dir)
     if weight_data_type not in ("auto", *DATA_TYPES):
         raise ValueError(f"weight_data_type is {weight_data_type!r}; known: auto, {', '.join(DATA_TYPES)}")
-    reader = open_reader(source)
+    reader = open_reader(source, options, scratch=output_dir)
     model_name = model_name or source_name or source.resolve().name
-    reader.config("fp32", tp, model_name).check_tp(tp)
     folder = output_dir / f"{tp}-gpu"
     wanted = {
         "converter_version": CONVERTER_VERSION,
         "source_files": [_file_identity(path) for path in reader.files],
         "tensor_para_size": tp,
     }
+    if options != NO_OPTIONS:
+        wanted["source_options"] = options.describe()
     if _is_finished(folder, wanted, weight_data_type):
         return folder
+    reader.config("fp32", tp, model_name).check_tp(tp)  # before anything is made
     output_dir.mkdir(parents=True, exist_ok=True)
     with _locked(output_dir) as is_locked:
         if _is_finished(folder, wanted, weight_data_type):
@@ -324,7 +330,12 @@ class ProgressLine:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; exits with 2 and a usage line where it is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="checkpoint: a Hugging Face folder (gpt2)")
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="checkpoint: a folder of Hugging Face or Megatron-LM, NeMo's archive or folder",
+    )
     parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", nargs="?", help="where <tp>-gpu is written")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks to split for (default: 1)")
     parser.add_argument(
@@ -332,6 +343,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         choices=("auto", *DATA_TYPES),
         default="auto",
         help="number format of the files; auto: the checkpoint's own (default: auto)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="NeMo, Megatron-LM: a .model file, or a folder with vocab.json and merges.txt, tokenizer.model or "
+        "tokenizer.json (default: the checkpoint's own, or what lies beside it)",
+    )
+    parser.add_argument(
+        "--num-heads", type=int, help="Megatron-LM, where the checkpoint has no arguments: attention heads"
     )
     parser.add_argument("--model-name", help="model_name in config.ini (default: the source folder's name)")
     parser.add_argument(
@@ -341,8 +361,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags = parser.parse_args(argv)
     if flags.verify == bool(flags.output_dir):
         parser.error("OUTPUT_DIR is needed, except with --verify")
-    if flags.tp < 1:
-        parser.error(f"argument --tp: {flags.tp} is below 1")
+    for name in ("tp", "num_heads"):
+        if (value := getattr(flags, name)) is not None and value < 1:
+            parser.error(f"argument --{name.replace('_', '-')}: {value} is below 1")
     return flags
 
 
@@ -357,7 +378,13 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{flags.source}: every file is as it was written")
             return 0
         folder = convert(
-            flags.source, flags.output_dir, flags.tp, flags.weight_data_type, flags.model_name, progress=progress
+            flags.source,
+            flags.output_dir,
+            flags.tp,
+            flags.weight_data_type,
+            flags.model_name,
+            progress=progress,
+            options=SourceOptions(flags.tokenizer, flags.num_heads),
         )
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

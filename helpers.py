@@ -39,7 +39,7 @@ def one_line(error: BaseException) -> str:
 
 # What a conversion needs of a Hub repository's top folder; the weights' patterns come in order of preference.
 _SIDE_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
-_WEIGHT_FILES = ["model*.safetensors", "pytorch_model*.bin"]
+_WEIGHT_FILES = ["model*.safetensors", "pytorch_model*.bin", "*.nemo"]
 _PROGRESS_INTERVAL_S = 5.0
 _MAX_TRIES = 3  # huggingface_hub takes up some broken connections by itself; which, differs between its versions
 _RETRY_PAUSE_S = 1.0
@@ -82,7 +82,8 @@ def _download(name: str, revision: str | None) -> Path:
         folder = _fetch(repo_id, obstacle, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted)
         if any(folder.glob(wanted[-1])):
             return folder / file_name
-    what = f"file {file_name!r}" if file_name else "model.safetensors or pytorch_model.bin, whole or in shards"
+    weights = "model.safetensors or pytorch_model.bin (whole or in shards) or .nemo"
+    what = f"file {file_name!r}" if file_name else weights
     raise _Missing(f"its cached copy has no {what}, and {obstacle}" if obstacle else f"the repository has no {what}")
 
 

@@ -1,4 +1,4 @@
-"""Source checkpoints → canonical tensors: one module an architecture, streamed.
+"""Source checkpoints → canonical tensors: one module an architecture or a trainer, streamed.
 
 A reader alone knows its source's names, transposes and interleavings; what it gives is FasterTransformer's table
 (engine.weights), unsplit. `convert.py` splits, casts and writes.
@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from engine.config import ModelConfig
+from readers.bloom import BloomReader
 from readers.checkpoint import Weight, read_json
 from readers.gpt2 import GPT2Reader
+from readers.megatron import MegatronReader, is_megatron_folder
+from readers.nemo import NemoReader, is_nemo_folder
+from readers.opt import OPTReader
+from readers.sharded import SourceOptions
 
-__all__ = ["READERS", "Reader", "Weight", "open_reader"]
+__all__ = ["READERS", "Reader", "SourceOptions", "Weight", "open_reader"]
 
 
 class Reader(Protocol):
@@ -27,7 +32,7 @@ class Reader(Protocol):
         ...
 
     def config(self, weight_data_type: str, tp: int, model_name: str) -> ModelConfig:
-        """The model's config.ini; reads no weight file. Raises ValueError for what cannot be served."""
+        """The model's config.ini; reads no weight. Raises ValueError for what cannot be served."""
         ...
 
     def weights(self, config: ModelConfig) -> list[Weight]:
@@ -43,16 +48,37 @@ class Reader(Protocol):
 
 
 # config.json's model_type -> what makes a reader from the folder and the parsed config.json
-READERS: dict[str, Callable[[Path, dict[str, Any]], Reader]] = {"gpt2": GPT2Reader}
+READERS: dict[str, Callable[[Path, dict[str, Any]], Reader]] = {
+    "bloom": BloomReader,
+    "gpt2": GPT2Reader,
+    "opt": OPTReader,
+}
 
 
-def open_reader(source: Path) -> Reader:
-    """The reader for a source. Raises ValueError for one that is missing or of an unknown architecture."""
-    if not source.is_dir():
-        raise ValueError(f"{source}: {'not a folder' if source.exists() else 'no such folder'}")
+def open_reader(source: Path, options: SourceOptions, scratch: Path) -> Reader:
+    """The reader for a source; a gzipped archive is unpacked below `scratch` when it is first looked into.
+
+    Raises ValueError for one that is missing, of an unknown kind or architecture, or that takes no such options.
+    """
+    if not source.exists():
+        raise ValueError(f"{source}: no such folder")
+    if source.is_file() or is_nemo_folder(source):
+        return NemoReader(source, options, scratch)
     path = source / "config.json"
     if not path.is_file():
-        raise ValueError(f"{source}: no config.json, so this is not a Hugging Face checkpoint")
+        if is_megatron_folder(source):
+            return MegatronReader(source, options)
+        archives = list(source.glob("*.nemo"))
+        if len(archives) == 1:
+            return NemoReader(archives[0], options, scratch)
+        if archives:
+            raise ValueError(f"{source}: {len(archives)} .nemo archives; give one of them")
+        raise ValueError(
+            f"{source}: no config.json (Hugging Face), model_config.yaml (NeMo) or files of ranks (Megatron-LM), "
+            f"so this is not a checkpoint"
+        )
+    if options != SourceOptions():
+        raise ValueError(f"{source}: a Hugging Face checkpoint, which takes neither --tokenizer nor --num-heads")
     settings = read_json(path)
     architecture = settings.get("model_type")
     if architecture not in READERS:

@@ -663,7 +663,8 @@ WPE, LN = "transformer.wpe.weight", "transformer.h.1.ln_2.bias"
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (
         lambda folder: (folder / "config.json").unlink(),
-        "{hf}: no config.json, so this is not a Hugging Face checkpoint",
+        "{hf}: no config.json (Hugging Face), model_config.yaml (NeMo) or files of ranks (Megatron-LM), "
+        "so this is not a checkpoint",
     ),
     "config is no JSON": (
         lambda folder: (folder / "config.json").write_text("{'a': 1}"),
@@ -672,12 +673,12 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "architecture": (
         settings(model_type="llama"),
-        "{hf}/config.json: architecture 'llama' is not supported; supported: gpt2",
+        "{hf}/config.json: architecture 'llama' is not supported; supported: bloom, gpt2, opt",
     ),
-    "exact gelu": (
-        settings(activation_function="gelu"),
-        "{hf}/config.json: activation_function 'gelu' is not supported; "
-        "supported: gelu_new, gelu_pytorch_tanh, gelu_fast, relu",
+    "activation": (
+        settings(activation_function="silu"),
+        "{hf}/config.json: activation_function 'silu' is not supported; "
+        "supported: gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, relu",
     ),
     "inverse layer index": (
         settings(scale_attn_by_inverse_layer_idx=True),

@@ -127,6 +127,7 @@ def test_a_repository_gives_its_safetensors_and_nothing_else_that_is_large(
     "weights, ignored",
     [
         (["pytorch_model.bin"], ["tf_model.h5", "flax_model.msgpack"]),
+        (["parrot.nemo"], ["onnx/x.nemo"]),
         (["pytorch_model.bin"], ["adapter_model.safetensors"]),  # not the model: once it kept the .bin file away
         ([*(f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)), "pytorch_model.bin.index.json"], ["onnx/x.bin"]),
         ([*(f"model-0000{i}-of-00002.safetensors" for i in (1, 2)), "model.safetensors.index.json"], ["training.bin"]),
@@ -170,7 +171,7 @@ def test_a_name_that_stands_for_nothing(hub: Hub, machine: Machine, tiny: Path, 
     others = write(tmp_path / "text", "config.json", "adapter_model.safetensors", "onnx/pytorch_model.bin")
     hub.add("owner/text", others)
     unknown = f"no such folder here, and no such repository at {hub.endpoint} (a private one needs HF_TOKEN)"
-    no_weights = "the repository has no model.safetensors or pytorch_model.bin, whole or in shards"
+    no_weights = "the repository has no model.safetensors or pytorch_model.bin (whole or in shards) or .nemo"
     no_id = "neither a folder or file here nor a Hub id (owner/name or owner/name:file)"
     expected = {
         ("owner/tiny", "v9"): "the repository has no revision 'v9'",

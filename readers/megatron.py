@@ -1,0 +1,182 @@
+"""Megatron-LM GPT: a folder of iterations, or one iteration → settings, shards and tokenizer.
+
+Owns where the ranks' files lie, the training arguments and their defaults, what is read off the tensors where there
+are none, and the order of q, k and v in each checkpoint_version. Megatron-LM itself is not needed. It knows no tensor.
+
+Format: megatron/checkpointing.py (files, versions: fix_query_key_value_ordering), megatron/arguments.py.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from readers import tokens
+from readers.archive import file_place
+from readers.sharded import Settings, ShardedReader, SourceOptions, gelu
+from readers.shards import Shards, Trained, find_grid
+from readers.tokens import CheckpointTokenizer
+from readers.torchfile import StandIn, load
+
+_TRACKER = "latest_checkpointed_iteration.txt"
+_FILE = re.compile(r"model(?:_optim)?_rng\.pt")
+_QKV_ORDERS = {0: "3nd", 1.0: "nd3", 2.0: "n3d", 3.0: "n3d"}
+# As in readers.nemo; absent arguments are those of versions that could not do otherwise.
+_REQUIRED: dict[str, tuple[Any, ...]] = {
+    "apply_residual_connection_post_layernorm": (False,),
+    "normalization": ("LayerNorm",),
+    "position_embedding_type": ("learned_absolute",),
+    "use_rotary_position_embeddings": (False,),
+    "add_position_embedding": (True,),
+    "swiglu": (False,),
+    "squared_relu": (False,),
+    "quick_geglu": (False,),
+    "group_query_attention": (False,),
+    "multi_latent_attention": (False,),
+    "qk_layernorm": (False,),
+    "num_experts": (1,),
+    "virtual_pipeline_model_parallel_size": (1,),
+}
+
+
+def is_megatron_folder(folder: Path) -> bool:
+    """Whether a folder holds iterations of Megatron-LM, or is one."""
+    if (folder / _TRACKER).is_file():
+        return True
+    return any(_FILE.fullmatch(path.name) for level in ("", "*/", "*/*/") for path in folder.glob(f"{level}model_*.pt"))
+
+
+class MegatronReader(ShardedReader):
+    """Reads a checkpoint's latest iteration, or the iteration that the folder is."""
+
+    def __init__(self, source: Path, options: SourceOptions) -> None:
+        """Raises ValueError where files are missing."""
+        self._source = source
+        self._options = options
+        folder = _iteration(source)
+        names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+        if ".metadata" in names or "metadata.json" in names:
+            raise ValueError(f"{folder}: a distributed checkpoint; only {_FILE.pattern} files are supported")
+        self._grid = [[file_place(folder / name) for name in row] for row in find_grid(names, folder, _FILE)]
+        self.files = [place.path for row in self._grid for place in row]
+        self._tokenizer_path = options.tokenizer
+        if self._tokenizer_path is None:
+            beside = (path for path in (folder, source, source.parent) if tokens.find_files(path))
+            self._tokenizer_path = next(beside, source)
+        self.files += tokens.find_files(self._tokenizer_path)
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        """What rank 0's file holds beside the model."""
+        content, _ = load(self._grid[0][0])
+        if "model" not in content:
+            why = "of an interleaved pipeline" if "model0" in content else "without a model"
+            raise ValueError(f"{self._grid[0][0].name}: a checkpoint {why}; only a single `model` is supported")
+        return {key: content.get(key) for key in ("args", "checkpoint_version", "iteration")}
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The training arguments; empty in the oldest checkpoints."""
+        name = self._grid[0][0].name
+        args = self._facts["args"]
+        if args is None:
+            return Settings(name, {})
+        if not isinstance(args, (StandIn, dict)):
+            raise ValueError(f"{name}: args is {type(args).__name__}; an argparse.Namespace is expected")
+        values = args.state if isinstance(args, StandIn) else args
+        settings = Settings(f"{name}: args", values)
+        for keys, found in (
+            (("tensor_model_parallel_size", "model_parallel_size"), len(self._grid[0])),
+            (("pipeline_model_parallel_size",), len(self._grid)),
+        ):
+            key = next((key for key in keys if key in values), None)
+            if key and settings.size(key, found) != found:
+                raise ValueError(f"{settings.name}: {key} is {settings.get(key)}; there are files of {found}")
+        return settings
+
+    @cached_property
+    def shards(self) -> Shards:
+        places = {place.name: place for row in self._grid for place in row}
+        for place in list(places.values())[1:]:
+            content, _ = load(place)
+            for key in ("checkpoint_version", "iteration"):
+                if content.get(key) != self._facts[key]:
+                    raise ValueError(
+                        f"{place.name}: {key} is {content.get(key)}, and {self._facts[key]} in {self._grid[0][0].name}"
+                    )
+        return Shards(self._grid, lambda content: content.get("model", {}))
+
+    @cached_property
+    def trained(self) -> Trained:
+        settings = self.settings
+        version = self._facts["checkpoint_version"] or 0
+        if version not in _QKV_ORDERS:
+            known = ", ".join(map(str, _QKV_ORDERS))
+            raise ValueError(f"{self._grid[0][0].name}: checkpoint_version is {version!r}; supported: {known}")
+        return Trained(
+            heads=self._num_heads(),
+            qkv_order=_QKV_ORDERS[version],
+            norms_around_zero=bool(settings.get("apply_layernorm_1p", False)),
+            has_biases=bool(settings.get("add_bias_linear", True)),
+            ties_head=not settings.get("untie_embeddings_and_output_weights", False),
+        )
+
+    def _num_heads(self) -> int:
+        asked = self._options.num_heads
+        if not self.settings.values:
+            if asked is None:
+                raise ValueError(f"{self.settings.name}: no training arguments; convert.py --num-heads gives the heads")
+            return asked
+        heads = self.settings.size("num_attention_heads")
+        if asked not in (None, heads):
+            raise ValueError(f"{self.settings.name}: num_attention_heads is {heads}, and --num-heads is {asked}")
+        return heads
+
+    def shape(self) -> dict[str, Any]:
+        settings, heads = self.settings, self.trained.heads
+        for key, allowed in _REQUIRED.items():
+            settings.require(key, *allowed)
+        wpe = self.shards.whole_shape("wpe") or (0, 0)
+        inter = self.shards.whole_shape("layers.0.mlp.dense_h_to_4h.weight") or (0,)
+        hidden = settings.size("hidden_size", wpe[-1])
+        if hidden % heads:
+            raise ValueError(f"{settings.name}: {heads} attention heads do not divide hidden size {hidden}")
+        settings.require("kv_channels", hidden // heads)
+        is_fused = settings.get("bias_gelu_fusion", not settings.values)  # the first versions knew the tanh form only
+        eps = "norm_epsilon" if "norm_epsilon" in settings.values else "layernorm_epsilon"
+        return {
+            "head_num": heads,
+            "size_per_head": hidden // heads,
+            "inter_size": settings.size("ffn_hidden_size", inter[0]),
+            "num_layer": settings.size("num_layers", self.shards.num_layers),
+            "layernorm_eps": settings.fraction(eps, 1e-5),
+            **gelu(is_fused and self.trained.has_biases, bool(settings.get("openai_gelu", False))),
+        }
+
+    @cached_property
+    def tokenizer(self) -> CheckpointTokenizer:
+        if self._options.tokenizer is None and not tokens.find_files(self._tokenizer_path):
+            raise ValueError(
+                f"{self._source}: no tokenizer beside the checkpoint (vocab.json and merges.txt, tokenizer.model or "
+                f"tokenizer.json); convert.py --tokenizer names one"
+            )
+        return tokens.from_path(self._tokenizer_path)
+
+
+def _iteration(source: Path) -> Path:
+    """The folder of the latest iteration, as the tracker file says, or the only one there is."""
+    tracker = source / _TRACKER
+    if tracker.is_file():
+        text = tracker.read_text(errors="replace").strip()
+        if text != "release" and not re.fullmatch(r"\d{1,15}", text):
+            raise ValueError(f"{tracker}: {text[:40]!r}; the number of an iteration or 'release' is expected")
+        folder = source / (text if text == "release" else f"iter_{int(text):07d}")
+        if not folder.is_dir():
+            raise ValueError(f"{tracker}: names {folder.name}, and there is no such folder")
+        return folder
+    folders = [path for path in sorted(source.iterdir()) if re.fullmatch(r"iter_\d{7,}|release", path.name)]
+    if len(folders) > 1:
+        raise ValueError(f"{source}: {len(folders)} iterations and no {_TRACKER}; give the folder of one")
+    return folders[0] if folders else source

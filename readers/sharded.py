@@ -1,0 +1,131 @@
+"""What the readers of NeMo's and of Megatron-LM's checkpoints share: settings, and the way from them to the table.
+
+A reader of one of the two finds the files, the settings and the tokenizer; the shards know the tensors.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.config import ModelConfig
+from readers.checkpoint import Weight
+from readers.shards import Shards, Trained
+from readers.tokens import CheckpointTokenizer
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What a source may not say by itself. tokenizer: its folder or .model file; num_heads: of attention."""
+
+    tokenizer: Path | None = None
+    num_heads: int | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """For the manifest: other options make another folder."""
+        return {"tokenizer": None if self.tokenizer is None else str(self.tokenizer), "num_heads": self.num_heads}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A model's settings, by name; `name` is what messages call the file they are from."""
+
+    name: str
+    values: dict[str, Any]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A value, or the default where it is absent or null."""
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def require(self, key: str, *allowed: Any) -> Any:
+        """A value out of `allowed`, the first of which is the default. Raises ValueError for another."""
+        value = self.get(key, allowed[0])
+        if value not in allowed:
+            raise ValueError(f"{self.name}: {key} is {reprlib.repr(value)}; supported: {', '.join(map(str, allowed))}")
+        return value
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """A whole number of at least 1. Raises ValueError."""
+        value = self.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{self.name}: {key} is {reprlib.repr(value)}; it must be a whole number of at least 1")
+        return value
+
+    def fraction(self, key: str, default: float) -> float:
+        """A number between 0 and 1; YAML's parser takes 1e-5 for text. Raises ValueError."""
+        value = self.get(key, default)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = 0.0
+        if not 0 < number < 1:
+            raise ValueError(f"{self.name}: {key} is {reprlib.repr(value)}; it must lie between 0 and 1")
+        return number
+
+
+class ShardedReader:
+    """Reads a GPT that was trained with Megatron's modules. A subclass gives the attributes below, each read once."""
+
+    files: list[Path]
+    settings: Settings
+    shards: Shards
+    trained: Trained
+    tokenizer: CheckpointTokenizer
+
+    def shape(self) -> dict[str, Any]:
+        """ModelConfig's fields that the settings alone tell. Raises ValueError for what cannot be served."""
+        raise NotImplementedError
+
+    def config(self, weight_data_type: str, tp: int, model_name: str) -> ModelConfig:
+        """The model's config.ini; the vocabulary is the embedding's rows, padding included, and so are positions."""
+        shape = self.shape()
+        for key, found in (("num_layer", self.shards.num_layers), ("head_num", self.trained.heads)):
+            if shape[key] != found:
+                raise ValueError(f"{self.settings.name}: {key} is {shape[key]}; the weight files hold {found}")
+        vocab_size, max_pos_seq_len = (self._rows(name, shape) for name in ("wte", "wpe"))
+        tokenizer = self.tokenizer
+        ids = {"start_id": tokenizer.start_id, "end_id": tokenizer.end_id}
+        if max(len(tokenizer.tokenizer) - 1, *ids.values()) >= vocab_size:
+            raise ValueError(
+                f"{tokenizer.name}: {len(tokenizer.tokenizer)} tokens; the embedding has {vocab_size} rows only"
+            )
+        return ModelConfig(
+            model_name=model_name,
+            vocab_size=vocab_size,
+            max_pos_seq_len=max_pos_seq_len,
+            weight_data_type=weight_data_type,
+            tensor_para_size=tp,
+            **ids,
+            **shape,
+        )
+
+    def data_type(self) -> str:
+        """The data type in which most of the weights are stored."""
+        return self.shards.data_type()
+
+    def weights(self, config: ModelConfig) -> list[Weight]:
+        """Every weight, checked and not yet read. Raises ValueError with the file and the tensor."""
+        return self.shards.weights(config, self.trained)
+
+    def write_tokenizer(self, folder: Path) -> None:
+        self.tokenizer.write(folder)
+
+    def _rows(self, name: str, shape: dict[str, Any]) -> int:
+        whole = self.shards.whole_shape(name)
+        hidden = shape["head_num"] * shape["size_per_head"]
+        if whole is None:
+            raise ValueError(f"{self.settings.name}: the weight files hold no {name}")
+        if len(whole) != 2 or whole[1] != hidden:
+            raise ValueError(f"{self.settings.name}: hidden size {hidden}; {name} has shape {list(whole)}")
+        return whole[0]
+
+
+def gelu(is_fused: bool, is_openai: bool) -> dict[str, str]:
+    """activation_type and gelu_form: Megatron's fused bias and gelu is the tanh form, as OpenAI's; else it is exact.
+
+    Source: bias_gelu in megatron/core/fusions/fused_bias_gelu.py, torch.nn.functional.gelu without fusion.
+    """
+    return {"activation_type": "gelu", "gelu_form": "tanh" if is_fused or is_openai else "erf"}

@@ -1,0 +1,348 @@
+"""Weights of Megatron's GPT, trained on tp × pp ranks: their files put together, one weight of the table at a time.
+
+Owns what NeMo and Megatron-LM have in common: the names of Megatron's modules (of megatron.model, `legacy`, and of
+megatron.core), which axis training splits, layers numbered anew on each pipeline rank, and q, k, v interleaved by
+head. A weight is made of its shards when it is written, so memory holds one weight and no file.
+It must not know where the files come from nor what the model is called.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+
+from engine.config import DATA_TYPES, ModelConfig
+from engine.weights import WeightSpec, weight_specs
+from readers.archive import Place
+from readers.checkpoint import Weight
+from readers.torchfile import load, tensors
+
+_PREFIX = re.compile(r"(?:(?:model|module|language_model|_orig_mod)\.)*")
+_LAYER = re.compile(r"(?:encoder|transformer|decoder)\.layers\.(\d+)\.(.+)")
+_HEAD = "lm_head.weight"
+_TIED_HEAD = "the embedding again"  # on the last pipeline rank, where the embedding is the head too
+_OUTER_NAMES = {
+    "embedding.word_embeddings.weight": "wte",
+    "embedding.position_embeddings.weight": "wpe",
+    "output_layer.weight": _HEAD,
+    "word_embeddings.weight": _TIED_HEAD,
+    "word_embeddings_for_head.weight": _TIED_HEAD,
+} | {
+    f"{block}.final_layernorm.{kind}": f"final_layernorm.{kind}"
+    for block in ("encoder", "transformer", "decoder")
+    for kind in ("weight", "bias")
+}
+_LAYER_NAMES = {
+    pattern.format(kind): f"{part}.{kind}"
+    for part, patterns in {
+        "input_layernorm": ("input_layernorm.{}", "self_attention.linear_qkv.layer_norm_{}"),
+        "attention.query_key_value": (
+            "self_attention.query_key_value.{}",
+            "attention.query_key_value.{}",
+            "self_attention.linear_qkv.{}",
+        ),
+        "attention.dense": ("self_attention.dense.{}", "attention.dense.{}", "self_attention.linear_proj.{}"),
+        "post_attention_layernorm": (
+            "post_attention_layernorm.{}",
+            "pre_mlp_layernorm.{}",
+            "mlp.linear_fc1.layer_norm_{}",
+        ),
+        "mlp.dense_h_to_4h": ("mlp.dense_h_to_4h.{}", "mlp.linear_fc1.{}"),
+        "mlp.dense_4h_to_h": ("mlp.dense_4h_to_h.{}", "mlp.linear_fc2.{}"),
+    }.items()
+    for pattern in patterns
+    for kind in ("weight", "bias")
+}
+# The axis of [out, in] that training splits; what is not here lies on every tensor-parallel rank.
+_TRAINED_AXES = {
+    "wte": 0,
+    _HEAD: 0,
+    "attention.query_key_value.weight": 0,
+    "attention.query_key_value.bias": 0,
+    "attention.dense.weight": 1,
+    "mlp.dense_h_to_4h.weight": 0,
+    "mlp.dense_h_to_4h.bias": 0,
+    "mlp.dense_4h_to_h.weight": 1,
+}
+_FLOATS = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_REOPEN_BYTES = 64 << 20  # as in readers.checkpoint: pages of a mapping count until it goes
+_log = logging.getLogger("convert")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How the tensors are to be read. qkv_order: the axes of a query_key_value's rows, of 3, n heads, d elements."""
+
+    heads: int
+    qkv_order: str = "n3d"  # checkpoint_version 2 and later; 3nd: 0, nd3: 1
+    norms_around_zero: bool = False  # LayerNorm1P: what is stored is the scale - 1
+    has_biases: bool = True
+    ties_head: bool = True
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one file says of one tensor."""
+
+    stored: str  # its name there
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def find_grid(names: Iterable[str], source: object, wanted: re.Pattern[str]) -> list[list[str]]:
+    """The files of a checkpoint by [pp rank][tp rank], out of names such as tp_rank_00_pp_rank_001/model.ckpt.
+
+    `wanted` matches the file's own name. Raises ValueError, with the `source`, where there is none, where a rank has
+    two, and where one is missing.
+    """
+    folders = re.compile(r"(?:mp_rank_(\d+)(?:_(\d+))?|tp_rank_(\d+)_pp_rank_(\d+))/([^/]+)")
+    grid: dict[tuple[int, int], str] = {}
+    for name in names:
+        found = folders.fullmatch(name)
+        if wanted.fullmatch(found[5] if found else name):
+            tp_rank, pp_rank = (int(found[1] or found[3]), int(found[2] or found[4] or 0)) if found else (0, 0)
+            if (pp_rank, tp_rank) in grid:
+                raise ValueError(f"{source}: both {grid[pp_rank, tp_rank]} and {name} are there")
+            grid[pp_rank, tp_rank] = name
+    if not grid:
+        raise ValueError(f"{source}: no weight file of a rank ({wanted.pattern}) is there")
+    pp, tp = (max(ranks) + 1 for ranks in zip(*grid, strict=True))
+    for pp_rank in range(pp):
+        for tp_rank in range(tp):
+            if (pp_rank, tp_rank) not in grid:
+                raise ValueError(
+                    f"{source}: no file of tensor-parallel rank {tp_rank}, pipeline-parallel rank {pp_rank}, "
+                    f"where others make it {tp} × {pp} ranks"
+                )
+    return [[grid[pp_rank, tp_rank] for tp_rank in range(tp)] for pp_rank in range(pp)]
+
+
+class Shards:
+    """The tensors of all ranks, under the table's names; opens files when they are needed."""
+
+    def __init__(self, grid: list[list[Place]], state: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
+        """`grid` is [pp][tp]; `state` takes the (nested) state dict out of what a file holds."""
+        self._grid = grid
+        self._state = state
+        self._open: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+        self._read_bytes = 0
+        self._has_warned = False
+
+    @property
+    def tp(self) -> int:
+        return len(self._grid[0])
+
+    @property
+    def pp(self) -> int:
+        return len(self._grid)
+
+    @cached_property
+    def stages(self) -> list[dict[str, list[Shard]]]:
+        """For each pipeline rank: the table's name, its layer numbered on that rank → each tp rank's shard.
+
+        Raises ValueError for names that are not the table's, and for ranks that disagree.
+        """
+        return [self._stage(pp_rank) for pp_rank in range(self.pp)]
+
+    @cached_property
+    def first_layers(self) -> list[int]:
+        """The number in the whole model of each stage's first layer, and at the end the number of layers."""
+        firsts = [0]
+        for pp_rank, stage in enumerate(self.stages):
+            layers = {int(name.split(".")[1]) for name in stage if name.startswith("layers.")}
+            for layer in range(len(layers)):
+                if layer not in layers:
+                    name = self._grid[pp_rank][0].name
+                    raise ValueError(f"{name}: layer {layer} is missing, and layer {max(layers)} is there")
+            firsts.append(firsts[-1] + len(layers))
+        return firsts
+
+    @property
+    def num_layers(self) -> int:
+        return self.first_layers[-1]
+
+    def whole_shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape as [out, in] of one weight put together; None where there is none. `name` as in the table."""
+        place = self._find(name)
+        if place is None:
+            return None
+        pp_rank, local = place
+        shards = self.stages[pp_rank][local]
+        shape = list(shards[0].shape)
+        axis = _TRAINED_AXES.get(_part(name))
+        if axis is not None and axis < len(shape):
+            shape[axis] = sum(shard.shape[axis] for shard in shards)
+        return tuple(shape)
+
+    def data_type(self) -> str:
+        """The data type in which most of the weights are stored; fp64, which has no place on disk, is fp32."""
+        counts: Counter[str] = Counter()
+        for stage in self.stages:
+            for shards in stage.values():
+                counts[_FLOATS.get(shards[0].dtype, "")] += sum(torch.Size(shard.shape).numel() for shard in shards)
+        data_type = counts.most_common(1)[0][0] if counts else "fp32"
+        return data_type if data_type in DATA_TYPES else "fp32"
+
+    def weights(self, config: ModelConfig, trained: Trained) -> list[Weight]:
+        """Every weight, its shards' shapes checked and not yet read. Raises ValueError with the file and the tensor."""
+        specs = [spec for spec in weight_specs(config) if spec.name != _HEAD or not trained.ties_head]
+        expected = {self._find(spec.name) for spec in specs}
+        for pp_rank, stage in enumerate(self.stages):
+            for local, shards in stage.items():
+                is_copy = local == _TIED_HEAD or local == _HEAD and trained.ties_head
+                if (pp_rank, local) not in expected and not (is_copy and 0 < pp_rank == self.pp - 1):
+                    raise ValueError(
+                        f"{self._grid[pp_rank][0].name}: unexpected tensor {shards[0].stored}; "
+                        f"the model of {config.num_layer} layers has none such"
+                    )
+        return [self._weight(spec, trained) for spec in specs]
+
+    def _stage(self, pp_rank: int) -> dict[str, list[Shard]]:
+        stage: dict[str, list[Shard]] = {}
+        for tp_rank, place in enumerate(self._grid[pp_rank]):
+            mine = {}
+            for stored, tensor in self._tensors(pp_rank, tp_rank, by_table_name=False):
+                name = _table_name(stored)
+                if name is None:
+                    raise ValueError(f"{place.name}: unexpected tensor {stored}; it is no part of Megatron's GPT")
+                if name in mine:
+                    raise ValueError(f"{place.name}: holds both {mine[name].stored} and {stored}")
+                mine[name] = Shard(stored, tuple(tensor.shape), tensor.dtype)
+            if tp_rank and mine.keys() != stage.keys():
+                name = next(name for name in (*mine, *stage) if (name in mine) != (name in stage))
+                has, lacks = (place, self._grid[pp_rank][0]) if name in mine else (self._grid[pp_rank][0], place)
+                raise ValueError(f"{lacks.name}: {name} is missing, and {has.name} has it")
+            for name, shard in mine.items():
+                stage.setdefault(name, []).append(shard)
+                first = stage[name][0]
+                if (shard.shape, shard.dtype) != (first.shape, first.dtype):
+                    raise ValueError(
+                        f"{place.name}: tensor {shard.stored} is {list(shard.shape)} in {_dtype_name(shard.dtype)}, "
+                        f"and {list(first.shape)} in {_dtype_name(first.dtype)} on tensor-parallel rank 0"
+                    )
+            self._open.clear()
+        return stage
+
+    def _find(self, name: str) -> tuple[int, str] | None:
+        """The pipeline rank that has a weight of the table, and its name there."""
+        if not name.startswith("layers."):
+            return next(((pp_rank, name) for pp_rank, stage in enumerate(self.stages) if name in stage), None)
+        _, layer, part = name.split(".", 2)
+        for pp_rank, first in enumerate(self.first_layers[:-1]):
+            local = f"layers.{int(layer) - first}.{part}"
+            if first <= int(layer) < self.first_layers[pp_rank + 1] and local in self.stages[pp_rank]:
+                return pp_rank, local
+        return None
+
+    def _weight(self, spec: WeightSpec, trained: Trained) -> Weight:
+        place = self._find(spec.name)
+        if place is None:
+            if spec.name.endswith("bias") and "layernorm" not in spec.name and not trained.has_biases:
+                return Weight(spec.name, f"no bias: {spec.name}", lambda: torch.zeros(spec.shape))
+            raise ValueError(f"{self._grid[0][0].name}: {spec.name} is missing, there and on the other ranks")
+        pp_rank, local = place
+        shards = self.stages[pp_rank][local]
+        axis = _TRAINED_AXES.get(_part(spec.name))
+        shape = _stored_shape(spec)
+        if axis is not None:
+            if shape[axis] % self.tp or "query_key_value" in spec.name and trained.heads % self.tp:
+                raise ValueError(
+                    f"{self._grid[0][0].name}: trained on {self.tp} tensor-parallel ranks, which "
+                    f"do not divide {spec.name} of shape {list(shape)} with {trained.heads} heads"
+                )
+            shape = (*shape[:axis], shape[axis] // self.tp, *shape[axis + 1 :])
+        of_others = f" (of {self.tp} shards)" if axis is not None and self.tp > 1 else ""
+        origin = f"{self._grid[pp_rank][0].name}: tensor {shards[0].stored}{of_others}"
+        if shards[0].shape != shape:
+            raise ValueError(f"{origin} has shape {list(shards[0].shape)}; the settings ask for {list(shape)}")
+        if shards[0].dtype not in _FLOATS:
+            known = ", ".join(_FLOATS.values())
+            raise ValueError(f"{origin} is stored as {_dtype_name(shards[0].dtype)}; supported: {known}")
+        return Weight(spec.name, origin, partial(self._load, spec, pp_rank, local, axis, trained))
+
+    def _load(self, spec: WeightSpec, pp_rank: int, local: str, axis: int | None, trained: Trained) -> torch.Tensor:
+        """One weight as the table has it, out of every tensor-parallel rank's shard."""
+        parts = [self._tensor(pp_rank, tp_rank, local) for tp_rank in range(self.tp)]
+        if axis is None:
+            self._compare(parts, pp_rank, local)
+            parts = parts[:1]
+        elif "query_key_value" in spec.name:
+            parts, axis = [_by_head(part, trained.qkv_order, trained.heads // self.tp) for part in parts], 1
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
+        if "query_key_value" in spec.name:  # [3, heads, head_dim, in] → [in, 3, hidden]
+            whole = whole.flatten(1, 2)
+            return whole.movedim(-1, 0) if spec.name.endswith("weight") else whole
+        if "layernorm.weight" in spec.name and trained.norms_around_zero:
+            return whole.float() + 1
+        return whole if spec.name in ("wte", "wpe", _HEAD) or whole.ndim == 1 else whole.T
+
+    def _compare(self, parts: list[torch.Tensor], pp_rank: int, local: str) -> None:
+        """What all ranks hold should be equal; training may let it drift, and FasterTransformer takes rank 0's."""
+        for tp_rank, part in enumerate(parts):
+            if not self._has_warned and not torch.equal(part, parts[0]):
+                self._has_warned = True
+                worst = (part.float() - parts[0].float()).abs().max()
+                _log.warning(
+                    "%s: %s differs by up to %g from tensor-parallel rank 0's, which is taken",
+                    self._grid[pp_rank][tp_rank].name,
+                    self.stages[pp_rank][local][tp_rank].stored,
+                    worst,
+                )
+
+    def _tensor(self, pp_rank: int, tp_rank: int, name: str) -> torch.Tensor:
+        if self._read_bytes > _REOPEN_BYTES or any(stage != pp_rank for stage, _ in self._open):
+            self._open.clear()  # lets go of the mappings before new ones are made
+            self._read_bytes = 0
+        if (pp_rank, tp_rank) not in self._open:
+            self._open[pp_rank, tp_rank] = dict(self._tensors(pp_rank, tp_rank, by_table_name=True))
+        tensor = self._open[pp_rank, tp_rank][name]
+        if self._is_mapped:  # else the file is in memory whole, and would be read anew
+            self._read_bytes += tensor.nbytes
+        return tensor
+
+    def _tensors(self, pp_rank: int, tp_rank: int, by_table_name: bool) -> Iterator[tuple[str, torch.Tensor]]:
+        place = self._grid[pp_rank][tp_rank]
+        content, self._is_mapped = load(place)
+        for stored, tensor in tensors(self._state(content), place.name):
+            yield (_table_name(stored) or stored) if by_table_name else stored, tensor
+
+
+def _table_name(stored: str) -> str | None:
+    """Megatron's name → the table's, the layer numbered as stored; None for what is not in the table."""
+    name = stored[_PREFIX.match(stored).end() :]
+    found = _LAYER.fullmatch(name)
+    if found is None:
+        return _OUTER_NAMES.get(name)
+    part = _LAYER_NAMES.get(found[2])
+    return None if part is None else f"layers.{int(found[1])}.{part}"
+
+
+def _part(name: str) -> str:
+    """A table's name without the layer."""
+    return name.split(".", 2)[2] if name.startswith("layers.") else name
+
+
+def _stored_shape(spec: WeightSpec) -> tuple[int, ...]:
+    """The whole weight's shape as Megatron keeps it: [out, in], the three of q, k and v in one axis with heads."""
+    if "query_key_value" in spec.name:
+        hidden = spec.shape[-1]
+        return (3 * hidden, hidden) if spec.name.endswith("weight") else (3 * hidden,)
+    return spec.shape if spec.name in ("wte", "wpe", _HEAD) else spec.shape[::-1]
+
+
+def _by_head(part: torch.Tensor, order: str, heads: int) -> torch.Tensor:
+    """[3 · heads · head_dim, ...] with its rows in `order` → [3, heads, head_dim, ...]."""
+    sizes = {"3": 3, "n": heads, "d": part.shape[0] // (3 * heads)}
+    rows = part.reshape(*(sizes[axis] for axis in order), *part.shape[1:])
+    return rows.permute(*(order.index(axis) for axis in "3nd"), *range(3, rows.ndim))
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return _FLOATS.get(dtype, str(dtype).removeprefix("torch."))
