@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +44,40 @@ def mpirun(num_ranks: int, *command: str, timeout_s: float = 240) -> subprocess.
     return subprocess.run(
         mpirun_command(num_ranks, *command), capture_output=True, text=True, timeout=timeout_s, env=environment
     )
+
+
+def run_engine(folder: Path, items: list[dict[str, Any]], tp: int, pp: int, *flags: str) -> list[dict[str, Any]]:
+    """What tests.traffic.results has of each item (as tests.traffic has them) after a crowd on tp × pp ranks."""
+    with tempfile.TemporaryDirectory() as scratch:
+        requests, outputs = Path(scratch, "requests.json"), Path(scratch, "outputs.json")
+        requests.write_text(json.dumps(items))
+        _engine_parity(folder, requests, tp, pp, "--outputs", str(outputs), *flags)
+        return json.loads(outputs.read_text())
+
+
+def greedy_items(prompts: list[list[int]], output_len: int) -> list[dict[str, Any]]:
+    """Items that `run_engine` takes."""
+    return [{"prompt_ids": ids, "sampling": {"max_new_tokens": output_len}} for ids in prompts]
+
+
+def first_outputs(results: list[dict[str, Any]]) -> list[list[int]]:
+    """The token ids of each result's first output."""
+    return [result["outputs"][0]["token_ids"] for result in results]
+
+
+def run_logits(folder: Path, prompts: list[list[int]], tp: int, pp: int, *flags: str) -> np.ndarray:
+    """[prompts, vocab] fp32: the next token's logits on tp × pp ranks."""
+    with tempfile.TemporaryDirectory() as scratch:
+        requests, logits = Path(scratch, "requests.json"), Path(scratch, "logits.npy")
+        requests.write_text(json.dumps(greedy_items(prompts, 1)))
+        _engine_parity(folder, requests, tp, pp, "--logits", str(logits), *flags)
+        return np.load(logits)
+
+
+def _engine_parity(folder: Path, requests: Path, tp: int, pp: int, *flags: str) -> None:
+    script = str(ROOT / "tests/multi/engine_parity.py")
+    done = mpirun(tp * pp, script, str(folder), str(requests), "--tp", str(tp), "--pp", str(pp), *flags)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def free_ports(count: int) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,7 @@ from engine.engine import Engine
 from engine.request import Request, SamplingParams
 from engine.startup import choose, connect, load
 from engine.watchdog import Watchdog
-from tests.launch import ROOT, mpirun
+from tests.launch import first_outputs, greedy_items, run_engine
 
 GRIDS = [(2, 1), (1, 2), (2, 2), (4, 1)]
 NEW_TOKENS = 64
@@ -156,17 +155,11 @@ def test_tokens_are_the_same_at_any_tp_and_pp(
     engine: Engine,
     converted: Callable[[int], Path],
     gpt2_source: tuple[Path, GPT2LMHeadModel],
-    tmp_path: Path,
 ) -> None:
     inputs = prompts(6)
-    items = [{"prompt_ids": ids, "sampling": {"max_new_tokens": NEW_TOKENS}} for ids in inputs]
+    items = greedy_items(inputs, NEW_TOKENS)
     items += [{"prompt_ids": ids, "sampling": asdict(s)} for ids, s in zip(inputs, SEEDED, strict=False)]
-    path = tmp_path / "requests.json"
-    path.write_text(json.dumps(items))
-    script = str(ROOT / "tests/multi/engine_parity.py")
-    done = mpirun(tp * pp, script, str(converted(tp)), str(path), "--tp", str(tp), "--pp", str(pp))
-    assert done.returncode == 0, done.stdout + done.stderr
-    tokens = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))[7:])
+    tokens = first_outputs(run_engine(converted(tp), items, tp, pp))
     assert tokens[:6] == [hf_greedy(gpt2_source[1], ids) for ids in inputs]
     assert tokens[6:] == [
         finish(engine, [request(ids, sampling)])[0] for ids, sampling in zip(inputs, SEEDED, strict=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from engine.request import END_ID, Request, SamplingParams
 from engine.static import Batch, Row
 from engine.watchdog import Watchdog
 from engine.weights import ShardReader
-from tests.launch import ROOT, mpirun
+from tests.launch import ROOT, run_engine
 from tests.standin import StandinUnavailable, build_standin
 from tests.test_engine import finish, hf_greedy, make_engine, prompts
 from tests.traffic import make_request, results, vocabulary
@@ -152,16 +151,10 @@ def test_mixed_requests_get_the_torch_engines_tokens(
     converted: Callable[[int], Path],
     torch_texts: Texts,
     gpt2_source: tuple[Path, GPT2LMHeadModel],
-    tmp_path: Path,
 ) -> None:
     items = mixed_items()
-    requests, outputs = tmp_path / "requests.json", tmp_path / "outputs.json"
-    requests.write_text(json.dumps(items))
-    script = str(ROOT / "tests/multi/engine_parity.py")
-    flags = ["--engine", "fastertransformer", "--lib-path", str(library), "--tp", str(tp), "--pp", str(pp)]
-    done = mpirun(tp * pp, script, str(converted(tp)), str(requests), *flags, "--outputs", str(outputs))
-    assert done.returncode == 0, done.stdout + done.stderr
-    got = texts(json.loads(outputs.read_text()))
+    flags = ["--engine", "fastertransformer", "--lib-path", str(library)]
+    got = texts(run_engine(converted(tp), items, tp, pp, *flags))
     assert got == torch_texts
     assert not any(reason == END_ID for beams in got[5:9] for _, reason in beams)
     assert "stop" in [reason for _, reason in got[6]] and got[10][0][1] == "stop"

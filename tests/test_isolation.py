@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.launch import ROOT, mpirun
+from tests.launch import run_engine
 from tests.test_engine import make_engine
 from tests.traffic import make_request, random_items, results, run_alone, run_crowd, vocabulary
 
@@ -26,10 +25,9 @@ def items() -> list[dict[str, Any]]:
 class Runs:
     """The items' results by (tp, pp, alone or in a crowd), each run once."""
 
-    def __init__(self, items: list[dict[str, Any]], converted: Callable[[int], Path], folder: Path) -> None:
+    def __init__(self, items: list[dict[str, Any]], converted: Callable[[int], Path]) -> None:
         self.items = items
         self.converted = converted
-        self.folder = folder
         self.get = functools.cache(self._run)
 
     def _run(self, tp: int, pp: int, is_alone: bool) -> list[dict[str, Any]]:
@@ -40,21 +38,13 @@ class Runs:
             (run_alone if is_alone else run_crowd)(engine, requests)
             assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
             return [results(request) for request in requests]
-        path, outputs = self.folder / "requests.json", self.folder / "outputs.json"
-        path.write_text(json.dumps(self.items))
-        script = str(ROOT / "tests/multi/engine_parity.py")
-        flags = ["--tp", str(tp), "--pp", str(pp), "--max-batch-size", "24", "--outputs", str(outputs)]
-        flags += ["--alone"] if is_alone else []
-        done = mpirun(tp * pp, script, str(self.converted(tp)), str(path), *flags)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return json.loads(outputs.read_text())
+        flags = ["--max-batch-size", "24", *(["--alone"] if is_alone else [])]
+        return run_engine(self.converted(tp), self.items, tp, pp, *flags)
 
 
 @pytest.fixture(scope="module")
-def runs(
-    items: list[dict[str, Any]], converted: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Runs:
-    return Runs(items, converted, tmp_path_factory.mktemp("isolation"))
+def runs(items: list[dict[str, Any]], converted: Callable[[int], Path]) -> Runs:
+    return Runs(items, converted)
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (2, 2)], ids=["tp1-pp1", "tp2-pp1", "tp2-pp2"])

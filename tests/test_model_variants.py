@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -19,7 +18,7 @@ from engine.config import EngineConfig, ModelConfig, ParallelConfig
 from engine.request import SamplingParams
 from engine.startup import choose
 from tests.checkpoints import make_bloom, make_gpt2, make_opt
-from tests.launch import ROOT, mpirun
+from tests.launch import first_outputs, greedy_items, run_engine, run_logits
 from tests.multi.engine_parity import save_logits
 from tests.test_engine import finish, hf_greedy, make_engine, request
 
@@ -107,28 +106,18 @@ def test_half_precision_on_disk_and_bf16_on_a_cpu(variant: str, stored: torch.dt
     assert distances.max() < 0.03
 
 
-def run_ranks(source: Source, tp: int, pp: int, folder: Path, *flags: str) -> str:
-    path = folder / "requests.json"
-    path.write_text(json.dumps([{"prompt_ids": ids, "sampling": {"max_new_tokens": NEW_TOKENS}} for ids in PROMPTS]))
-    script = str(ROOT / "tests/multi/engine_parity.py")
-    done = mpirun(tp * pp, script, str(source.converted(tp)), str(path), "--tp", str(tp), "--pp", str(pp), *flags)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (2, 2)], ids=["tp2-pp1", "tp2-pp2"])
 @pytest.mark.parametrize("family", SPLIT)
-def test_tokens_over_ranks(source: Callable[[str], Source], family: str, tp: int, pp: int, tmp_path: Path) -> None:
+def test_tokens_over_ranks(source: Callable[[str], Source], family: str, tp: int, pp: int) -> None:
     expected = source(SPLIT[family])
-    output = run_ranks(expected, tp, pp, tmp_path)
-    tokens = json.loads(next(line for line in output.splitlines() if line.startswith("RESULT"))[7:])
-    assert tokens == expected.tokens
+    results = run_engine(expected.converted(tp), greedy_items(PROMPTS, NEW_TOKENS), tp, pp)
+    assert first_outputs(results) == expected.tokens
 
 
 @pytest.mark.parametrize("variant", ["gpt2-gelu", "opt", "bloom-post-layernorm-residual"])
 def test_logits_at_tp_4(source: Callable[[str], Source], variant: str, tmp_path: Path) -> None:
     expected = source(variant)
-    run_ranks(expected, 4, 1, tmp_path, "--logits", str(tmp_path / "logits.npy"))
+    np.save(tmp_path / "logits.npy", run_logits(expected.converted(4), PROMPTS, 4, 1))
     print(variant, "logit error", expected.error(tmp_path / "logits.npy"))
     assert expected.error(tmp_path / "logits.npy") < 1e-5
 

@@ -28,7 +28,7 @@ from engine.config import ModelConfig, ParallelConfig
 from engine.request import Request, SamplingParams
 from readers import SourceOptions, nemo
 from readers.archive import archive_files
-from tests.launch import ROOT, mpirun
+from tests.launch import ROOT, first_outputs, greedy_items, run_engine, run_logits
 from tests.multi.engine_parity import save_logits
 from tests.nemo_checkpoints import EOS, TinyGPT, write_nemo
 from tests.test_engine import finish, make_engine
@@ -337,18 +337,10 @@ def test_greedy_tokens_and_logits_are_the_references(tmp_path: Path) -> None:
 def test_greedy_tokens_and_logits_over_ranks(tmp_path: Path, pp: int) -> None:
     model = TinyGPT(gelu="erf", tied=False)
     folder = convert.convert(write_nemo(tmp_path / "m.nemo", model, 4, 1, style="core"), tmp_path / "out", 2, "fp32")
-    items = [{"prompt_ids": ids, "sampling": {"max_new_tokens": 20}} for ids in PROMPTS]
-    (tmp_path / "requests.json").write_text(json.dumps(items))
-    script = [str(ROOT / "tests/multi/engine_parity.py"), str(folder), str(tmp_path / "requests.json")]
-    script += ["--tp", "2", "--pp", str(pp)]
-    done = mpirun(2 * pp, *script)
-    assert done.returncode == 0, done.stdout + done.stderr
-    tokens = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))[7:])
-    assert tokens == [model.greedy(ids, 20) for ids in PROMPTS]
+    results = run_engine(folder, greedy_items(PROMPTS, 20), 2, pp)
+    assert first_outputs(results) == [model.greedy(ids, 20) for ids in PROMPTS]
     if pp == 2:
-        done = mpirun(4, *script, "--logits", str(tmp_path / "logits.npy"))
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert_close(np.load(tmp_path / "logits.npy"), model)
+        assert_close(run_logits(folder, PROMPTS, 2, pp), model)
 
 
 def assert_close(logits: np.ndarray, model: TinyGPT) -> None:

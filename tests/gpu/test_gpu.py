@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,14 +13,14 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from convert import convert
-from engine.request import SamplingParams
 from tests.checkpoints import make_gpt2
-from tests.launch import ROOT, mpirun
+from tests.launch import first_outputs, greedy_items, run_engine, run_logits
 from tests.test_engine import NEW_TOKENS, SEEDED, prompts
 from tests.traffic import random_items
 
 NUM_GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(NUM_GPUS == 0, reason="no GPU here")
+FP32 = ["--device", "cuda", "--data-type", "fp32"]
 GRIDS = [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2)]
 
 
@@ -50,28 +49,14 @@ def seeded_items() -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def seeded_on_cpu(converted: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+def seeded_on_cpu(converted: Callable[[int], Path]) -> list[list[int]]:
     """What the seeded requests give on a CPU, each alone."""
-    path = tmp_path_factory.mktemp("alone") / "one.json"
-    tokens = []
-    for item in seeded_items():
-        path.write_text(json.dumps([item]))
-        done = mpirun(1, str(ROOT / "tests/multi/engine_parity.py"), str(converted(1)), str(path))
-        assert done.returncode == 0, done.stderr[-3000:]
-        tokens += json.loads(done.stdout.split("RESULT", 1)[1])
-    return tokens
+    return first_outputs(run_engine(converted(1), seeded_items(), 1, 1, "--alone"))
 
 
-def run_grid(tp: int, pp: int, folder: Path, items: list[dict], tmp_path: Path, *flags: str) -> str:
-    if tp * pp > NUM_GPUS:
-        pytest.skip(f"{tp * pp} GPUs needed, {NUM_GPUS} here")
-    path = tmp_path / "requests.json"
-    path.write_text(json.dumps(items))
-    script = str(ROOT / "tests/multi/engine_parity.py")
-    grid = ["--device", "cuda", "--tp", str(tp), "--pp", str(pp)]
-    done = mpirun(tp * pp, script, str(folder), str(path), *grid, *flags)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+def skip_without(num_gpus: int) -> None:
+    if num_gpus > NUM_GPUS:
+        pytest.skip(f"{num_gpus} GPUs needed, {NUM_GPUS} here")
 
 
 def hf_greedy_cuda(model: GPT2LMHeadModel, prompt_ids: list[int]) -> list[int]:
@@ -92,12 +77,11 @@ def test_fp32_tokens_equal_hugging_face(
     source: tuple[Path, GPT2LMHeadModel],
     converted: Callable[[int], Path],
     seeded_on_cpu: list[list[int]],
-    tmp_path: Path,
 ) -> None:
+    skip_without(tp * pp)
     inputs = prompts(9, vocab_size=5003, longest=120)
-    items = [{"prompt_ids": ids, "sampling": {"max_new_tokens": NEW_TOKENS}} for ids in inputs] + seeded_items()
-    stdout = run_grid(tp, pp, converted(tp), items, tmp_path, "--data-type", "fp32")
-    tokens = json.loads(next(line for line in stdout.splitlines() if line.startswith("RESULT"))[7:])
+    items = greedy_items(inputs, NEW_TOKENS) + seeded_items()
+    tokens = first_outputs(run_engine(converted(tp), items, tp, pp, *FP32))
     assert tokens[:9] == [hf_greedy_cuda(source[1], ids) for ids in inputs]
     assert tokens[9:] == seeded_on_cpu
 
@@ -111,15 +95,13 @@ def test_logits_are_near_fp32(
     limit: float,
     source: tuple[Path, GPT2LMHeadModel],
     converted: Callable[[int], Path],
-    tmp_path: Path,
 ) -> None:
+    skip_without(tp * pp)
     inputs = prompts(6, vocab_size=5003, longest=300)
-    items = [{"prompt_ids": ids, "sampling": asdict(SamplingParams(1))} for ids in inputs]
-    path = tmp_path / "logits.npy"
-    run_grid(tp, pp, converted(tp), items, tmp_path, "--data-type", data_type, "--logits", str(path))
+    logits = run_logits(converted(tp), inputs, tp, pp, "--device", "cuda", "--data-type", data_type)
     with torch.inference_mode():
         expected = [source[1](torch.tensor([ids], device="cuda")).logits[0, -1].cpu().numpy() for ids in inputs]
-    for ours, theirs in zip(np.load(path), expected, strict=True):
+    for ours, theirs in zip(logits, expected, strict=True):
         error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
         print(f"tp {tp} pp {pp} {data_type}: relative norm {error:.2e}", flush=True)
         assert error < limit
@@ -130,14 +112,11 @@ def test_random_requests_are_in_a_crowd_what_they_are_alone(
     tp: int, pp: int, gpt2_source: tuple[Path, GPT2LMHeadModel], tmp_path: Path
 ) -> None:
     """Every mix of parameters, as in tests/test_isolation.py, with NCCL and with steps that are run ahead."""
+    skip_without(tp * pp)
     items = random_items(150, seed=2)
     folder = convert(gpt2_source[0], tmp_path / "ft_models", tp, "fp32")
-    found = []
-    for is_alone in (True, False):
-        outputs = tmp_path / f"outputs-{is_alone}.json"
-        flags = ["--data-type", "fp32", "--max-batch-size", "24", "--outputs", str(outputs)]
-        run_grid(tp, pp, folder, items, tmp_path, *flags, *(["--alone"] if is_alone else []))
-        found.append(json.loads(outputs.read_text()))
+    flags = [*FP32, "--max-batch-size", "24"]
+    found = [run_engine(folder, items, tp, pp, *flags, "--alone"), run_engine(folder, items, tp, pp, *flags)]
     texts = [
         [[(output["token_ids"], output["finish_reason"]) for output in result["outputs"]] for result in results]
         for results in found
