@@ -56,6 +56,10 @@ class BadRequest(ValueError):
     def __traceback__(self) -> None:  # type: ignore[override]
         return None
 
+    @__traceback__.setter
+    def __traceback__(self, traceback: Any) -> None:
+        pass
+
     def with_traceback(self, traceback: Any) -> BadRequest:
         return self
 
@@ -112,7 +116,7 @@ class GPTModel:
             if (stop_ids := self.parser.stop_ids(arrays)) is not None:
                 yield [_unbatched(self._stop(stop_ids))]
                 return
-            (ask,) = self._parse(arrays)
+            (ask,) = await self._parse(arrays)
             self._num_streams += 1
             try:
                 async for answer in self._pieces(ask):
@@ -123,7 +127,7 @@ class GPTModel:
     async def _answer(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if (stop_ids := self.parser.stop_ids(arrays)) is not None:
             return self._stop(stop_ids)
-        asks = self._parse(arrays)
+        asks = await self._parse(arrays)
         with self._running(asks, only_ends=True) as news:
             for ask, changed in zip(asks, news, strict=True):
                 while not ask.request.is_finished:
@@ -155,8 +159,8 @@ class GPTModel:
             last |= _token_arrays(ask, request.outputs, slice(num_sent, None))
         yield last
 
-    def _parse(self, arrays: dict[str, np.ndarray]) -> list[Ask]:
-        asks = self.parser.parse(arrays)
+    async def _parse(self, arrays: dict[str, np.ndarray]) -> list[Ask]:
+        asks = await asyncio.to_thread(self.parser.parse, arrays)  # a long text must not keep other requests waiting
         if any(ask.with_log_probs for ask in asks) and not self.engine.has_token_log_probs:
             raise ValueError("is_return_log_probs is set; the FasterTransformer engine has cum_log_probs only")
         return asks
@@ -170,35 +174,29 @@ class GPTModel:
         news = [asyncio.Event() for _ in asks]
         for ask, changed in zip(asks, news, strict=True):
             ask.request.on_update = _Listener(bell, changed, only_ends)
-        with self._registered(asks):
-            self.engine.submit(*(ask.request for ask in asks))
-            timers = [
-                loop.call_later(ask.deadline_s, self.engine.cancel, ask.request) for ask in asks if ask.deadline_s
-            ]
-            try:
-                yield news
-            finally:
-                for timer in timers:
-                    timer.cancel()
+        self._submit(asks)
+        timers = [loop.call_later(ask.deadline_s, self.engine.cancel, ask.request) for ask in asks if ask.deadline_s]
+        try:
+            yield news
+        finally:
+            for timer in timers:
+                timer.cancel()
+            with self._lock:
                 for ask in asks:
-                    if not ask.request.is_finished:  # the client went away
-                        self.engine.cancel(ask.request)
+                    self._by_id.pop(ask.request_id, None)
+            for ask in asks:
+                if not ask.request.is_finished:  # the client went away
+                    self.engine.cancel(ask.request)
 
-    @contextlib.contextmanager
-    def _registered(self, asks: Sequence[Ask]) -> Iterator[None]:
-        """Inside, the requests that have an id are known by it."""
+    def _submit(self, asks: Sequence[Ask]) -> None:
+        """Submit requests and know those by their ids that have one: a stop finds them only where the engine does."""
         ids = [ask.request_id for ask in asks if ask.request_id]
         with self._lock:
             for index, request_id in enumerate(ids):
                 if request_id in self._by_id or request_id in ids[:index]:
                     raise ValueError(f"request_id {request_id!r} is running already; it must be unique")
+            self.engine.submit(*(ask.request for ask in asks))
             self._by_id |= {ask.request_id: ask.request for ask in asks if ask.request_id}
-        try:
-            yield
-        finally:
-            with self._lock:
-                for request_id in ids:
-                    del self._by_id[request_id]
 
     def _stop(self, request_ids: list[str]) -> dict[str, np.ndarray]:
         with self._lock:
@@ -308,7 +306,7 @@ def _one_sentence() -> Iterator[None]:
 
 
 def _check_not_shut_down(request: Request) -> None:
-    if request.finish_reason == SHUTDOWN:
+    if any(output.finish_reason == SHUTDOWN for output in request.outputs):
         raise EngineBusy("the server stopped before the request was finished")
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from convert import ProgressLine, convert, verify
+from convert import ProgressLine, SourceOptions, convert, verify
 from engine.comm import World
 from engine.config import EngineConfig, ModelConfig, ParallelConfig, add_flags, flag, from_flags
 from engine.engine import Engine, follow
@@ -51,6 +51,10 @@ class ModelFlags:
     )
     revision: str = flag("", "the Hub repository's branch, tag or commit")
     model_name: str = flag("", "the model's name in Triton; by default the checkpoint's")
+    tokenizer: str = flag(
+        "", "for NeMo and Megatron-LM, where the checkpoint lacks it: a folder with the tokenizer, or a .model file"
+    )
+    num_heads: int = flag(0, "attention heads, for Megatron-LM's checkpoints that hold no arguments; 0: as they say")
     output_dir: str = flag("ft_models", "where converted weights are kept; on several nodes, a shared file system")
     tp: int = flag(1, "tensor parallel size: ranks that share each layer")
     pp: int = flag(1, "pipeline parallel size: groups of layers, one after the other")
@@ -65,6 +69,13 @@ class ModelFlags:
     )
     verify_checksums: bool = flag(False, "compare the weight files with their checksums first (about 2 GB/s)")
     verbose: bool = flag(False, "log more, tracebacks and Triton's own log included")
+
+    @property
+    def source_options(self) -> SourceOptions:
+        """What is said of the checkpoint. Raises ValueError for heads below 0."""
+        if self.num_heads < 0:
+            raise ValueError(f"num_heads is {self.num_heads}; it must be 0 or more")
+        return SourceOptions(Path(self.tokenizer).expanduser() if self.tokenizer else None, self.num_heads or None)
 
     @property
     def triton_name(self) -> str:
@@ -201,7 +212,10 @@ class _Start:
     def _converted_folder(self) -> Path:
         flags = self.flags
         source = find_checkpoint(flags.hf_model_name, flags.revision or None)
+        options = flags.source_options
         if (source / "config.ini").is_file():
+            if options != SourceOptions():
+                raise ValueError(f"{source} is converted already, and takes neither --tokenizer nor --num-heads")
             verify(source, checksums=flags.verify_checksums)
             return source.resolve()
         output_dir = Path(flags.output_dir).expanduser().resolve() / model_key(flags.hf_model_name)
@@ -214,6 +228,7 @@ class _Start:
             source_name=flags.hf_model_name,
             revision=flags.revision or None,
             progress=ProgressLine(),
+            options=options,
         )
         if flags.verify_checksums:
             verify(folder, checksums=True)
@@ -287,7 +302,9 @@ def _lead(start: _Start, triton_flags: TritonFlags, started: float) -> int:
     frontend = TritonFrontend(triton_flags, start.flags.verbose)
     watchdog = Watchdog(before_exit=frontend.kill)
     engine = make_engine(start.executor, start.model_config, start.engine_config, start.world, watchdog)
-    model = GPTModel(engine, Parser(start.tokenizer, start.model_config.end_id, start.model_config.vocab_size))
+    config = start.model_config
+    parser = Parser(start.tokenizer, config.end_id, config.vocab_size, start.executor.max_seq_len)
+    model = GPTModel(engine, parser)
     name = start.triton_name
     is_over = threading.Event()
     failures: list[str] = []

@@ -34,7 +34,10 @@ class WordTokenizer:
     all_special_ids = ()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [int(word) for word in text.split()]
+        return [int(word) for word in text.split() if word.isdigit()]
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"0": 0}
 
     def decode(self, token_ids: list[int], **options: Any) -> str:
         return "".join(f"{token_id} " for token_id in token_ids)
@@ -72,7 +75,7 @@ def serve(flags: argparse.Namespace, measure: Callable[[Engine], Any]) -> tuple[
     frontend = TritonFrontend(
         TritonFlags("127.0.0.1", flags.http_port, flags.http_port + 1, flags.http_port + 2), verbose=False
     )
-    model = GPTModel(engine, Parser(WordTokenizer(), config.end_id, config.vocab_size))
+    model = GPTModel(engine, Parser(WordTokenizer(), config.end_id, config.vocab_size, executor.max_seq_len))
     frontend.start(
         [
             TritonModel(NAME, model.infer, INPUTS, OUTPUTS),

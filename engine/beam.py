@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import islice
 
-from engine.request import Output, Request, Token
+from engine.request import LENGTH, Output, Request, Token
 
 _DEFAULT_LEN_PENALTY = 1.0  # as in Hugging Face's generate
 
@@ -73,7 +73,8 @@ class BeamSearch:
     def results(self) -> list[Output]:
         """The best beam_width texts, best first; those that still run come after the hypotheses."""
         running = (output for _, output in self.running)
-        return list(islice((*(output for _, output in self._hypotheses), *running), self.width))
+        found = list(islice((*(output for _, output in self._hypotheses), *running), self.width))
+        return found or [Output(finish_reason=LENGTH)]  # where all that could follow is banned
 
     def _keep(self, score: float, output: Output) -> None:
         normalized = self._normalized(score, len(output.token_ids))

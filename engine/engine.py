@@ -92,6 +92,8 @@ class Engine:
         """
         for request in requests:
             self.scheduler.check(request)
+        if len(requests) > self.max_queue_size:
+            raise ValueError(f"the request has {len(requests)} prompts; at most {self.max_queue_size} may wait")
         with self._submit_lock:  # what is in the inbox when a stop comes is still answered; nothing comes after it
             if self._stop_at is not None:
                 raise EngineBusy("the server is stopping and takes no new requests")

@@ -23,7 +23,8 @@ class Row:
     end_id: int | None
     prompt_len: int
     position: int
-    banned_ids: Sequence[int] = ()
+    banned_ids: Sequence[int] = ()  # now
+    always_banned: torch.Tensor | None = None  # [any] int64, in all of the request's steps
 
     @property
     def num_generated(self) -> int:
@@ -69,10 +70,14 @@ def ban(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
             banned.append(row.end_id)
         index += [i] * len(banned)
         ids += banned
-    if not ids:
+    always = [(i, row.always_banned) for i, row in enumerate(rows) if row.always_banned is not None]
+    if not ids and not always:
         return logits
+    logits = logits.clone()
+    for i, banned_ids in always:
+        logits[i].index_fill_(0, banned_ids, float("-inf"))
     places = tuple(torch.tensor(part, dtype=torch.int64).to(logits.device) for part in (index, ids))
-    return logits.index_put(places, logits.new_tensor(float("-inf")))
+    return logits.index_put_(places, logits.new_tensor(float("-inf")))
 
 
 def current_top_p(rows: Sequence[Row], tokens: torch.Tensor) -> torch.Tensor:
@@ -92,7 +97,8 @@ def current_top_p(rows: Sequence[Row], tokens: torch.Tensor) -> torch.Tensor:
     since = torch.where(is_reset, place + 1, prompt_len).amax(dim=1, keepdim=True)  # the first token that decay counts
     decayed = top_p * column([p.top_p_decay for p in params], torch.float64, device) ** (position - since)
     decayed = decayed.maximum(column([p.top_p_min for p in params], torch.float64, device))
-    return torch.where(position == since, top_p, decayed)[:, 0]
+    is_first_or_fixed = (position == since) | (column([p.top_p_decay for p in params], torch.float64, device) == 1)
+    return torch.where(is_first_or_fixed, top_p, decayed)[:, 0]
 
 
 def column(values: Sequence[float] | np.ndarray, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

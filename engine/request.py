@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,6 +11,8 @@ SEED_LIMIT = 2**64
 MAX_BEAM_WIDTH = 16
 MAX_LOG_PROBS = 64  # alternatives per token
 MAX_N = 64
+# Beyond these, numbers of a step would leave what fp32 (or a power of the length) can hold.
+_LEAST_FACTOR, _MOST, _MOST_EXPONENT = 1e-3, 1e3, 10
 
 END_ID = "end_id"  # finish reasons
 LENGTH = "length"
@@ -69,16 +70,23 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _check("request_output_len", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1")
-        _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more")
+        is_usable = self.temperature == 0 or _LEAST_FACTOR <= self.temperature <= _MOST
+        _check("temperature", self.temperature, is_usable, f"0, or between {_LEAST_FACTOR:g} and {_MOST:g}")
         _check("runtime_top_k", self.top_k, self.top_k >= 0, "0 or more")
         _check("runtime_top_p", self.top_p, 0 <= self.top_p <= 1, "between 0 and 1")
         _check("random_seed", self.random_seed, 0 <= self.random_seed < SEED_LIMIT, "between 0 and 2^64 - 1")
         _check("top_p_decay", self.top_p_decay, 0 < self.top_p_decay <= 1, "above 0 and at most 1")
         _check("top_p_min", self.top_p_min, 0 < self.top_p_min <= 1, "above 0 and at most 1")
-        _check("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < math.inf, "above 0")
-        for name in ("presence_penalty", "frequency_penalty", "len_penalty", "beam_search_diversity_rate"):
+        penalty = self.repetition_penalty
+        limit = f"between {_LEAST_FACTOR:g} and {_MOST:g}"
+        _check("repetition_penalty", penalty, _LEAST_FACTOR <= penalty <= _MOST, limit)
+        for name in ("presence_penalty", "frequency_penalty", "beam_search_diversity_rate"):
             value = getattr(self, name)
-            _check(name, value, value is None or math.isfinite(value), "a finite number")
+            _check(name, value, abs(value) <= _MOST, f"between -{_MOST:g} and {_MOST:g}")
+        exponent = 0.0 if self.len_penalty is None else self.len_penalty
+        _check(
+            "len_penalty", exponent, abs(exponent) <= _MOST_EXPONENT, f"between -{_MOST_EXPONENT} and {_MOST_EXPONENT}"
+        )
         _check("min_length", self.min_length, self.min_length >= 0, "0 or more")
         _check("n", self.n, 1 <= self.n <= MAX_N, f"between 1 and {MAX_N}")
         _check("beam_width", self.beam_width, 1 <= self.beam_width <= MAX_BEAM_WIDTH, f"between 1 and {MAX_BEAM_WIDTH}")
@@ -153,10 +161,10 @@ class Output:
 
     def append(self, token: Token) -> None:
         """Take one more token."""
-        self.token_ids.append(token.token_id)
         self.log_probs.append(token.log_prob)
         self.alternatives.append(token.alternatives)
         self.cum_log_prob += token.log_prob
+        self.token_ids.append(token.token_id)  # last: who reads meanwhile goes by the number of tokens
 
     def extended(self, token: Token) -> Output:
         """A copy with one more token."""

@@ -25,6 +25,7 @@ class Admitted:
 
     admission: Admission
     params: SamplingParams
+    always_banned: torch.Tensor | None = None  # the admission's banned_ids, on the device
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,10 @@ class Layout:
             if chunk.sampled_slots and params.beam_width > 1:
                 layout._add_beam(params.beam_width, is_new=admission is not previous)
             previous = admission
-            banned = [*admission.banned_ids, *chunk.banned_ids]
             for slot in chunk.sampled_slots:
-                layout.rows.append(Row(slot, admitted[slot].params, admission.end_id, prompt_len, end, banned))
+                own = admitted[slot]
+                row = Row(slot, own.params, admission.end_id, prompt_len, end, chunk.banned_ids, own.always_banned)
+                layout.rows.append(row)
                 layout.token_index.append(first - 1)
         return layout
 
@@ -105,7 +107,7 @@ class Layout:
         ]
         candidates = [_candidates(next(parts), tokens[beam.first : beam.first + beam.count]) for beam in self.beams]
         prompt_log_probs = [next(parts).tolist() for _ in self.scored]
-        logits = [next(parts).numpy() for _ in self.logits_rows]
+        logits = [next(parts).float().numpy() for _ in self.logits_rows]
         return StepOutput(tokens, candidates, prompt_log_probs, logits)
 
 

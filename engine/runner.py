@@ -126,9 +126,10 @@ class TorchExecutor:
 
     def _admit(self, admission: Admission) -> None:
         slots, prompt_len = admission.slots, len(admission.prompt_ids)
+        banned = self._tensor(admission.banned_ids) if admission.banned_ids else None
         self._tokens[self._tensor(slots), :prompt_len] = self._tensor(admission.prompt_ids)
         for index, (slot, block_ids) in enumerate(zip(slots, admission.block_ids, strict=True)):
-            self._admitted[slot] = Admitted(admission, admission.sampling.for_sample(index))
+            self._admitted[slot] = Admitted(admission, admission.sampling.for_sample(index), banned)
             if index == 0:
                 self.cache.assign(slot, block_ids)
             else:

@@ -165,11 +165,11 @@ class Scheduler:
                 request.on_update(request)
 
     def cancel(self, request: Request, reason: str) -> None:
-        """End a request, waiting or running, with what it has; one that has ended already stays as it is."""
-        if request.is_finished:
-            return
+        """End a request, waiting or running, with what it has; one that has ended, or never came, stays as it is."""
         running = next((r for r in self._running if r.request is request), None)
         if running is None:
+            if request not in self.waiting:
+                return
             self.waiting.remove(request)
         else:
             self._running.remove(running)

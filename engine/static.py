@@ -140,8 +140,10 @@ class StaticScheduler:
         """End a request: one that runs gets nothing, and its rows are dropped when the batch ends."""
         if request.is_finished:
             return
-        if request not in self._running:
+        if request in self.waiting:
             self.waiting.remove(request)
+        elif request not in self._running:  # it never came
+            return
         request.end(reason)
 
     def abort_all(self) -> None:

@@ -62,7 +62,7 @@ class Vocabulary:
 
 
 class Words:
-    """Stop and bad words of requests; it never changes, nor may its lists be changed, as requests share it.
+    """Stop and bad words of requests, which share it: its lists may not be changed.
 
     Its calls look at the last tokens only, as far as the longest word reaches.
     always_banned: ids whose bytes contain a bad word whole, sorted.
@@ -78,7 +78,8 @@ class Words:
         beginnings = sorted({word[:k] for word in bad for k in range(1, len(word))}, key=len, reverse=True)
         self._beginnings = tuple(beginnings)  # longest first
         self._reach = max(map(len, beginnings), default=0)
-        self._completing = {text: self._completing_after(text, vocabulary, bad) for text in beginnings}
+        self._completing: dict[bytes, list[int]] = {}  # filled as beginnings turn up: most never do
+        self._bad, self._vocabulary = bad, vocabulary
 
     def banned(self, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> list[int]:
         """Ids not in `always_banned` that would complete a bad word after this text, sorted."""
@@ -87,7 +88,10 @@ class Words:
         tail = self._tail(self._reach, chain(reversed(output_ids), reversed(prompt_ids)))
         if not tail.endswith(self._beginnings):
             return []
-        return self._completing[next(text for text in self._beginnings if tail.endswith(text))]
+        longest = next(text for text in self._beginnings if tail.endswith(text))
+        if longest not in self._completing:
+            self._completing[longest] = self._completing_after(longest)
+        return self._completing[longest]
 
     def stops(self, output_ids: Sequence[int]) -> bool:
         """Whether the generated text contains a stop word that ends inside the last token's bytes."""
@@ -100,10 +104,10 @@ class Words:
         old = len(tail) - new
         return any(tail.find(word, max(0, old - len(word) + 1)) >= 0 for word in self._stop)
 
-    def _completing_after(self, text: bytes, vocabulary: Vocabulary, bad: Sequence[bytes]) -> list[int]:
+    def _completing_after(self, text: bytes) -> list[int]:
         """What `banned` answers where `text` is the longest beginning at the end: others there are ends of it."""
-        rests = {word[k:] for word in bad for k in range(1, len(word)) if text.endswith(word[:k])}
-        found = {token_id for rest in rests for token_id in vocabulary.starting(rest)}
+        rests = {word[k:] for word in self._bad for k in range(1, len(word)) if text.endswith(word[:k])}
+        found = {token_id for rest in rests for token_id in self._vocabulary.starting(rest)}
         return sorted(found.difference(self.always_banned))
 
     def _tail(self, length: int, newest_first: Iterable[int]) -> bytes:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -64,6 +63,11 @@ INPUTS: dict[str, tuple[Any, tuple[int, ...]]] = {
 
 _MAX_WORDS = 256  # stop or bad words of a prompt
 _MAX_WORD_BYTES = 256
+_MAX_WORDS_BYTES = 4096  # of all stop or bad words of a prompt together
+# What one Triton request may make the server keep in memory: a token's alternatives, logits.
+_MAX_ALTERNATIVES = 1 << 18
+_MAX_LOGITS = 1 << 24
+_MIN_BYTES_PER_TOKEN = 64  # that a text may have: tokenizers drop some, of white space for instance
 
 
 @dataclass(frozen=True)
@@ -83,17 +87,19 @@ class Ask:
 class Parser:
     """Makes Asks of arrays.
 
-    tokenizer: of transformers; end_id: the token that ends a text by default; vocab_size: of the model.
+    tokenizer: of transformers; end_id: the token that ends a text by default; vocab_size: of the model;
+    max_seq_len: tokens of the longest sequence served.
     """
 
-    def __init__(self, tokenizer: Any, end_id: int, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Any, end_id: int, vocab_size: int, max_seq_len: int) -> None:
         self.tokenizer = tokenizer
         self.end_id = end_id
         self.vocab_size = vocab_size
-
-    @cached_property
-    def vocabulary(self) -> Vocabulary:
-        return Vocabulary(token_bytes(self.tokenizer, self.vocab_size))
+        self.max_seq_len = max_seq_len
+        spellings = token_bytes(tokenizer, vocab_size)
+        self.max_prompt_bytes = max_seq_len * max(_MIN_BYTES_PER_TOKEN, *map(len, spellings))
+        self.vocabulary = Vocabulary(spellings)
+        self.vocabulary.words([b"a"], [b"ab"])  # makes its indexes, which take a large vocabulary 0.2 s
 
     def stop_ids(self, arrays: dict[str, np.ndarray]) -> list[str] | None:
         """The ids of the requests that this one says to stop, one per row; None where it says no such thing."""
@@ -106,7 +112,20 @@ class Parser:
     def parse(self, arrays: dict[str, np.ndarray]) -> list[Ask]:
         """One Ask per row. Raises ValueError, in one sentence, for the first thing that is wrong."""
         num_rows = _num_rows(arrays)
-        return [self._parse_row(_Values(arrays, row), row) for row in range(num_rows)]
+        asks = [self._parse_row(_Values(arrays, row), row) for row in range(num_rows)]
+        samplings = [ask.request.sampling for ask in asks]
+        alternatives = sum(s.num_log_probs * s.max_new_tokens * s.width for s in samplings)
+        if alternatives > _MAX_ALTERNATIVES:
+            raise ValueError(
+                f"num_log_probs asks for {alternatives} alternatives in one request; "
+                f"at most {_MAX_ALTERNATIVES} are kept"
+            )
+        logits = sum(s.next_token_logits for s in samplings) * self.vocab_size
+        if logits > _MAX_LOGITS:
+            raise ValueError(
+                f"is_return_next_token_logits asks for {logits} logits in one request; at most {_MAX_LOGITS} are kept"
+            )
+        return asks
 
     def _parse_row(self, values: _Values, row: int) -> Ask:
         sampling = self._sampling(values)
@@ -114,6 +133,8 @@ class Parser:
         end_id = self._token_id("end_id", values.one("end_id", self.end_id))
         stop_words, bad_words = values.words("stop_words", row), values.words("bad_words", row)
         words = self._words(stop_words, bad_words)
+        if words is not None and not self._leaves_tokens(words.always_banned, end_id if sampling.min_length else None):
+            raise ValueError("bad_words leaves no token of the vocabulary to choose from")
         deadline_s = values.one("deadline_s", None)
         if deadline_s is not None and not deadline_s > 0:
             raise ValueError(f"deadline_s is {deadline_s:g}; it must be above 0")
@@ -162,14 +183,24 @@ class Parser:
         return prompt_ids
 
     def _given_ids(self, values: _Values, row: int) -> list[int]:
-        input_ids = values.many("input_ids").tolist()
+        input_ids = values.many("input_ids")
         length = values.one("input_lengths", len(input_ids))
         if length > len(input_ids):
             raise ValueError(f"input_lengths[{row}] is {length}; input_ids has {len(input_ids)} tokens")
-        return input_ids[:length]
+        if length > self.max_seq_len:
+            raise ValueError(
+                f"input_ids[{row}] has {length} tokens; the longest sequence served is {self.max_seq_len} tokens"
+            )
+        return input_ids[:length].tolist()
 
     def _tokenize(self, values: _Values, row: int) -> list[int]:
-        text = _text(values.many("prompts")[0], f"prompts[{row}]")
+        prompt = values.many("prompts")[0]
+        if len(prompt) > self.max_prompt_bytes:  # to tokenize it would take long, and could not end well
+            raise ValueError(
+                f"prompts[{row}] has {len(prompt)} bytes; at most {self.max_prompt_bytes} are taken "
+                f"for the {self.max_seq_len} tokens of the longest sequence served"
+            )
+        text = _text(prompt, f"prompts[{row}]")
         return self.tokenizer.encode(text) if text else []
 
     def _token_id(self, name: str, token_id: int) -> int:
@@ -180,10 +211,11 @@ class Parser:
     def _words(self, stop_words: Sequence[str], bad_words: Sequence[str]) -> Any:
         if not stop_words and not bad_words:
             return None
-        words = self.vocabulary.words([word.encode() for word in stop_words], [word.encode() for word in bad_words])
-        if len(words.always_banned) == self.vocab_size:
-            raise ValueError("bad_words leaves no token of the vocabulary to choose from")
-        return words
+        return self.vocabulary.words([word.encode() for word in stop_words], [word.encode() for word in bad_words])
+
+    def _leaves_tokens(self, banned_ids: Sequence[int], also_banned: int | None) -> bool:
+        is_one_more = also_banned is not None and also_banned not in banned_ids
+        return len(banned_ids) + is_one_more < self.vocab_size
 
     def _bad_word_ids(self, bad_words: Sequence[str]) -> list[list[int]]:
         """Each word's tokens at the beginning of a text and after a space, which most tokenizers write differently."""
@@ -218,6 +250,9 @@ class _Values:
         words = [word for word in given if word]
         if len(words) > _MAX_WORDS:
             raise ValueError(f"{name}[{row}] has {len(words)} words; at most {_MAX_WORDS} are allowed")
+        total = sum(len(word.encode()) for word in words)
+        if total > _MAX_WORDS_BYTES:
+            raise ValueError(f"{name}[{row}] has words of {total} bytes; at most {_MAX_WORDS_BYTES} are allowed")
         for word in words:
             if len(word.encode()) > _MAX_WORD_BYTES:
                 raise ValueError(

@@ -89,3 +89,25 @@ def test_beams_equal_hugging_face(
         np.testing.assert_allclose([s for _, s in got], [s for _, s in expected], rtol=1e-4, atol=1e-4)
     blocks = engine.scheduler.blocks
     assert blocks.num_free == blocks.num_blocks
+
+
+def test_beams_with_nothing_left_end_with_what_they_have(engine: Engine) -> None:
+    """Where every token is banned there is no candidate: once an error of the server."""
+
+    class Words:
+        always_banned, has_bad, has_stop = list(range(303)), True, False
+
+        def banned(self, prompt_ids: list[int], output_ids: list[int]) -> list[int]:
+            return []
+
+    request = Request([1, 2], SamplingParams(5, beam_width=3), 302, words=Words())
+    finish(engine, [request])
+    assert request.is_finished
+    assert [output.token_ids for output in request.outputs] == [[]]
+
+
+@pytest.mark.parametrize("len_penalty", [10.0, -10.0])
+def test_the_extremes_of_len_penalty_can_be_computed(engine: Engine, len_penalty: float) -> None:
+    request = Request(prompts(1)[0], SamplingParams(200, beam_width=3, len_penalty=len_penalty), None)
+    finish(engine, [request])
+    assert [len(output.token_ids) for output in request.outputs] == [200] * 3

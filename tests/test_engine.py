@@ -15,7 +15,7 @@ from engine import startup
 from engine.comm import World
 from engine.config import EngineConfig, ModelConfig, ParallelConfig
 from engine.engine import Engine
-from engine.request import Request, SamplingParams
+from engine.request import EngineBusy, Request, SamplingParams
 from engine.startup import choose, connect, load
 from engine.watchdog import Watchdog
 from tests.launch import first_outputs, greedy_items, run_engine
@@ -164,3 +164,19 @@ def test_tokens_are_the_same_at_any_tp_and_pp(
     assert tokens[6:] == [
         finish(engine, [request(ids, sampling)])[0] for ids, sampling in zip(inputs, SEEDED, strict=False)
     ]
+
+
+def test_the_queue_has_a_bound_and_a_request_that_exceeds_it_is_refused(engine: Engine) -> None:
+    engine.max_queue_size = 3
+    try:
+        with pytest.raises(ValueError, match="^the request has 4 prompts; at most 3 may wait$"):
+            engine.submit(*(request([1], SamplingParams(2)) for _ in range(4)))
+        waiting = [request([1], SamplingParams(2)) for _ in range(3)]
+        engine.submit(*waiting)
+        with pytest.raises(EngineBusy, match="^3 requests wait already, and at most 3 may$"):
+            engine.submit(request([1], SamplingParams(2)))
+        while engine.step():
+            pass
+        assert all(r.is_finished for r in waiting)
+    finally:
+        engine.max_queue_size = 2048

@@ -75,7 +75,7 @@ class CountingEngine:
 
 
 def model(engine: Any = None) -> GPTModel:
-    return GPTModel(engine or CountingEngine(), Parser(LetterTokenizer(), END, 10))
+    return GPTModel(engine or CountingEngine(), Parser(LetterTokenizer(), END, 10, 300))
 
 
 def infer(arrays: dict[str, Any], engine: Any = None) -> dict[str, np.ndarray]:
@@ -301,6 +301,17 @@ def test_a_request_that_the_shutdown_ended_may_be_sent_again() -> None:
 
     with pytest.raises(ServerBusy, match="^the server stopped before the request was finished$"):
         infer(good(), Ending())
+
+
+def test_an_answer_of_which_one_sample_is_cut_short_by_the_shutdown_is_none() -> None:
+    class Ending(CountingEngine):
+        def submit(self, *requests: Request) -> None:
+            for request in requests:
+                request.outputs[0].finish_reason = "end_id"
+                request.end(SHUTDOWN)
+
+    with pytest.raises(ServerBusy, match="^the server stopped"):
+        infer(good(n=column([2, 2], np.uint32), runtime_top_k=column([3, 3], np.uint32)), Ending())
 
 
 def test_what_the_engine_refused_is_not_cancelled() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -127,3 +128,15 @@ def test_ends_are_banned_only_where_there_is_an_end() -> None:
     rows = [row(params), Row(0, params, None, 3, 9)]
     assert ban(logits, rows).isinf().sum(dim=1).tolist() == [1, 0]
     assert ban(logits, [rows[1]] * 2) is logits
+
+
+def test_top_p_min_is_of_no_account_without_decay() -> None:
+    """A neighbour with decay once applied it to rows that have none."""
+    rows = [row(SamplingParams(1, top_p=0.05, top_p_min=0.9)), row(SamplingParams(1, top_p=0.5, top_p_decay=0.9))]
+    assert current_top_p(rows, history())[0].item() == 0.05
+
+
+def test_bans_of_the_whole_request_and_of_the_step() -> None:
+    rows = [row(SamplingParams(1), banned=[1]), row(SamplingParams(1))]
+    rows[1] = replace(rows[1], always_banned=torch.tensor([2, 5]))
+    assert [ids.nonzero().flatten().tolist() for ids in ban(torch.zeros(2, VOCAB), rows).isinf()] == [[1], [2, 5]]

@@ -236,3 +236,11 @@ def test_width_is_checked_against_slots_and_blocks() -> None:
         s.check(request(2, 2, n=5, top_k=2))
     with pytest.raises(ValueError, match="^beam_width is 4; .* takes 16 blocks, and the key-value cache has 10$"):
         s.check(request(1, 16, beam_width=4))
+
+
+def test_to_cancel_what_never_came_does_nothing() -> None:
+    """A stop by id once overtook its request's submission, and the engine's loop ended over it."""
+    s = scheduler()
+    stranger = request(2, 5)
+    s.cancel(stranger, CANCELLED)
+    assert not stranger.is_finished

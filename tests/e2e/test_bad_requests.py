@@ -21,6 +21,9 @@ MODEL = "tiny-gpt2"
 GOOD = {"prompts": ("BYTES", [["x"]]), "request_output_len": ("UINT32", [[4]])}
 NUMPY_TYPES = {"BYTES": object, "UINT32": np.uint32, "INT32": np.int32, "FP32": np.float32, "BOOL": np.bool_}
 
+FACTOR, SIGNED = "it must be between 0.001 and 1000", "it must be between -1000 and 1000"
+FACTOR_OR_0 = "it must be 0, or between 0.001 and 1000"
+
 # What is changed in a good request (None: left out), and the sentence it gets.
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "empty prompt": ({"prompts": ("BYTES", [[""]])}, "prompts[0] is empty; it must have at least one token"),
@@ -95,7 +98,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "top_p 1.5": ({"runtime_top_p": ("FP32", [[1.5]])}, "runtime_top_p is 1.5; it must be between 0 and 1"),
     "top_p negative": ({"runtime_top_p": ("FP32", [[-0.5]])}, "runtime_top_p is -0.5; it must be between 0 and 1"),
-    "temperature negative": ({"temperature": ("FP32", [[-1.0]])}, "temperature is -1; it must be 0 or more"),
+    "temperature negative": (
+        {"temperature": ("FP32", [[-1.0]])},
+        f"temperature is -1; {FACTOR_OR_0}",
+    ),
     "top_p_decay 0": ({"top_p_decay": ("FP32", [[0.0]])}, "top_p_decay is 0; it must be above 0 and at most 1"),
     "top_p_decay 1.5": ({"top_p_decay": ("FP32", [[1.5]])}, "top_p_decay is 1.5; it must be above 0 and at most 1"),
     "top_p_min 0": ({"top_p_min": ("FP32", [[0.0]])}, "top_p_min is 0; it must be above 0 and at most 1"),
@@ -106,11 +112,11 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "repetition_penalty 0": (
         {"repetition_penalty": ("FP32", [[0.0]])},
-        "repetition_penalty is 0; it must be above 0",
+        f"repetition_penalty is 0; {FACTOR}",
     ),
     "repetition_penalty negative": (
         {"repetition_penalty": ("FP32", [[-1.5]])},
-        "repetition_penalty is -1.5; it must be above 0",
+        f"repetition_penalty is -1.5; {FACTOR}",
     ),
     "both penalties": (
         {"repetition_penalty": ("FP32", [[1.5]]), "presence_penalty": ("FP32", [[0.5]])},
@@ -135,6 +141,34 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "many bad words": (
         {"bad_words": ("BYTES", [["y"] * 257])},
         "bad_words[0] has 257 words; at most 256 are allowed",
+    ),
+    "words of many bytes": (
+        {"bad_words": ("BYTES", [["y" * 256] * 17])},
+        "bad_words[0] has words of 4352 bytes; at most 4096 are allowed",
+    ),
+    "a huge prompt": (
+        {"prompts": ("BYTES", [["y " * 8193]])},
+        "prompts[0] has 16386 bytes; at most 16384 are taken for the 256 tokens of the longest sequence served",
+    ),
+    "too many tokens": (
+        {"prompts": None, "input_ids": ("INT32", [[7] * 257])},
+        "input_ids[0] has 257 tokens; the longest sequence served is 256 tokens",
+    ),
+    "too many alternatives": (
+        {
+            "prompts": ("BYTES", [["x"]] * 80),
+            "request_output_len": ("UINT32", [[64]] * 80),
+            "num_log_probs": ("UINT32", [[64]] * 80),
+        },
+        "num_log_probs asks for 327680 alternatives in one request; at most 262144 are kept",
+    ),
+    "a len_penalty that overflows": (
+        {"beam_width": ("UINT32", [[3]]), "len_penalty": ("FP32", [[200.0]])},
+        "len_penalty is 200; it must be between -10 and 10",
+    ),
+    "temperature close to 0": (
+        {"temperature": ("FP32", [[1e-6]])},
+        f"temperature is 1e-06; {FACTOR_OR_0}",
     ),
     "stop without an id": (
         {"stop": ("BOOL", [[True]])},
@@ -162,21 +196,36 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
 
 # What JSON cannot say.
 BINARY_CASES: dict[str, tuple[dict[str, Any], str]] = {
-    "temperature nan": ({"temperature": ("FP32", [[np.nan]])}, "temperature is nan; it must be 0 or more"),
-    "temperature inf": ({"temperature": ("FP32", [[np.inf]])}, "temperature is inf; it must be 0 or more"),
+    "temperature nan": (
+        {"temperature": ("FP32", [[np.nan]])},
+        f"temperature is nan; {FACTOR_OR_0}",
+    ),
+    "temperature inf": (
+        {"temperature": ("FP32", [[np.inf]])},
+        f"temperature is inf; {FACTOR_OR_0}",
+    ),
     "top_p nan": ({"runtime_top_p": ("FP32", [[np.nan]])}, "runtime_top_p is nan; it must be between 0 and 1"),
     "top_p_decay nan": ({"top_p_decay": ("FP32", [[np.nan]])}, "top_p_decay is nan; it must be above 0 and at most 1"),
-    "repetition nan": ({"repetition_penalty": ("FP32", [[np.nan]])}, "repetition_penalty is nan; it must be above 0"),
-    "repetition inf": ({"repetition_penalty": ("FP32", [[np.inf]])}, "repetition_penalty is inf; it must be above 0"),
-    "presence nan": ({"presence_penalty": ("FP32", [[np.nan]])}, "presence_penalty is nan; it must be a finite number"),
+    "repetition nan": (
+        {"repetition_penalty": ("FP32", [[np.nan]])},
+        f"repetition_penalty is nan; {FACTOR}",
+    ),
+    "repetition inf": (
+        {"repetition_penalty": ("FP32", [[np.inf]])},
+        f"repetition_penalty is inf; {FACTOR}",
+    ),
+    "presence nan": (
+        {"presence_penalty": ("FP32", [[np.nan]])},
+        f"presence_penalty is nan; {SIGNED}",
+    ),
     "frequency inf": (
         {"frequency_penalty": ("FP32", [[-np.inf]])},
-        "frequency_penalty is -inf; it must be a finite number",
+        f"frequency_penalty is -inf; {SIGNED}",
     ),
-    "len_penalty nan": ({"len_penalty": ("FP32", [[np.nan]])}, "len_penalty is nan; it must be a finite number"),
+    "len_penalty nan": ({"len_penalty": ("FP32", [[np.nan]])}, "len_penalty is nan; it must be between -10 and 10"),
     "diversity inf": (
         {"beam_search_diversity_rate": ("FP32", [[np.inf]])},
-        "beam_search_diversity_rate is inf; it must be a finite number",
+        f"beam_search_diversity_rate is inf; {SIGNED}",
     ),
     "deadline nan": ({"deadline_s": ("FP32", [[np.nan]])}, "deadline_s is nan; it must be above 0"),
     "bytes": ({"prompts": ("BYTES", [[b"ab\xff"]])}, "prompts[0] is not valid UTF-8: invalid start byte at byte 2"),
@@ -204,7 +253,7 @@ def changed(changes: dict[str, Any]) -> dict[str, tuple[str, list[list[Any]]]]:
 
 
 def test_the_table_is_long_enough() -> None:
-    assert len(CASES) + len(BINARY_CASES) >= 60
+    assert len(CASES) + len(BINARY_CASES) >= 65
 
 
 @pytest.mark.parametrize("case", CASES)
