@@ -59,7 +59,7 @@ class RandomReader:
             return torch.ones(shape, dtype=self.dtype, device=self.device)
         return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(std=0.02)
 
-    def map(self, spec: WeightSpec) -> torch.Tensor:
+    def map(self, spec: WeightSpec, tp_rank: int | None = None) -> torch.Tensor:
         return self.read(spec)
 
 

@@ -221,7 +221,7 @@ class EngineConfig:
         "number format of the computation; auto: bf16 on a GPU, fp32 on a CPU",
         choices=("auto", *DATA_TYPES),
     )
-    int8_mode: int = flag(0, "1: weight-only int8 (fastertransformer engine)", choices=(0, 1))
+    int8_mode: int = flag(0, "1: the layers' matrices are kept in int8, a scale for each column", choices=(0, 1))
     max_batch_size: int = flag(256, "sequences that run at once (a sample or a beam is one); further ones wait")
     max_queue_size: int = flag(2048, "requests that may wait; further ones are refused (HTTP 503)")
     max_seq_len: int = flag(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.comm import Comm
+from engine.quantization import Int8Matrix, product
 
 # Rows for which oneDNN chooses the packed layout. Measured at 1 to 128 rows, 64 is within noise of the best.
 _PACK_ROWS = 64
@@ -36,11 +37,18 @@ class LayerNorm:
 
 
 class Linear:
-    """y = x · W + b with W [in, out]: all of a replicated weight, or a column-parallel shard of one."""
+    """y = x · W + b with W [in, out]: all of a replicated weight, or a column-parallel shard of one.
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, is_packed: bool) -> None:
+    An int8 weight has a product of its own; `is_packed` means the others.
+    """
+
+    def __init__(self, weight: torch.Tensor | Int8Matrix, bias: torch.Tensor | None, is_packed: bool) -> None:
         self.bias = bias
         self.is_packed = is_packed
+        self.product = None
+        if isinstance(weight, Int8Matrix):
+            self.product = product(weight)
+            return
         out_in = weight.t()  # [out, in], as torch and oneDNN take it
         if is_packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(out_in.contiguous(), _PACK_ROWS)
@@ -48,6 +56,8 @@ class Linear:
             self.weight = out_in
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.product is not None:
+            return self.product(x, self.bias)
         if self.is_packed:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
@@ -59,7 +69,9 @@ class RowParallelLinear(Linear):
     Rank 0 of the group alone holds the bias, so the sum has it once.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, is_packed: bool, comm: Comm) -> None:
+    def __init__(
+        self, weight: torch.Tensor | Int8Matrix, bias: torch.Tensor | None, is_packed: bool, comm: Comm
+    ) -> None:
         super().__init__(weight, bias if comm.parallel.tp_rank == 0 else None, is_packed)
         self.comm = comm
 

@@ -19,6 +19,7 @@ from engine.cache import KVCache, Segment
 from engine.comm import Comm
 from engine.config import ModelConfig
 from engine.layers import LayerNorm, Linear, LMHead, RowParallelLinear, VocabEmbedding, can_pack
+from engine.quantization import Int8Matrix, Quantizer
 from engine.weights import ShardReader, WeightSpec, layer_specs, outer_specs
 
 
@@ -48,7 +49,15 @@ class StepInput:
 class GPT:
     """A pipeline stage: token ids (first stage) or hidden states → hidden states; and logits (last stage)."""
 
-    def __init__(self, comm: Comm, reader: ShardReader, device: torch.device, progress: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        comm: Comm,
+        reader: ShardReader,
+        device: torch.device,
+        progress: Callable[[], None],
+        int8_mode: int = 0,
+    ) -> None:
+        """Read this rank's weights; with int8_mode 1, the layers' matrices as int8."""
         config = reader.config
         check_supported(config)
         self.config = config
@@ -73,11 +82,16 @@ class GPT:
             self.pre_decoder_layernorm = self._layernorm(outer, "pre_decoder_layernorm") if has_layernorm else None
             progress()
         self.layers = []
+        quantizer = Quantizer(reader, device) if int8_mode else None
         for layer in parallel.layers(config.num_layer):
-            self.layers.append(
-                Layer(config, comm, [self._load(s) for s in layer_specs(config, layer)], self._is_packed)
-            )
+            weights = [
+                quantizer.read(spec) if quantizer is not None and spec.is_matrix else self._load(spec)
+                for spec in layer_specs(config, layer)
+            ]
+            self.layers.append(Layer(config, comm, weights, self._is_packed))
             progress()
+        if quantizer is not None:
+            quantizer.report()
         if parallel.is_last_stage:
             has_layernorm = config.has_post_decoder_layernorm
             self.final_layernorm = self._layernorm(outer, "final_layernorm") if has_layernorm else None
@@ -143,14 +157,19 @@ class Layer:
     ln(x) + mlp(ln(x)).
     """
 
-    def __init__(self, config: ModelConfig, comm: Comm, weights: list[torch.Tensor], is_packed: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, comm: Comm, weights: list[torch.Tensor | Int8Matrix], is_packed: bool
+    ) -> None:
+        """weights: as `layer_specs` has them; its matrices may be int8."""
         (ln1, ln1_bias, qkv, qkv_bias, dense, dense_bias, ln2, ln2_bias, up, up_bias, down, down_bias) = weights
         self.head_dim = config.size_per_head
         self.is_post_layernorm = config.layernorm_type == "post_layernorm"
         self.is_residual_normed = config.apply_residual_connection_post_layernorm
         self.input_layernorm = LayerNorm(ln1, ln1_bias, config.layernorm_eps)
         self.post_attention_layernorm = LayerNorm(ln2, ln2_bias, config.layernorm_eps)
-        self.query_key_value = Linear(qkv.flatten(1), qkv_bias.flatten(), is_packed)
+        self.query_key_value = Linear(
+            qkv if isinstance(qkv, Int8Matrix) else qkv.flatten(1), qkv_bias.flatten(), is_packed
+        )
         self.dense = RowParallelLinear(dense, dense_bias, is_packed, comm)
         self.up = Linear(up, up_bias, is_packed)
         self.activation = activation(config)

@@ -63,7 +63,7 @@ class TorchExecutor:
         # On a GPU the next step is launched before the last one's tokens are read.
         self.num_ahead = 1 if device.type == "cuda" else 0
         with torch.inference_mode():
-            self.model = GPT(comm, reader, device, progress)
+            self.model = GPT(comm, reader, device, progress, engine_config.int8_mode)
         self.max_seq_len = engine_config.max_seq_len or reader.config.max_pos_seq_len
         self.max_step_tokens = engine_config.max_step_tokens or (512 if device.type == "cpu" else 8192)
         self._admitted: dict[int, Admitted] = {}  # per slot

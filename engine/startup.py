@@ -50,8 +50,6 @@ def choose(engine_config: EngineConfig, model_config: ModelConfig, lib_path: Pat
         raise ValueError(f"max_seq_len is {engine_config.max_seq_len}; the model has {positions} positions")
     if engine == "torch":
         check_supported(model_config)
-        if engine_config.int8_mode:
-            raise ValueError("int8_mode is 1; the torch engine computes in 0 only")
     elif not lib_path.is_file():
         raise ValueError(f"lib_path is {lib_path}, and there is no such file")
     elif lacking := _what_fastertransformer_lacks(model_config):

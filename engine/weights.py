@@ -26,6 +26,11 @@ class WeightSpec:
     shape: tuple[int, ...]
     split_axis: int | None = None  # None: every rank reads the same, whole file
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is a linear's weight, or a vocabulary's table."""
+        return len(self.shape) > 1 and not self.name.endswith(".bias")
+
     def shard_shape(self, tp: int) -> tuple[int, ...]:
         """The shape of one file when tp ranks share the weight."""
         if self.split_axis is None:
@@ -115,9 +120,9 @@ class ShardReader:
         """This rank's shard in the computation's dtype, on the CPU. Raises ValueError on a wrong file."""
         return self.map(spec).to(self.dtype)
 
-    def map(self, spec: WeightSpec) -> torch.Tensor:
-        """This rank's shard in the file's dtype, memory-mapped, read-only by convention."""
-        path = self.folder / spec.file_name(self.tp_rank)
+    def map(self, spec: WeightSpec, tp_rank: int | None = None) -> torch.Tensor:
+        """This rank's shard, or another's, in the file's dtype, memory-mapped, read-only by convention."""
+        path = self.folder / spec.file_name(self.tp_rank if tp_rank is None else tp_rank)
         shape = spec.shard_shape(self.config.tensor_para_size)
         count = math.prod(shape)
         expected = count * self.file_dtype.itemsize
