@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Conversion rate and memory: convert.py on a random GPT-2 of a given shape, beside `cp` of the same bytes.
+"""Conversion rate and memory: convert.py on a random checkpoint of a given shape, beside `cp` of the same files.
 
-    python benchmarks/convert.py --shape 1.3B --tp 2 --data-types fp32 fp16 bf16 --folder /scratch
+    python benchmarks/convert.py --architecture opt --shape 6.7B --source-data-type bf16 --tp 1 8 --folder /scratch
 
-Each run is a process of its own and includes forcing the files to the disk, for cp too (`sync` of its one file).
-The source is in the page cache, as after a download. The last column is the share of cp's rate on bytes read
-plus bytes written, the fair ceiling where the data type changes.
+GPT-2's matrices are stored as FasterTransformer wants them; OPT's, as those of most other sources, are transposed.
+Each run is a process of its own and includes forcing the files to the disk, for cp too. Before each the source is
+read once, so that it is in the page cache as far as that is large enough. The last columns: the share of cp's rate
+on bytes read plus bytes written, the fair ceiling where the data type changes; the most resident memory, and the
+bound on it: two of the largest tensor and 1 GiB.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -25,8 +28,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import SHAPES, report
+from engine.config import DATA_TYPES
+from engine.weights import TORCH_DTYPES
 
 ROOT = Path(__file__).resolve().parent.parent
+POSITIONS = 1024
+SHARD_BYTES = 5 << 30  # as the Hub's checkpoints have them
+BLOCK = 8 << 20  # random values, repeated
 MEASURE = """
 import json, re, sys, time
 from pathlib import Path
@@ -36,7 +44,7 @@ folder = convert(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.arg
 seconds = time.perf_counter() - start
 peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 size = sum(path.stat().st_size for path in folder.glob("*.bin"))
-print(json.dumps({"seconds": seconds, "peak_mib": peak, "bytes": size}))
+print(json.dumps({"seconds": round(seconds, 2), "peak_mib": round(peak), "bytes": size}))
 """
 
 
@@ -44,83 +52,125 @@ def main() -> None:
     flags = parse_flags()
     folder = Path(tempfile.mkdtemp(prefix="convert-", dir=flags.folder))
     try:
-        size = make_source(folder / "source", flags.shape)
-        runs = [run for _ in range(flags.repeats) for run in measure_all(folder, flags, size)]
+        largest = make_source(folder / "source", flags.architecture, flags.shape, flags.source_data_type)
+        size = sum(path.stat().st_size for path in (folder / "source").iterdir())
+        runs = [run for _ in range(flags.repeats) for run in measure_all(folder, flags)]
     finally:
         shutil.rmtree(folder)
     best = {run["name"]: run for run in sorted(runs, key=lambda run: -run["seconds"])}
-    names = ["cp", *flags.data_types]
     ceiling = 2 * size / best["cp"]["seconds"]
-    print(f"GPT-2 {flags.shape}, {size / 1e9:.2f} GB in fp32, tp {flags.tp}; best of {flags.repeats}")
-    print(f"{'':6}{'seconds':>9}{'MB/s read':>11}{'MB/s written':>14}{'peak MiB':>10}{'of cp':>8}")
-    for name in names:
-        run = best[name]
+    bound = (2 * largest >> 20) + 1024
+    print(
+        f"{flags.architecture} {flags.shape}, {size / 1e9:.2f} GB in {flags.source_data_type}; best of {flags.repeats}"
+    )
+    print(f"{'':12}{'seconds':>9}{'MB/s read':>11}{'MB/s written':>14}{'of cp':>8}{'peak MiB':>10}{'bound':>7}")
+    for name, run in best.items():
         run["share_of_cp"] = round((size + run["bytes"]) / run["seconds"] / ceiling, 3)
         rates = [size / 1e6 / run["seconds"], run["bytes"] / 1e6 / run["seconds"]]
-        peak = f"{run['peak_mib']:10.0f}" if "peak_mib" in run else " " * 10
-        print(f"{name:6}{run['seconds']:9.2f}{rates[0]:11.0f}{rates[1]:14.0f}{peak}{run['share_of_cp']:8.0%}")
-    report(torch.device("cpu"), benchmark="convert", shape=flags.shape, tp=flags.tp, runs=[best[n] for n in names])
+        peak = f"{run['peak_mib']:10}{bound:7}" if "peak_mib" in run else ""
+        print(f"{name:12}{run['seconds']:9.2f}{rates[0]:11.0f}{rates[1]:14.0f}{run['share_of_cp']:8.0%}{peak}")
+    what = dict(architecture=flags.architecture, shape=flags.shape, source_data_type=flags.source_data_type)
+    runs = list(best.values())
+    report(torch.device("cpu"), benchmark="convert", **what, source_bytes=size, bound_mib=bound, runs=runs)
 
 
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", choices=("gpt2", "opt"), default="opt")
     parser.add_argument("--shape", choices=list(SHAPES), default="350M")
-    parser.add_argument("--tp", type=int, default=2)
-    parser.add_argument("--data-types", nargs="+", default=["fp32", "fp16", "bf16"])
+    parser.add_argument("--source-data-type", choices=list(DATA_TYPES), default="fp32")
+    parser.add_argument("--data-types", nargs="+", choices=list(DATA_TYPES), default=["fp16", "bf16"])
+    parser.add_argument("--tp", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--folder", type=Path, help="where source and results go (default: the system's temporary one)")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     return parser.parse_args()
 
 
-def make_source(folder: Path, shape: str) -> int:
-    """Write a GPT-2 in fp32 whose values repeat every 16 MB, without holding it in memory; returns its bytes."""
+def make_source(folder: Path, architecture: str, shape: str, data_type: str) -> int:
+    """Write a checkpoint of repeated random values, never held in memory; returns the largest tensor's bytes."""
     heads, head_size, layers, vocab = SHAPES[shape]
-    h = heads * head_size
+    h, dtype = heads * head_size, TORCH_DTYPES[data_type]
+    ids = dict(vocab_size=vocab, bos_token_id=vocab - 1, eos_token_id=vocab - 1)
+    if architecture == "gpt2":
+        config = dict(model_type="gpt2", n_embd=h, n_head=heads, n_layer=layers, n_positions=POSITIONS)
+        tensors = dict(gpt2_tensors(h, layers, vocab))
+    else:
+        config = dict(model_type="opt", hidden_size=h, num_attention_heads=heads, num_hidden_layers=layers)
+        config |= dict(ffn_dim=4 * h, max_position_embeddings=POSITIONS)
+        tensors = dict(opt_tensors(h, layers, vocab))
     folder.mkdir()
-    config = dict(model_type="gpt2", n_embd=h, n_head=heads, n_layer=layers, n_positions=1024, vocab_size=vocab)
-    (folder / "config.json").write_text(json.dumps(config | dict(bos_token_id=vocab - 1, eos_token_id=vocab - 1)))
-    shapes = {"wte.weight": [vocab, h], "wpe.weight": [1024, h], "ln_f.weight": [h], "ln_f.bias": [h]}
-    for layer in range(layers):
-        for name, sizes in (
-            ("ln_1", [h]),
-            ("attn.c_attn", [h, 3 * h]),
-            ("attn.c_proj", [h, h]),
-            ("ln_2", [h]),
-            ("mlp.c_fc", [h, 4 * h]),
-            ("mlp.c_proj", [4 * h, h]),
-        ):
-            shapes[f"h.{layer}.{name}.weight"] = sizes
-            shapes[f"h.{layer}.{name}.bias"] = sizes[-1:]
-    header, end = {}, 0
-    for name, sizes in shapes.items():
-        size = 4 * torch.Size(sizes).numel()
-        header[name] = {"dtype": "F32", "shape": sizes, "data_offsets": [end, end + size]}
+    (folder / "config.json").write_text(json.dumps(config | ids))
+    shards: list[dict[str, dict]] = [{}]
+    end = 0
+    for name, sizes in tensors.items():
+        size = torch.Size(sizes).numel() * dtype.itemsize
+        if end and end + size > SHARD_BYTES:
+            shards.append({})
+            end = 0
+        shards[-1][name] = {"dtype": data_type.upper().replace("FP", "F"), "shape": sizes}
+        shards[-1][name]["data_offsets"] = [end, end + size]
         end += size
-    text = json.dumps(header).encode()
-    block = memoryview(torch.empty(4 << 20).normal_(std=0.02).numpy()).cast("B")
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for start in range(0, end, len(block)):
-            file.write(block[: end - start])
-    return end
+    block = memoryview(torch.empty(BLOCK // dtype.itemsize).normal_(std=0.02).to(dtype).view(torch.uint8).numpy())
+    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    for name, shard in zip(files, shards, strict=True):
+        header = json.dumps(shard).encode()
+        end = max(entry["data_offsets"][1] for entry in shard.values())
+        with (folder / name).open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for start in range(0, end, len(block)):
+                file.write(block[: end - start])
+    index = {tensor: name for name, shard in zip(files, shards, strict=True) for tensor in shard}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return max(torch.Size(sizes).numel() for sizes in tensors.values()) * dtype.itemsize
 
 
-def measure_all(folder: Path, flags: argparse.Namespace, size: int) -> list[dict]:
-    """One run of cp and of each data type; every result is deleted at once."""
+def gpt2_tensors(h: int, layers: int, vocab: int) -> Iterator[tuple[str, list[int]]]:
+    """Names and shapes; matrices are [in, out]."""
+    yield from {"wte.weight": [vocab, h], "wpe.weight": [POSITIONS, h], "ln_f.weight": [h], "ln_f.bias": [h]}.items()
+    parts = {"ln_1": [h], "attn.c_attn": [h, 3 * h], "attn.c_proj": [h, h]}
+    parts |= {"ln_2": [h], "mlp.c_fc": [h, 4 * h], "mlp.c_proj": [4 * h, h]}
+    for layer in range(layers):
+        for name, sizes in parts.items():
+            yield f"h.{layer}.{name}.weight", sizes
+            yield f"h.{layer}.{name}.bias", sizes[-1:]
+
+
+def opt_tensors(h: int, layers: int, vocab: int) -> Iterator[tuple[str, list[int]]]:
+    """Names and shapes; matrices are [out, in]."""
+    yield from {"embed_tokens.weight": [vocab, h], "embed_positions.weight": [POSITIONS + 2, h]}.items()
+    parts = {f"self_attn.{part}": [h, h] for part in ("q_proj", "k_proj", "v_proj", "out_proj")}
+    parts |= {"fc1": [4 * h, h], "fc2": [h, 4 * h], "self_attn_layer_norm": [h], "final_layer_norm": [h]}
+    for name, sizes in [(f"layers.{i}.{part}", sizes) for i in range(layers) for part, sizes in parts.items()]:
+        yield f"{name}.weight", sizes
+        yield f"{name}.bias", sizes[:1]
+    yield from {"final_layer_norm.weight": [h], "final_layer_norm.bias": [h]}.items()
+
+
+def measure_all(folder: Path, flags: argparse.Namespace) -> Iterator[dict]:
+    """One run of cp and of each data type and tp; every result is deleted at once."""
     source, output = folder / "source", folder / "out"
-    os.sync()
+    read_once(source)
     start = time.perf_counter()
-    subprocess.run(["cp", source / "model.safetensors", folder / "copy"], check=True)
-    subprocess.run(["sync", folder / "copy"], check=True)
-    runs = [{"name": "cp", "seconds": time.perf_counter() - start, "bytes": size}]
-    (folder / "copy").unlink()
-    for data_type in flags.data_types:
-        os.sync()
-        command = [sys.executable, "-c", MEASURE, source, output, str(flags.tp), data_type]
+    subprocess.run(["cp", "-r", source, output], check=True)
+    subprocess.run(["sync", *output.iterdir()], check=True)
+    seconds = round(time.perf_counter() - start, 2)
+    yield {"name": "cp", "seconds": seconds, "bytes": sum(path.stat().st_size for path in output.iterdir())}
+    shutil.rmtree(output)
+    for data_type, tp in [(data_type, tp) for data_type in flags.data_types for tp in flags.tp]:
+        read_once(source)
+        command = [sys.executable, "-c", MEASURE, source, output, str(tp), data_type]
         done = subprocess.run(list(map(str, command)), cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-        runs.append({"name": data_type, **json.loads(done.stdout)})
+        yield {"name": f"{data_type} tp {tp}", **json.loads(done.stdout)}
         shutil.rmtree(output)
-    return runs
+
+
+def read_once(source: Path) -> None:
+    """Leaves the source in the page cache and nothing to be written."""
+    os.sync()
+    for path in source.iterdir():
+        with path.open("rb", buffering=0) as file:
+            while file.read(BLOCK):
+                pass
 
 
 if __name__ == "__main__":

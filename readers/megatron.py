@@ -127,7 +127,7 @@ class MegatronReader(ShardedReader):
         asked = self._options.num_heads
         if not self.settings.values:
             if asked is None:
-                raise ValueError(f"{self.settings.name}: no training arguments; convert.py --num-heads gives the heads")
+                raise ValueError(f"{self.settings.name}: no training arguments; --num-heads gives the heads")
             return asked
         heads = self.settings.size("num_attention_heads")
         if asked not in (None, heads):
@@ -160,7 +160,7 @@ class MegatronReader(ShardedReader):
         if self._options.tokenizer is None and not tokens.find_files(self._tokenizer_path):
             raise ValueError(
                 f"{self._source}: no tokenizer beside the checkpoint (vocab.json and merges.txt, tokenizer.model or "
-                f"tokenizer.json); convert.py --tokenizer names one"
+                f"tokenizer.json); --tokenizer names one"
             )
         return tokens.from_path(self._tokenizer_path)
 

@@ -188,7 +188,7 @@ class NemoReader(ShardedReader):
         raise ValueError(
             f"{settings.name}: tokenizer.library is {reprlib.repr(library)} with type {reprlib.repr(kind)}; supported: "
             f"sentencepiece, huggingface, megatron with GPT2BPETokenizer or GPTSentencePieceTokenizer; "
-            f"convert.py --tokenizer names another"
+            f"--tokenizer names another"
         )
 
     def _artifact(self, settings: Settings, key: str, is_optional: bool = False) -> Place | None:
@@ -197,7 +197,7 @@ class NemoReader(ShardedReader):
         if value in (None, "", "None"):
             if is_optional:
                 return None
-            raise ValueError(f"{settings.name}: tokenizer.{key} is not set; convert.py --tokenizer names the file")
+            raise ValueError(f"{settings.name}: tokenizer.{key} is not set; --tokenizer names the file")
         if not isinstance(value, str):
             raise ValueError(f"{settings.name}: tokenizer.{key} is {type(value).__name__}; a file's name is expected")
         name = PurePosixPath(value.removeprefix("nemo:")).name
@@ -211,7 +211,7 @@ class NemoReader(ShardedReader):
                 return self._places[found[0]]
         raise ValueError(
             f"{settings.name}: tokenizer.{key} is {value!r}, and there is no such file in {self._source}; "
-            f"convert.py --tokenizer names another"
+            f"--tokenizer names another"
         )
 
     def _used_files(self) -> list[Path]:

@@ -92,7 +92,11 @@ class OPTReader(HuggingFaceReader):
     def _query_key_value(self, attention: str, kind: str, hidden: int) -> Recipe:
         shape = (hidden, hidden) if kind == "weight" else (hidden,)
         parts = {f"{attention}.{name}_proj.{kind}": shape for name in "qkv"}
-        return Recipe(parts, lambda *qkv: torch.stack([tensor.t() for tensor in qkv], dim=-2), " or ")
+
+        def build(*qkv: torch.Tensor) -> torch.Tensor:
+            return torch.stack(qkv).movedim(-1, 0) if kind == "weight" else torch.stack(qkv)
+
+        return Recipe(parts, build, " or ")
 
     def _vocabulary(self, spec: WeightSpec) -> Recipe:
         """The embedding or the head; with a projection, multiplied in fp32, as FasterTransformer's converter does."""

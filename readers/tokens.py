@@ -110,7 +110,7 @@ def hub(name: str, special_tokens: Any, origin: str) -> CheckpointTokenizer:
     except Exception as error:  # what the Hub's client and transformers raise has nothing else in common
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{origin} is {name!r}, which cannot be had from the Hub ({reason}); convert.py --tokenizer names another"
+            f"{origin} is {name!r}, which cannot be had from the Hub ({reason}); --tokenizer names another"
         ) from None
     _add(tokenizer, _in_order(special_tokens))
     return CheckpointTokenizer(tokenizer, f"tokenizer {name}")

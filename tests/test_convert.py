@@ -27,6 +27,8 @@ from safetensors.torch import load_file, save_file
 import convert
 from engine.config import ModelConfig
 from engine.weights import ShardReader, weight_specs
+from readers.casting import cast as cast_tensor
+from readers.casting import computed_ahead
 from tests.checkpoints import make_gpt2, make_tokenizer, save, write_weights
 
 ROOT = Path(convert.__file__).parent
@@ -209,6 +211,38 @@ def test_float64_is_rounded_by_way_of_float32(tmp_path: Path) -> None:
     folder = convert.convert(tmp_path / "hf", tmp_path / "out", 1, "fp16")
     values = np.fromfile(folder / "model.final_layernorm.weight.bin", np.float16)
     assert values.tolist() == [1.0] * 16
+
+
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(70, 90), (3, 50, 70), (64, 1), (1, 64), (7,)])
+def test_transposed_views_are_cast_as_they_read(
+    shape: tuple[int, ...], wanted: torch.dtype, stored: torch.dtype
+) -> None:
+    """They are copied as they are stored, [out, in] or [3, out, in], and slices of them have gaps between the rows."""
+    whole = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(stored).movedim(-1, 0)
+    for view in (whole, whole[1:-1], whole[..., 1:-1]):
+        if view.numel():
+            expected = view.float().to(wanted).flatten()
+            assert torch.equal(cast_tensor(view, wanted, "here").flatten(), expected)
+
+
+def test_results_computed_ahead_come_in_order_and_threads_are_as_before() -> None:
+    def work(number: int) -> int:
+        time.sleep(0.002 * (number % 3))
+        assert torch.get_num_threads() == 1
+        if number == 50:
+            raise ValueError("fifty")
+        return number
+
+    num_threads, seen = torch.get_num_threads(), []
+    with pytest.raises(ValueError, match="fifty"), computed_ahead(work, range(100)) as results:
+        for number in results:
+            seen.append(number)
+    assert seen == list(range(50))
+    assert torch.get_num_threads() == num_threads
+    with computed_ahead(work, range(40)) as results:
+        assert list(results) == list(range(40))
 
 
 # --- config.ini, manifest, tokenizer ---

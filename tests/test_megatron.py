@@ -153,7 +153,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no arguments": (
         dict(version=0, with_args=False),
-        "{f}: no training arguments; convert.py --num-heads gives the heads",
+        "{f}: no training arguments; --num-heads gives the heads",
     ),
     "version": (
         dict(edit=edit_content(lambda content: content.update(checkpoint_version=4.0))),
@@ -200,7 +200,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no tokenizer": (
         dict(edit=lambda folder: (folder / "merges.txt").unlink()),
         "{s}: no tokenizer beside the checkpoint (vocab.json and merges.txt, tokenizer.model or tokenizer.json); "
-        "convert.py --tokenizer names one",
+        "--tokenizer names one",
     ),
     "tokenizer of another model": (
         dict(edit=lambda folder: (folder / "vocab.json").write_text('{"a": 1}')),

@@ -315,7 +315,7 @@ def test_tokenizer_that_the_hub_does_not_give(tmp_path: Path, monkeypatch: pytes
         convert.convert(source, tmp_path / "out", 1, "fp32")
     assert str(caught.value) == (
         f"{source}: model_config.yaml: tokenizer.type is 'me/parrot', which cannot be had from the Hub (no route); "
-        "convert.py --tokenizer names another"
+        "--tokenizer names another"
     )
 
 
@@ -544,12 +544,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no tokenizer file": (
         inside(lambda folder: [path.unlink() for path in folder.glob("*vocab*")]),
         "{c}: tokenizer.vocab_file is 'nemo:0123abcd_gpt2-vocab.json', and there is no such file in {a}; "
-        "convert.py --tokenizer names another",
+        "--tokenizer names another",
     ),
     "tokenizer of another kind": (
         setting(tokenizer={"library": "tiktoken"}),
         "{c}: tokenizer.library is 'tiktoken' with type None; supported: sentencepiece, huggingface, megatron with "
-        "GPT2BPETokenizer or GPTSentencePieceTokenizer; convert.py --tokenizer names another",
+        "GPT2BPETokenizer or GPTSentencePieceTokenizer; --tokenizer names another",
     ),
     "tokenizer that is a path": (
         setting(tokenizer={"library": "huggingface", "type": "/etc"}),

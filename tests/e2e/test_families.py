@@ -1,0 +1,66 @@
+"""Real server.py with an OPT, a BLOOM, a .nemo and a Megatron-LM checkpoint at tp 2: the references' greedy text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from tests.checkpoints import make_bloom, make_opt, make_tokenizer
+from tests.launch import serving
+from tests.nemo_checkpoints import TinyGPT, write_megatron, write_nemo
+from tests.test_engine import hf_greedy
+
+TEXTS = ["the rain in", "so many more words"]
+NUM_TOKENS = 24
+
+Greedy = Callable[[list[int], int], list[int]]
+
+
+def opt(folder: Path) -> tuple[list[str], Greedy]:
+    model = make_opt(folder / "tiny")
+    make_tokenizer(folder / "tiny", model.config.vocab_size)
+    return [str(folder / "tiny")], partial(hf_greedy, model)
+
+
+def bloom(folder: Path) -> tuple[list[str], Greedy]:
+    model = make_bloom(folder / "tiny")
+    make_tokenizer(folder / "tiny", model.config.vocab_size)
+    return [str(folder / "tiny")], partial(hf_greedy, model)
+
+
+def nemo(folder: Path) -> tuple[list[str], Greedy]:
+    model = TinyGPT()
+    return [str(write_nemo(folder / "tiny.nemo", model, style="core"))], model.greedy
+
+
+def megatron(folder: Path) -> tuple[list[str], Greedy]:
+    """Trained on 2 × 2 ranks, without arguments and with its tokenizer elsewhere: both are flags."""
+    model = TinyGPT()
+    write_megatron(folder / "tiny", model, tp=2, pp=2, with_args=False)
+    (folder / "words").mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        (folder / "tiny" / name).rename(folder / "words" / name)
+    options = ["--num-heads", str(model.heads), "--tokenizer", str(folder / "words")]
+    return [str(folder / "tiny"), *options], model.greedy
+
+
+@pytest.mark.parametrize("make", [opt, bloom, nemo, megatron], ids=lambda make: make.__name__)
+def test_greedy_text_is_the_references(tmp_path: Path, make: Callable[[Path], tuple[list[str], Greedy]]) -> None:
+    flags, greedy = make(tmp_path)
+    more = ["--tp", "2", "--model-name", "tiny", "--output-dir", str(tmp_path / "ft_models")]
+    with serving(2, tmp_path / "log", "--hf-model-name", *flags, *more) as server:
+        done = server.client("--output-len", str(NUM_TOKENS), "--model-name", "tiny", "--json", "--prompts", *TEXTS)
+    assert done.returncode == 0, done.stderr
+    (folder,) = tmp_path.glob("ft_models/*/2-gpu")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for text, line in zip(TEXTS, done.stdout.splitlines(), strict=True):
+        prompt_ids = tokenizer.encode(text)
+        expected = prompt_ids + greedy(prompt_ids, NUM_TOKENS)
+        answer = json.loads(line)
+        assert answer["output_ids"] == [expected]
+        assert answer["sentences"] == [tokenizer.decode(expected, skip_special_tokens=True)]
