@@ -133,7 +133,7 @@ class GPTModel:
                 while not ask.request.is_finished:
                     await changed.wait()
                 _check_not_shut_down(ask.request)
-        return self._arrays(asks)
+        return self._arrays(asks, [self._texts(ask) for ask in asks])
 
     async def _pieces(self, ask: Ask) -> AsyncIterator[dict[str, np.ndarray]]:
         request = ask.request
@@ -152,12 +152,12 @@ class GPTModel:
                     yield {"sentences": _bytes([[piece]]), **_token_arrays(ask, request.outputs, new)}
                     await asyncio.sleep(_PAUSE_S * (self._num_streams - 1))
             _check_not_shut_down(request)
-        last = _unbatched(self._arrays([ask]))
-        if request.sampling.width == 1:
-            piece = text.push(_without_end(request.output_ids[num_seen:], request.end_id)) + text.finish()
-            last["sentences"] = _bytes([[piece]])
-            last |= _token_arrays(ask, request.outputs, slice(num_sent, None))
-        yield last
+        if request.sampling.width > 1:
+            yield _unbatched(self._arrays([ask], [self._texts(ask)]))
+            return
+        piece = text.push(_without_end(request.output_ids[num_seen:], request.end_id)) + text.finish()
+        last = _unbatched(self._arrays([ask], [[piece]]))
+        yield last | _token_arrays(ask, request.outputs, slice(num_sent, None))
 
     async def _parse(self, arrays: dict[str, np.ndarray]) -> list[Ask]:
         asks = await asyncio.to_thread(self.parser.parse, arrays)  # a long text must not keep other requests waiting
@@ -212,14 +212,16 @@ class GPTModel:
             "finish_reason": _bytes([[CANCELLED]] * rows),
         }
 
-    def _arrays(self, asks: Sequence[Ask]) -> dict[str, np.ndarray]:
-        """[rows, beams or samples, …] arrays. Rows with fewer beams, tokens or alternatives than others are padded:
-        with empty text, end_id, 0."""
+    def _arrays(self, asks: Sequence[Ask], texts: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
+        """[rows, beams or samples, …] arrays; texts: one for each output.
+
+        Rows with fewer beams, tokens or alternatives than others are padded: with empty text, end_id, 0.
+        """
         width = max(len(ask.request.outputs) for ask in asks)
-        texts, reasons, lengths, sums = [], [], [], []
-        for ask in asks:
+        sentences, reasons, lengths, sums = [], [], [], []
+        for ask, own_texts in zip(asks, texts, strict=True):
             outputs, missing = ask.request.outputs, width - len(ask.request.outputs)
-            texts.append([[self._text(ask, output)] for output in outputs] + [[""]] * missing)
+            sentences.append([[text] for text in own_texts] + [[""]] * missing)
             reasons.append([output.finish_reason for output in outputs] + [""] * missing)
             prompt_len = len(ask.request.prompt_ids)
             lengths.append([prompt_len + len(output.token_ids) for output in outputs] + [0] * missing)
@@ -227,7 +229,7 @@ class GPTModel:
         end_ids = [self.parser.end_id if ask.request.end_id is None else ask.request.end_id for ask in asks]
         ids = [[ask.request.prompt_ids + output.token_ids for output in ask.request.outputs] for ask in asks]
         arrays = {
-            "sentences": _bytes(texts),
+            "sentences": _bytes(sentences),
             "sequence_length": np.array(lengths, dtype=np.int64),
             "finish_reason": _bytes(reasons),
             "output_ids": _padded(ids, np.int32, end_ids),
@@ -248,10 +250,15 @@ class GPTModel:
             arrays["next_token_logits"] = np.array(rows, dtype=np.float32)
         return arrays
 
-    def _text(self, ask: Ask, output: Output) -> str:
-        request = ask.request
-        output_ids = _without_end(output.token_ids, request.end_id)
-        return whole_text(self.parser.tokenizer, request.prompt_ids, output_ids, **_text_options(ask))
+    def _texts(self, ask: Ask) -> list[str]:
+        """The whole text of each output."""
+        request, options = ask.request, _text_options(ask)
+        return [
+            whole_text(
+                self.parser.tokenizer, request.prompt_ids, _without_end(output.token_ids, request.end_id), **options
+            )
+            for output in request.outputs
+        ]
 
 
 class _Bell:

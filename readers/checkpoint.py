@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from readers.torchfile import first_line, refusal
 
 # Everything from which AutoTokenizer and GenerationConfig can be read; config.json tells AutoTokenizer the class.
 TOKENIZER_FILES = (
@@ -173,7 +174,7 @@ class _SafetensorsFile:
         try:
             self._file = safe_open(path, framework="pt")
         except SafetensorError as error:
-            raise ValueError(f"{path}: not a complete safetensors file ({_first_line(error)})") from None
+            raise ValueError(f"{path}: not a complete safetensors file ({first_line(error)})") from None
 
     def entries(self) -> dict[str, Entry]:
         slices = {name: self._file.get_slice(name) for name in self._file.keys()}
@@ -199,9 +200,9 @@ class _PickleFile:
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=self.mapped or None)
         except pickle.UnpicklingError as error:
-            raise ValueError(f"{path}: {_refusal(error)}") from None
+            raise ValueError(f"{path}: {refusal(error, 'a .bin file may hold tensors only')}") from None
         except (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not a complete PyTorch file ({_first_line(error)})") from None
+            raise ValueError(f"{path}: not a complete PyTorch file ({first_line(error)})") from None
         if not isinstance(tensors, dict):
             raise ValueError(f"{path}: holds {type(tensors).__name__}; a dict of tensors is expected")
         for name, tensor in tensors.items():
@@ -222,16 +223,3 @@ class _PickleFile:
 def _torch_name(dtype: torch.dtype) -> str:
     name = str(dtype).removeprefix("torch.")
     return _TORCH_NAMES.get(name, name)
-
-
-def _refusal(error: Exception) -> str:
-    """What a weights_only load objected to, without its advice on how to load the file all the same."""
-    found = re.search(r"GLOBAL (\S+)", str(error))
-    if found:
-        return f"refused, because its pickle asks for {found[1]}; a .bin file may hold tensors only"
-    reason = str(error).rpartition("WeightsUnpickler error:")[2].strip()
-    return f"not a readable PyTorch file ({reason.partition(chr(10))[0]})"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

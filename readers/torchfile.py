@@ -79,12 +79,12 @@ def load(place: Place) -> tuple[dict[str, Any], bool]:
             else:
                 content = _load_member(place, file)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{place.name}: {_refusal(error)}") from None
+        allowed = "a checkpoint may hold tensors and plain values only"
+        raise ValueError(f"{place.name}: {refusal(error, allowed)}") from None
     except zipfile.BadZipFile as error:
         raise ValueError(f"{place.name}: not a complete PyTorch file ({error})") from None
     except _BROKEN as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{place.name}: not a complete PyTorch file ({reason})") from None
+        raise ValueError(f"{place.name}: not a complete PyTorch file ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{place.name}: holds {type(content).__name__}; a dict is expected")
     return content, is_mapped
@@ -168,10 +168,15 @@ def _load_member(place: Place, file: Any) -> Any:
     return unpickler.load()
 
 
-def _refusal(error: Exception) -> str:
-    """What a weights-only load objected to, without its advice on how to load the file all the same."""
+def refusal(error: Exception, allowed: str) -> str:
+    """What a weights-only load objected to and what is `allowed`, without its advice on how to load it all the same."""
     found = re.search(r"GLOBAL (\S+)", str(error))
     if found:
-        return f"refused, because its pickle asks for {found[1]}; a checkpoint may hold tensors and plain values only"
+        return f"refused, because its pickle asks for {found[1]}; {allowed}"
     reason = str(error).rpartition("WeightsUnpickler error:")[2].strip()
     return f"not a readable PyTorch file ({reason.partition(chr(10))[0]})"
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without what follows its first line; its class where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,6 +1,6 @@
-"""Run under mpirun: greedy and seeded requests through the engine at --tp × --pp; rank 0 prints tokens as JSON.
+"""Run under mpirun: requests through the engine at --tp × --pp; rank 0 writes what they got as JSON (tests/launch.py).
 
-    mpirun -n 4 python tests/multi/engine_parity.py CONVERTED_FOLDER REQUESTS.json --tp 2 --pp 2
+    mpirun -n 4 python tests/multi/engine_parity.py CONVERTED_FOLDER REQUESTS.json --tp 2 --pp 2 --outputs OUTPUTS.json
 
 REQUESTS.json: a list of items as tests.traffic has them. Submitted at random times while others run.
 """
@@ -74,7 +74,6 @@ def main() -> None:
         assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
     if flags.outputs is not None:
         flags.outputs.write_text(json.dumps([results(request) for request in requests]))
-    print("RESULT", json.dumps([request.output_ids for request in requests]))
 
 
 def save_logits(executor: TorchExecutor, parallel: ParallelConfig, prompts: list[list[int]], path: Path) -> None:
