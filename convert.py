@@ -23,7 +23,6 @@ import shutil
 import signal
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
@@ -36,10 +35,15 @@ import torch
 
 from engine.config import DATA_TYPES, ModelConfig
 from engine.weights import TORCH_DTYPES, WeightSpec, weight_specs
-from helpers import one_line
+from helpers import ProgressLine, one_line
 from readers import SourceOptions, Weight, open_reader
 from readers.casting import cast, computed_ahead
 from readers.checkpoint import read_json
+
+try:
+    from zlib_ng.zlib_ng import crc32  # zlib's values at four times its rate
+except ImportError:
+    from zlib import crc32
 
 CONVERTER_VERSION = 1  # part of a folder's identity: raise it when the same source gives other bytes
 MANIFEST = "manifest.json"
@@ -49,7 +53,7 @@ Progress = Callable[[int, int], None]  # (bytes written, bytes in all)
 
 _LOCK = ".convert.lock"
 _CHUNK_BYTES = 8 << 20  # cast and written at once
-_WRITE_BYTES = 128 << 10  # a call; ext4 took calls of 1 MiB and more at a fifth to a half of the rate
+_WRITE_BYTES = 64 << 10  # a call, as cp does; ext4 took calls of 128 KiB at two thirds, of 1 MiB at half of the rate
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _log = logging.getLogger("convert")
 
@@ -169,10 +173,13 @@ class _Writer:
                     for _, data in group:
                         for start in range(0, data.nbytes, _WRITE_BYTES):
                             file.write(data[start : start + _WRITE_BYTES])
-                            crc = zlib.crc32(data[start : start + _WRITE_BYTES], crc)
+                            crc = crc32(data[start : start + _WRITE_BYTES], crc)
                         size += data.nbytes
                         self._done += data.nbytes
                         self._progress(self._done, self._total)
+                    file.flush()
+                    # Sets the disk to work on this file now; finish would else wait for one file after another.
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 self._files[name] = {"size": size, "crc32": f"{crc:08x}"}
 
     def _pieces(self, spec: WeightSpec, weight: Weight) -> Iterator[tuple[str, torch.Tensor, str]]:
@@ -288,7 +295,7 @@ def _file_crc32(path: Path) -> str:
     crc = 0
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
-            crc = zlib.crc32(chunk, crc)
+            crc = crc32(chunk, crc)
     return f"{crc:08x}"
 
 
@@ -299,30 +306,6 @@ def _sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-class ProgressLine:
-    """Shows bytes and rate on stderr: a bar on a terminal, else a line every few seconds."""
-
-    def __init__(self, seconds: float = 5.0) -> None:
-        self._seconds = seconds
-        self._start = self._shown = time.monotonic()
-        self._bar: Any = None
-        self.done = 0
-
-    def __call__(self, done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            from tqdm import tqdm  # here, because servers that log their progress do without it
-
-            self._bar = self._bar or tqdm(total=total, unit="B", unit_scale=True, desc="converting")
-            self._bar.update(done - self.done)
-            if done == total:
-                self._bar.close()
-        elif (now := time.monotonic()) - self._shown >= self._seconds:
-            self._shown = now
-            rate = done / (now - self._start)
-            print(f"converted {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s", file=sys.stderr)
-        self.done = done
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

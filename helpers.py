@@ -1,4 +1,4 @@
-"""Small things that several scripts share: logging, user errors, the download of a checkpoint."""
+"""Small things that several scripts share: logging, user errors, progress, the download of a checkpoint."""
 
 from __future__ import annotations
 
@@ -35,6 +35,30 @@ def setup_logging(verbose: bool = False, rank: int = 0, size: int = 1) -> None:
 def one_line(error: BaseException) -> str:
     """An exception's message as one line, its class's name where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+class ProgressLine:
+    """Shows bytes and rate on stderr: a bar on a terminal, else a line every few seconds."""
+
+    def __init__(self, seconds: float = 5.0) -> None:
+        self._seconds = seconds
+        self._start = self._shown = time.monotonic()
+        self._bar: Any = None
+        self.done = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            from tqdm import tqdm  # here, because servers that log their progress do without it
+
+            self._bar = self._bar or tqdm(total=total, unit="B", unit_scale=True, desc="converting")
+            self._bar.update(done - self.done)
+            if done == total:
+                self._bar.close()
+        elif (now := time.monotonic()) - self._shown >= self._seconds:
+            self._shown = now
+            rate = done / (now - self._start)
+            print(f"converted {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s", file=sys.stderr)
+        self.done = done
 
 
 # What a conversion needs of a Hub repository's top folder; the weights' patterns come in order of preference.

@@ -24,13 +24,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from convert import ProgressLine, SourceOptions, convert, verify
+from convert import SourceOptions, convert, verify
 from engine.comm import World
 from engine.config import EngineConfig, ModelConfig, ParallelConfig, add_flags, flag, from_flags
 from engine.engine import Engine, follow
 from engine.startup import Choice, choose, connect, load, make_engine
 from engine.watchdog import Watchdog
-from helpers import find_checkpoint, model_key, one_line, setup_logging
+from helpers import ProgressLine, find_checkpoint, model_key, one_line, setup_logging
 from serving.frontend import TritonFlags, TritonFrontend, TritonModel
 
 _LOG = logging.getLogger("server")

@@ -901,9 +901,3 @@ def test_command_line_usage(args: list[str], capsys: pytest.CaptureFixture[str])
         convert.main(args)
     assert caught.value.code == 2
     assert "usage:" in capsys.readouterr().err
-
-
-def test_progress_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = convert.ProgressLine(seconds=0)
-    progress(500_000_000, 2_000_000_000)
-    assert re.fullmatch(r"converted 0\.50 of 2\.00 GB, \d+ MB/s\n", capsys.readouterr().err)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import find_checkpoint, model_key, one_line
+from helpers import ProgressLine, find_checkpoint, model_key, one_line
 from tests.hub import Fault, Hub
 from tests.launch import ROOT, free_ports
 
@@ -323,3 +323,9 @@ def test_model_keys_are_folder_names(tmp_path: Path) -> None:
 def test_one_line() -> None:
     assert one_line(ValueError("a\n  b\tc\n")) == "a b c"
     assert one_line(KeyError()) == "KeyError"
+
+
+def test_progress_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = ProgressLine(seconds=0)
+    progress(500_000_000, 2_000_000_000)
+    assert re.fullmatch(r"converted 0\.50 of 2\.00 GB, \d+ MB/s\n", capsys.readouterr().err)
