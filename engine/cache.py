@@ -27,19 +27,19 @@ class Segment:
 
 
 class KVCache:
-    """Keys and values, flat: [num_blocks · block_size, heads_local, head_dim] for each layer of the stage."""
+    """Keys and values, flat: [num_blocks · block_size, kv_heads_local, head_dim] for each layer of the stage."""
 
     def __init__(
         self,
         num_layers: int,
         num_blocks: int,
         block_size: int,
-        heads_local: int,
+        kv_heads_local: int,
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (num_blocks * block_size, heads_local, head_dim)
+        shape = (num_blocks * block_size, kv_heads_local, head_dim)
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.block_size = block_size
@@ -48,9 +48,11 @@ class KVCache:
         self._run_len: dict[int, int] = {}  # slot -> how many of its first positions follow one another
 
     @staticmethod
-    def bytes_per_block(num_layers: int, block_size: int, heads_local: int, head_dim: int, dtype: torch.dtype) -> int:
+    def bytes_per_block(
+        num_layers: int, block_size: int, kv_heads_local: int, head_dim: int, dtype: torch.dtype
+    ) -> int:
         """Bytes of one block over all layers of the stage."""
-        return 2 * num_layers * block_size * heads_local * head_dim * dtype.itemsize
+        return 2 * num_layers * block_size * kv_heads_local * head_dim * dtype.itemsize
 
     def assign(self, slot: int, block_ids: list[int]) -> None:
         """Give a slot its blocks; whatever it had before is forgotten."""

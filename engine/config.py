@@ -9,13 +9,15 @@ from __future__ import annotations
 import argparse
 import configparser
 import dataclasses
+import math
 import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 DATA_TYPES = {"fp32": 4, "fp16": 2, "bf16": 2}  # name -> bytes per element
-_ACTIVATIONS = ("gelu", "relu")
+_ACTIVATIONS = ("gelu", "relu", "squared_relu", "swiglu")
+_NORMALIZATIONS = ("layernorm", "rmsnorm")
 _GELU_FORMS = ("tanh", "erf")
 _LAYERNORM_TYPES = ("pre_layernorm", "post_layernorm")
 _LENGTH_WITHOUT_POSITIONS = 2048  # tokens; such a model has no limit of its own
@@ -28,9 +30,15 @@ class ModelConfig:
     Sizes are those of the whole model, not of one rank. `inter_size` 0 stands for 4 × hidden. `max_pos_seq_len` is
     the number of positions; for a model without any it is but the default of EngineConfig.max_seq_len, 0 for 2048.
 
-    Two keys are ours, and FasterTransformer passes over them. `gelu_form`: tanh, as its gelu is, or erf, the exact
-    one. `apply_residual_connection_post_layernorm`, a variant of pre_layernorm under BLOOM's name: what is added to
-    attention's and to the MLP's output is their normalized input (its converter takes it for post_layernorm).
+    Some keys and values are ours; the op for which FasterTransformer's GPT reads this file has none of them.
+    `gelu_form`: tanh, as its gelu is, or erf, the exact one. `apply_residual_connection_post_layernorm`, a variant of
+    pre_layernorm under BLOOM's name: what is added to attention's and to the MLP's output is their normalized input
+    (its converter takes it for post_layernorm). `normalization_type`: rmsnorm has no bias and subtracts no mean.
+    `activation_type`: squared_relu, and swiglu, whose MLP has two matrices before it. `kv_head_num`: heads of keys
+    and values, each read by head_num / kv_head_num heads; 0 stands for head_num. `rotary_embedding` (the key that
+    FasterTransformer's GPT-J and GPT-NeoX have): how many of a head's first elements are turned by the position, 0
+    for none; `rotary_base` to the power of -2i / rotary_embedding is how far, in radians for each position, and
+    `rotary_interpolation_factor` divides positions.
     """
 
     head_num: int
@@ -55,10 +63,17 @@ class ModelConfig:
     adapter_inter_size: int = 0
     gelu_form: str = "tanh"
     apply_residual_connection_post_layernorm: bool = False
+    normalization_type: str = "layernorm"
+    kv_head_num: int = 0
+    rotary_embedding: int = 0
+    rotary_base: float = 10000.0
+    rotary_interpolation_factor: float = 1.0
 
     def __post_init__(self) -> None:
         if self.inter_size == 0:
             object.__setattr__(self, "inter_size", 4 * self.hidden)
+        if self.kv_head_num == 0:
+            object.__setattr__(self, "kv_head_num", self.head_num)
         if not self.has_positional_encoding and self.max_pos_seq_len == 0:
             object.__setattr__(self, "max_pos_seq_len", _LENGTH_WITHOUT_POSITIONS)
         for name in (
@@ -69,6 +84,7 @@ class ModelConfig:
             "inter_size",
             "max_pos_seq_len",
             "tensor_para_size",
+            "kv_head_num",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"config.ini: {name} is {getattr(self, name)}; it must be at least 1")
@@ -77,6 +93,7 @@ class ModelConfig:
             ("activation_type", _ACTIVATIONS),
             ("layernorm_type", _LAYERNORM_TYPES),
             ("gelu_form", _GELU_FORMS),
+            ("normalization_type", _NORMALIZATIONS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"config.ini: {name} is {getattr(self, name)!r}; known: {', '.join(allowed)}")
@@ -85,6 +102,18 @@ class ModelConfig:
                 f"config.ini: apply_residual_connection_post_layernorm is True; layernorm_type must be pre_layernorm "
                 f"then, not {self.layernorm_type}"
             )
+        if self.head_num % self.kv_head_num:
+            raise ValueError(
+                f"config.ini: kv_head_num is {self.kv_head_num}; it must divide the {self.head_num} heads of queries"
+            )
+        if self.rotary_embedding % 2 or not 0 <= self.rotary_embedding <= self.size_per_head:
+            raise ValueError(
+                f"config.ini: rotary_embedding is {self.rotary_embedding}; it must be even, and at most size_per_head "
+                f"{self.size_per_head}"
+            )
+        for name in ("rotary_base", "rotary_interpolation_factor"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"config.ini: {name} is {getattr(self, name)}; it must be above 0")
         for name in ("start_id", "end_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise ValueError(
@@ -95,12 +124,19 @@ class ModelConfig:
     def hidden(self) -> int:
         return self.head_num * self.size_per_head
 
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLP's activation multiplies two products of its input."""
+        return self.activation_type == "swiglu"
+
     def check_tp(self, tp: int) -> None:
         """Raise ValueError where `tp` ranks cannot share the heads and the MLP evenly."""
-        allowed = [n for n in range(1, self.head_num + 1) if self.head_num % n == 0 and self.inter_size % n == 0]
+        heads = self.kv_head_num  # divides the heads of queries
+        allowed = [n for n in range(1, heads + 1) if heads % n == 0 and self.inter_size % n == 0]
         if tp not in allowed:
+            of_what = "heads" if heads == self.head_num else "heads of keys and values"
             raise ValueError(
-                f"tp {tp} does not divide this model's {self.head_num} heads and inter_size {self.inter_size}; "
+                f"tp {tp} does not divide this model's {heads} {of_what} and inter_size {self.inter_size}; "
                 f"possible: {', '.join(map(str, allowed))}"
             )
 

@@ -1,4 +1,4 @@
-"""The building blocks: layernorm, linear, vocabulary embedding, LM head. Weights are this rank's shards.
+"""The building blocks: normalizations, linear, vocabulary embedding, LM head. Weights are this rank's shards.
 
 The collectives of a forward pass are here (and at the stage boundary in model.py), nowhere else.
 """
@@ -34,6 +34,17 @@ class LayerNorm:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm:
+    """x / √(mean of x² + eps) · weight over the last axis; weight is [hidden]."""
+
+    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+        self.weight = weight
+        self.eps = eps
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Linear:

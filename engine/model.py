@@ -1,8 +1,9 @@
 """The GPT of one rank: its pipeline stage's layers, over its tensor-parallel shards.
 
 Axis names: tokens - the rows of a step, all requests' new tokens end to end; hidden - head_num · size_per_head;
-heads_local - head_num / tp; head_dim - size_per_head; inter_local - inter_size / tp; vocab_local - the
-vocabulary's rows on this rank, ⌈vocab / tp⌉ (the last ranks' are padded); rows - tokens whose logits are wanted.
+heads_local - head_num / tp; kv_heads_local - kv_head_num / tp; group - head_num / kv_head_num; head_dim -
+size_per_head; inter_local - inter_size / tp; vocab_local - the vocabulary's rows on this rank, ⌈vocab / tp⌉ (the
+last ranks' are padded); rows - tokens whose logits are wanted.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from engine.attention import alibi_slopes, attend, score_masks
+from engine.attention import AttentionStep, alibi_slopes, attend, rotate, rotation_frequencies
 from engine.cache import KVCache, Segment
 from engine.comm import Comm
 from engine.config import ModelConfig
-from engine.layers import LayerNorm, Linear, LMHead, RowParallelLinear, VocabEmbedding, can_pack
+from engine.layers import LayerNorm, Linear, LMHead, RMSNorm, RowParallelLinear, VocabEmbedding, can_pack
 from engine.quantization import Int8Matrix, Quantizer
 from engine.weights import ShardReader, WeightSpec, layer_specs, outer_specs
 
@@ -30,10 +31,21 @@ def check_supported(config: ModelConfig) -> None:
 
 
 def activation(config: ModelConfig) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The function between the MLP's two linears."""
-    if config.activation_type == "relu":
-        return F.relu
-    return partial(F.gelu, approximate="none" if config.gelu_form == "erf" else "tanh")
+    """The function between the MLP's two linears: [tokens, inter_local] → the same; a gate's halves → one of them."""
+    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "gelu": partial(F.gelu, approximate="none" if config.gelu_form == "erf" else "tanh"),
+        "relu": F.relu,
+        "squared_relu": lambda x: F.relu(x).square(),
+        "swiglu": lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
+    }
+    return functions[config.activation_type]
+
+
+def normalization(config: ModelConfig, weight: torch.Tensor, bias: torch.Tensor | None) -> LayerNorm | RMSNorm:
+    """A normalization of the model's type; RMSNorm has no bias."""
+    if bias is None:
+        return RMSNorm(weight, config.layernorm_eps)
+    return LayerNorm(weight, bias, config.layernorm_eps)
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,7 @@ class GPT:
         self.slopes = None  # ALiBi's, [heads_local]
         if config.use_attention_linear_bias:
             self.slopes = alibi_slopes(config.head_num).chunk(parallel.tp)[parallel.tp_rank].to(device)
+        self.frequencies = rotation_frequencies(config).to(device)  # [rotary_embedding / 2]
         vocab_local = -(-config.vocab_size // parallel.tp)
         first_id = parallel.tp_rank * vocab_local
         wte = None
@@ -79,22 +92,22 @@ class GPT:
             self.embedding = VocabEmbedding(wte, first_id, comm)
             has_positions, has_layernorm = config.has_positional_encoding, config.has_pre_decoder_layernorm
             self.position_table = self._load(outer["wpe"]) if has_positions else None  # [max_pos_seq_len, hidden]
-            self.pre_decoder_layernorm = self._layernorm(outer, "pre_decoder_layernorm") if has_layernorm else None
+            self.pre_decoder_layernorm = self._norm(outer, "pre_decoder_layernorm") if has_layernorm else None
             progress()
         self.layers = []
         quantizer = Quantizer(reader, device) if int8_mode else None
         for layer in parallel.layers(config.num_layer):
-            weights = [
-                quantizer.read(spec) if quantizer is not None and spec.is_matrix else self._load(spec)
+            weights = {
+                spec.name.split(".", 2)[2]: quantizer.read(spec) if quantizer and spec.is_matrix else self._load(spec)
                 for spec in layer_specs(config, layer)
-            ]
+            }
             self.layers.append(Layer(config, comm, weights, self._is_packed))
             progress()
         if quantizer is not None:
             quantizer.report()
         if parallel.is_last_stage:
             has_layernorm = config.has_post_decoder_layernorm
-            self.final_layernorm = self._layernorm(outer, "final_layernorm") if has_layernorm else None
+            self.final_layernorm = self._norm(outer, "final_layernorm") if has_layernorm else None
             is_tied = not reader.has(outer["lm_head.weight"])
             if is_tied and wte is not None:
                 rows = wte
@@ -112,9 +125,9 @@ class GPT:
     def _load(self, spec: WeightSpec) -> torch.Tensor:
         return self._reader.read(spec).to(self.device)
 
-    def _layernorm(self, outer: dict[str, WeightSpec], name: str) -> LayerNorm:
-        weight, bias = (self._load(outer[f"{name}.{part}"]) for part in ("weight", "bias"))
-        return LayerNorm(weight, bias, self.config.layernorm_eps)
+    def _norm(self, outer: dict[str, WeightSpec], name: str) -> LayerNorm | RMSNorm:
+        bias = outer.get(f"{name}.bias")
+        return normalization(self.config, self._load(outer[f"{name}.weight"]), bias and self._load(bias))
 
     def _vocab_rows(self, spec: WeightSpec, first_id: int, count: int) -> torch.Tensor:
         """Rows [first_id, first_id + count) of a vocabulary table; rows past its end are zeros."""
@@ -136,9 +149,11 @@ class GPT:
         else:
             x = torch.empty(num_tokens, self.config.hidden, dtype=self.dtype, device=self.device)
             self.comm.receive_forward(x)
-        masks = score_masks(step.segments, self.slopes, self.dtype, self.device)
+        attention_step = AttentionStep.of(
+            step.positions, step.places, step.segments, self.slopes, self.frequencies, self.dtype
+        )
         for index, layer in enumerate(self.layers):
-            x = layer.forward(x, step, masks, cache.keys[index], cache.values[index])
+            x = layer.forward(x, attention_step, cache.keys[index], cache.values[index])
         if not parallel.is_last_stage:
             self.comm.send_forward(x)
             return None
@@ -158,55 +173,57 @@ class Layer:
     """
 
     def __init__(
-        self, config: ModelConfig, comm: Comm, weights: list[torch.Tensor | Int8Matrix], is_packed: bool
+        self, config: ModelConfig, comm: Comm, weights: dict[str, torch.Tensor | Int8Matrix], is_packed: bool
     ) -> None:
-        """weights: as `layer_specs` has them; its matrices may be int8."""
-        (ln1, ln1_bias, qkv, qkv_bias, dense, dense_bias, ln2, ln2_bias, up, up_bias, down, down_bias) = weights
+        """weights: by their names within a layer, as `layer_specs` has them; the matrices may be int8."""
+        self.group = config.head_num // config.kv_head_num
         self.head_dim = config.size_per_head
         self.is_post_layernorm = config.layernorm_type == "post_layernorm"
         self.is_residual_normed = config.apply_residual_connection_post_layernorm
-        self.input_layernorm = LayerNorm(ln1, ln1_bias, config.layernorm_eps)
-        self.post_attention_layernorm = LayerNorm(ln2, ln2_bias, config.layernorm_eps)
-        self.query_key_value = Linear(
-            qkv if isinstance(qkv, Int8Matrix) else qkv.flatten(1), qkv_bias.flatten(), is_packed
-        )
-        self.dense = RowParallelLinear(dense, dense_bias, is_packed, comm)
-        self.up = Linear(up, up_bias, is_packed)
-        self.activation = activation(config)
-        self.down = RowParallelLinear(down, down_bias, is_packed, comm)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        step: StepInput,
-        masks: list[torch.Tensor | None],
-        keys: torch.Tensor,
-        values: torch.Tensor,
-    ) -> torch.Tensor:
+        def norm(name: str) -> LayerNorm | RMSNorm:
+            return normalization(config, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+        def linear(name: str, kind: Callable[..., Linear]) -> Linear:
+            weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"].flatten()
+            return kind(weight if isinstance(weight, Int8Matrix) else weight.flatten(1), bias, is_packed)
+
+        self.input_layernorm = norm("input_layernorm")
+        self.post_attention_layernorm = norm("post_attention_layernorm")
+        self.query_key_value = linear("attention.query_key_value", Linear)
+        self.dense = linear("attention.dense", partial(RowParallelLinear, comm=comm))
+        self.up = linear("mlp.dense_h_to_4h", Linear)
+        self.activation = activation(config)
+        self.down = linear("mlp.dense_4h_to_h", partial(RowParallelLinear, comm=comm))
+
+    def forward(self, x: torch.Tensor, step: AttentionStep, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] → [tokens, hidden]; writes the tokens' keys and values into the cache."""
-        attention = partial(self.attention, step=step, masks=masks, keys=keys, values=values)
         if self.is_post_layernorm:
-            x = self.input_layernorm(x + attention(x))
+            x = self.input_layernorm(x + self.attention(x, step, keys, values))
             return self.post_attention_layernorm(x + self.mlp(x))
         normed = self.input_layernorm(x)
-        x = (normed if self.is_residual_normed else x) + attention(normed)
+        x = (normed if self.is_residual_normed else x) + self.attention(normed, step, keys, values)
         normed = self.post_attention_layernorm(x)
         return (normed if self.is_residual_normed else x) + self.mlp(normed)
 
-    def attention(
-        self,
-        x: torch.Tensor,
-        step: StepInput,
-        masks: list[torch.Tensor | None],
-        keys: torch.Tensor,
-        values: torch.Tensor,
-    ) -> torch.Tensor:
+    def attention(self, x: torch.Tensor, step: AttentionStep, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] → [tokens, hidden]"""
-        qkv = self.query_key_value(x).unflatten(-1, (3, -1, self.head_dim))  # [tokens, 3, heads_local, head_dim]
-        query, key, value = qkv.unbind(1)
+        query, key, value = self._split(self.query_key_value(x))
+        if step.rotation is not None:
+            query, key = rotate(query, step.rotation), rotate(key, step.rotation)
         keys[step.places] = key
         values[step.places] = value
-        return self.dense(attend(query, keys, values, step.segments, masks))
+        return self.dense(attend(query, keys, values, step))
+
+    def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries [tokens, heads_local, head_dim], keys and values [tokens, kv_heads_local, head_dim]."""
+        if self.group == 1:
+            return qkv.unflatten(-1, (3, -1, self.head_dim)).unbind(1)
+        grouped = qkv.unflatten(
+            -1, (-1, self.group + 2, self.head_dim)
+        )  # [tokens, kv_heads_local, group + 2, head_dim]
+        query, key, value = grouped.split([self.group, 1, 1], 2)
+        return query.flatten(1, 2), key.flatten(1, 2), value.flatten(1, 2)
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] → [tokens, hidden]"""

@@ -77,7 +77,7 @@ class TorchExecutor:
         shape = dict(
             num_layers=len(comm.parallel.layers(config.num_layer)),
             block_size=limits.block_size,
-            heads_local=config.head_num // comm.parallel.tp,
+            kv_heads_local=config.kv_head_num // comm.parallel.tp,
             head_dim=config.size_per_head,
             dtype=self.model.dtype,
         )

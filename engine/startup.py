@@ -183,6 +183,15 @@ def _what_fastertransformer_lacks(config: ModelConfig) -> str | None:
     """A sentence naming the key of what its op, or our driver of it, does not compute; None: it computes this model."""
     if config.apply_residual_connection_post_layernorm:
         return "apply_residual_connection_post_layernorm is True; FasterTransformer computes False only"
+    for key, known in (
+        ("normalization_type", ("layernorm",)),
+        ("activation_type", ("gelu", "relu")),
+        ("kv_head_num", (config.head_num,)),
+        ("rotary_embedding", (0,)),
+    ):
+        if getattr(config, key) not in known:
+            computed = " and ".join(map(str, known))
+            return f"{key} is {getattr(config, key)}; FasterTransformer's GPT computes {computed} only"
     if config.has_adapters:
         return "has_adapters is True; the fastertransformer engine loads no adapters"
     return None

@@ -62,27 +62,42 @@ _LAYER_PARTS = (
 
 
 def layer_specs(config: ModelConfig, layer: int) -> list[WeightSpec]:
-    """The twelve weights of one layer, in the op's order."""
+    """The twelve weights of one layer, in the op's order; ten with rmsnorm, which has no bias.
+
+    What FasterTransformer's op does not know is laid out as Megatron-core has it, so that ranks share it evenly:
+    grouped queries by their head of keys, its queries first, then the key, then the value; of a gated MLP's two
+    matrices the one under the activation first.
+    """
     h, i = config.hidden, config.inter_size
+    qkv: tuple[tuple[int, ...], int] = ((3, h), -1)
+    if config.kv_head_num != config.head_num:
+        group = config.head_num // config.kv_head_num + 2
+        qkv = (config.kv_head_num, group * config.size_per_head), -2
+    up = (2, i) if config.is_gated else (i,)
     shapes: dict[str, tuple[tuple[int, ...], int | None]] = {
-        "attention.query_key_value.weight": ((h, 3, h), -1),
-        "attention.query_key_value.bias": ((3, h), -1),
+        "attention.query_key_value.weight": ((h, *qkv[0]), qkv[1]),
+        "attention.query_key_value.bias": qkv,
         "attention.dense.weight": ((h, h), 0),
-        "mlp.dense_h_to_4h.weight": ((h, i), -1),
-        "mlp.dense_h_to_4h.bias": ((i,), -1),
+        "mlp.dense_h_to_4h.weight": ((h, *up), -1),
+        "mlp.dense_h_to_4h.bias": (up, -1),
         "mlp.dense_4h_to_h.weight": ((i, h), 0),
     }
-    return [WeightSpec(f"layers.{layer}.{part}", *shapes.get(part, ((h,), None))) for part in _LAYER_PARTS]
+    return [
+        WeightSpec(f"layers.{layer}.{part}", *shapes.get(part, ((h,), None)))
+        for part in _LAYER_PARTS
+        if config.normalization_type == "layernorm" or not part.endswith("layernorm.bias")
+    ]
 
 
 def outer_specs(config: ModelConfig) -> list[WeightSpec]:
     """The weights outside the layers, in the op's order; `lm_head.weight` may be absent on disk (tied)."""
     h = config.hidden
     specs = []
+    kinds = ("weight", "bias") if config.normalization_type == "layernorm" else ("weight",)
     if config.has_pre_decoder_layernorm:
-        specs += [WeightSpec(f"pre_decoder_layernorm.{part}", (h,)) for part in ("weight", "bias")]
+        specs += [WeightSpec(f"pre_decoder_layernorm.{kind}", (h,)) for kind in kinds]
     if config.has_post_decoder_layernorm:
-        specs += [WeightSpec(f"final_layernorm.{part}", (h,)) for part in ("weight", "bias")]
+        specs += [WeightSpec(f"final_layernorm.{kind}", (h,)) for kind in kinds]
     if config.has_positional_encoding:
         specs.append(WeightSpec("wpe", (config.max_pos_seq_len, h)))
     return [

@@ -15,7 +15,7 @@ from typing import Any
 
 from readers import tokens
 from readers.archive import file_place
-from readers.sharded import Settings, ShardedReader, SourceOptions, gelu
+from readers.sharded import Settings, ShardedReader, SourceOptions, gelu, query_groups, rotation
 from readers.shards import Shards, Trained, find_grid
 from readers.tokens import CheckpointTokenizer
 from readers.torchfile import StandIn, load
@@ -26,14 +26,12 @@ _QKV_ORDERS = {0: "3nd", 1.0: "nd3", 2.0: "n3d", 3.0: "n3d"}
 # As in readers.nemo; absent arguments are those of versions that could not do otherwise.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
     "apply_residual_connection_post_layernorm": (False,),
-    "normalization": ("LayerNorm",),
-    "position_embedding_type": ("learned_absolute",),
-    "use_rotary_position_embeddings": (False,),
-    "add_position_embedding": (True,),
-    "swiglu": (False,),
-    "squared_relu": (False,),
+    "normalization": ("LayerNorm", "RMSNorm"),
+    "position_embedding_type": ("learned_absolute", "rope"),
+    "use_rope_scaling": (False,),
+    "no_rope_freq": (None,),
+    "window_size": (None,),
     "quick_geglu": (False,),
-    "group_query_attention": (False,),
     "multi_latent_attention": (False,),
     "qk_layernorm": (False,),
     "num_experts": (1,),
@@ -115,8 +113,11 @@ class MegatronReader(ShardedReader):
         if version not in _QKV_ORDERS:
             known = ", ".join(map(str, _QKV_ORDERS))
             raise ValueError(f"{self._grid[0][0].name}: checkpoint_version is {version!r}; supported: {known}")
+        heads = self._num_heads()
+        is_grouped = settings.get("group_query_attention", False)
         return Trained(
-            heads=self._num_heads(),
+            heads=heads,
+            kv_heads=query_groups(settings, heads) if is_grouped else heads,
             qkv_order=_QKV_ORDERS[version],
             norms_around_zero=bool(settings.get("apply_layernorm_1p", False)),
             has_biases=bool(settings.get("add_bias_linear", True)),
@@ -144,16 +145,29 @@ class MegatronReader(ShardedReader):
         if hidden % heads:
             raise ValueError(f"{settings.name}: {heads} attention heads do not divide hidden size {hidden}")
         settings.require("kv_channels", hidden // heads)
+        activations = [name for name in ("swiglu", "squared_relu") if settings.get(name, False)]
         is_fused = settings.get("bias_gelu_fusion", not settings.values)  # the first versions knew the tanh form only
         eps = "norm_epsilon" if "norm_epsilon" in settings.values else "layernorm_epsilon"
-        return {
+        shape = {
             "head_num": heads,
+            "kv_head_num": self.trained.kv_heads,
             "size_per_head": hidden // heads,
-            "inter_size": settings.size("ffn_hidden_size", inter[0]),
+            "inter_size": settings.size("ffn_hidden_size", inter[0] // (1 + ("swiglu" in activations))),
             "num_layer": settings.size("num_layers", self.shards.num_layers),
             "layernorm_eps": settings.fraction(eps, 1e-5),
-            **gelu(is_fused and self.trained.has_biases, bool(settings.get("openai_gelu", False))),
+            "normalization_type": settings.get("normalization", "LayerNorm").lower(),
         }
+        if activations:
+            shape["activation_type"] = activations[0]
+        else:
+            shape |= gelu(is_fused and self.trained.has_biases, bool(settings.get("openai_gelu", False)))
+        if settings.get("position_embedding_type") == "rope" or settings.get("use_rotary_position_embeddings", False):
+            shape |= rotation(settings, hidden // heads, "rotary_percent", "rotary_seq_len_interpolation_factor")
+            # The modules before Megatron-core add a table of positions as well unless they are told not to.
+            shape["has_positional_encoding"] = self.shards.whole_shape("wpe") is not None
+        else:
+            settings.require("add_position_embedding", True)
+        return shape
 
     @cached_property
     def tokenizer(self) -> CheckpointTokenizer:

@@ -19,7 +19,7 @@ import yaml
 
 from readers import tokens
 from readers.archive import Place, archive_files, folder_files
-from readers.sharded import Settings, ShardedReader, SourceOptions, gelu
+from readers.sharded import Settings, ShardedReader, SourceOptions, gelu, query_groups, rotation
 from readers.shards import Shards, Trained, find_grid
 from readers.tokens import CheckpointTokenizer
 from readers.torchfile import load, plain
@@ -29,7 +29,10 @@ _WEIGHTS = "model_weights.ckpt"
 _LIGHTNING = re.compile(r".*last\.ckpt")
 # Settings of variants that compute something else: the values that are served, the default first.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
-    "position_embedding_type": ("learned_absolute",),
+    "position_embedding_type": ("learned_absolute", "rope"),
+    "scale_positional_embedding": (False,),
+    "mcore_customization_config": ({},),
+    "window_size": (None,),
     "transformer_block_type": ("pre_ln",),
     "attention_type": ("multihead",),
     "normalize_attention_scores": (True,),
@@ -42,6 +45,8 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
     "drop_layers": ([],),
     "virtual_pipeline_model_parallel_size": (1,),
 }
+_ACTIVATIONS = {"gelu": "gelu", "squared-relu": "squared_relu", "swiglu": "swiglu", "fast-swiglu": "swiglu"}
+_NORMALIZATIONS = {"layernorm": "layernorm", "layernorm1p": "layernorm", "rmsnorm": "rmsnorm"}
 _ARTIFACTS = {"model": "*.model", "vocab_file": "*vocab*", "merge_file": "*merge*.txt"}  # FasterTransformer's patterns
 _GPT2_TYPES = ("GPT2BPETokenizer", "megatron-gpt-345m")
 
@@ -127,41 +132,55 @@ class NemoReader(ShardedReader):
     @cached_property
     def trained(self) -> Trained:
         settings = self.settings
-        norm = settings.get("normalization", "layernorm")
-        norm = norm.lower() if isinstance(norm, str) else norm
-        if norm not in ("layernorm", "layernorm1p"):
-            raise ValueError(
-                f"{settings.name}: normalization is {reprlib.repr(norm)}; supported: layernorm, layernorm1p"
-            )
+        heads = settings.size("num_attention_heads")
         return Trained(
-            heads=settings.size("num_attention_heads"),
-            norms_around_zero=norm == "layernorm1p" or bool(settings.get("layernorm_zero_centered_gamma", False)),
+            heads=heads,
+            kv_heads=query_groups(settings, heads, heads),
+            norms_around_zero=self._normalization() == "layernorm1p"
+            or bool(settings.get("layernorm_zero_centered_gamma", False)),
             has_biases=settings.require("bias", True, False),
             ties_head=settings.require("share_embeddings_and_output_weights", True, False),
         )
+
+    def _normalization(self) -> str:
+        norm = self.settings.get("normalization", "layernorm")
+        name = norm.lower() if isinstance(norm, str) else norm
+        if name not in _NORMALIZATIONS:
+            raise ValueError(
+                f"{self.settings.name}: normalization is {reprlib.repr(norm)}; supported: {', '.join(_NORMALIZATIONS)}"
+            )
+        return name
 
     def shape(self) -> dict[str, Any]:
         settings = self.settings
         for key, allowed in _REQUIRED.items():
             settings.require(key, *allowed)
-        settings.require("activation", "gelu")
+        activation = settings.require("activation", *_ACTIVATIONS)
         heads, hidden = self.trained.heads, settings.size("hidden_size")
         if hidden % heads:
             raise ValueError(f"{settings.name}: num_attention_heads {heads} does not divide hidden_size {hidden}")
-        settings.require("num_query_groups", heads)
         settings.require("kv_channels", hidden // heads)
         has_biases = self.trained.has_biases
         if not has_biases:
             settings.require("qkv_bias", False)
         is_fused = settings.get("bias_activation_fusion", settings.get("bias_gelu_fusion", True)) and has_biases
-        return {
+        shape = {
             "head_num": heads,
+            "kv_head_num": self.trained.kv_heads,
             "size_per_head": hidden // heads,
             "inter_size": settings.size("ffn_hidden_size", 4 * hidden),
             "num_layer": settings.size("num_layers"),
             "layernorm_eps": settings.fraction("layernorm_epsilon", 1e-5),
-            **gelu(is_fused, bool(settings.get("openai_gelu", False))),
+            "normalization_type": _NORMALIZATIONS[self._normalization()],
         }
+        if activation == "gelu":
+            shape |= gelu(is_fused, bool(settings.get("openai_gelu", False)))
+        else:
+            settings.require("openai_gelu", False)
+            shape["activation_type"] = _ACTIVATIONS[activation]
+        if settings.get("position_embedding_type") == "rope":
+            shape |= rotation(settings, hidden // heads, "rotary_percentage", "seq_len_interpolation_factor")
+        return shape
 
     @cached_property
     def tokenizer(self) -> CheckpointTokenizer:

@@ -5,6 +5,7 @@ A reader of one of the two finds the files, the settings and the tokenizer; the 
 
 from __future__ import annotations
 
+import math
 import reprlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,13 @@ class Settings:
             raise ValueError(f"{self.name}: {key} is {reprlib.repr(value)}; it must lie between 0 and 1")
         return number
 
+    def positive(self, key: str, default: float) -> float:
+        """A number above 0. Raises ValueError."""
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{self.name}: {key} is {reprlib.repr(value)}; it must be a number above 0")
+        return float(value)
+
 
 class ShardedReader:
     """Reads a GPT that was trained with Megatron's modules. A subclass gives the attributes below, each read once."""
@@ -85,7 +93,9 @@ class ShardedReader:
         for key, found in (("num_layer", self.shards.num_layers), ("head_num", self.trained.heads)):
             if shape[key] != found:
                 raise ValueError(f"{self.settings.name}: {key} is {shape[key]}; the weight files hold {found}")
-        vocab_size, max_pos_seq_len = (self._rows(name, shape) for name in ("wte", "wpe"))
+        vocab_size = self._rows("wte", shape)
+        if shape.get("has_positional_encoding", True):
+            shape["max_pos_seq_len"] = self._rows("wpe", shape)
         tokenizer = self.tokenizer
         ids = {"start_id": tokenizer.start_id, "end_id": tokenizer.end_id}
         if max(len(tokenizer.tokenizer) - 1, *ids.values()) >= vocab_size:
@@ -95,7 +105,6 @@ class ShardedReader:
         return ModelConfig(
             model_name=model_name,
             vocab_size=vocab_size,
-            max_pos_seq_len=max_pos_seq_len,
             weight_data_type=weight_data_type,
             tensor_para_size=tp,
             **ids,
@@ -121,6 +130,30 @@ class ShardedReader:
         if len(whole) != 2 or whole[1] != hidden:
             raise ValueError(f"{self.settings.name}: hidden size {hidden}; {name} has shape {list(whole)}")
         return whole[0]
+
+
+def query_groups(settings: Settings, heads: int, default: int | None = None) -> int:
+    """Heads of keys and values, num_query_groups. Raises ValueError."""
+    groups = settings.size("num_query_groups", default)
+    if heads % groups:
+        raise ValueError(f"{settings.name}: num_query_groups is {groups}; it must divide the {heads} attention heads")
+    return groups
+
+
+def rotation(settings: Settings, head_dim: int, share_key: str, factor_key: str) -> dict[str, Any]:
+    """ModelConfig's rotary fields; settings: what share of a head is turned, the base, and what divides positions.
+
+    max_pos_seq_len is the length of training, which such a model may leave behind. Raises ValueError.
+    """
+    settings.require("rotary_interleaved", False)
+    share = 1 if settings.get(share_key, 1) == 1 else settings.fraction(share_key, 1)
+    return {
+        "has_positional_encoding": False,
+        "rotary_embedding": int(head_dim * share),
+        "rotary_base": settings.positive("rotary_base", 10000),
+        "rotary_interpolation_factor": settings.positive(factor_key, 1),
+        "max_pos_seq_len": settings.size("max_position_embeddings"),
+    }
 
 
 def gelu(is_fused: bool, is_openai: bool) -> dict[str, str]:

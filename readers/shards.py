@@ -12,8 +12,9 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from math import prod
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ _LAYER_NAMES = {
             "mlp.linear_fc1.layer_norm_{}",
         ),
         "mlp.dense_h_to_4h": ("mlp.dense_h_to_4h.{}", "mlp.linear_fc1.{}"),
+        "mlp.dense_h_to_4h_2": ("mlp.dense_h_to_4h_2.{}",),
         "mlp.dense_4h_to_h": ("mlp.dense_4h_to_h.{}", "mlp.linear_fc2.{}"),
     }.items()
     for pattern in patterns
@@ -71,6 +73,7 @@ _TRAINED_AXES = {
     "mlp.dense_h_to_4h.bias": 0,
     "mlp.dense_4h_to_h.weight": 1,
 }
+_IGNORED = "rotary_pos_emb.inv_freq"  # follows from the settings
 _FLOATS = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _REOPEN_BYTES = 64 << 20  # as in readers.checkpoint: pages of a mapping count until it goes
 _log = logging.getLogger("convert")
@@ -78,9 +81,14 @@ _log = logging.getLogger("convert")
 
 @dataclass(frozen=True)
 class Trained:
-    """How the tensors are to be read. qkv_order: the axes of a query_key_value's rows, of 3, n heads, d elements."""
+    """How the tensors are to be read.
+
+    qkv_order: the axes of a query_key_value's rows, of 3, n heads, d elements; where there are fewer kv_heads than
+    heads, it is by head of keys: its queries, the key, the value.
+    """
 
     heads: int
+    kv_heads: int
     qkv_order: str = "n3d"  # checkpoint_version 2 and later; 3nd: 0, nd3: 1
     norms_around_zero: bool = False  # LayerNorm1P: what is stored is the scale - 1
     has_biases: bool = True
@@ -209,12 +217,22 @@ class Shards:
         for tp_rank, place in enumerate(self._grid[pp_rank]):
             mine = {}
             for stored, tensor in self._tensors(pp_rank, tp_rank, by_table_name=False):
+                if stored.endswith(_IGNORED):
+                    continue
                 name = _table_name(stored)
                 if name is None:
                     raise ValueError(f"{place.name}: unexpected tensor {stored}; it is no part of Megatron's GPT")
                 if name in mine:
                     raise ValueError(f"{place.name}: holds both {mine[name].stored} and {stored}")
                 mine[name] = Shard(stored, tuple(tensor.shape), tensor.dtype)
+            for name in [name for name in mine if _second(name) in mine]:
+                second = mine.pop(_second(name))
+                if second.shape != mine[name].shape:
+                    raise ValueError(
+                        f"{place.name}: tensor {second.stored} is {list(second.shape)}, and {mine[name].stored} is "
+                        f"{list(mine[name].shape)}"
+                    )
+                mine[name] = replace(mine[name], shape=(2 * second.shape[0], *second.shape[1:]))
             if tp_rank and mine.keys() != stage.keys():
                 name = next(name for name in (*mine, *stage) if (name in mine) != (name in stage))
                 has, lacks = (place, self._grid[pp_rank][0]) if name in mine else (self._grid[pp_rank][0], place)
@@ -252,10 +270,11 @@ class Shards:
         axis = _TRAINED_AXES.get(_part(spec.name))
         shape = _stored_shape(spec)
         if axis is not None:
-            if shape[axis] % self.tp or "query_key_value" in spec.name and trained.heads % self.tp:
+            shared = shape[axis] if spec.split_axis is None else spec.shape[spec.split_axis]
+            if shared % self.tp or "query_key_value" in spec.name and trained.kv_heads % self.tp:
                 raise ValueError(
                     f"{self._grid[0][0].name}: trained on {self.tp} tensor-parallel ranks, which "
-                    f"do not divide {spec.name} of shape {list(shape)} with {trained.heads} heads"
+                    f"do not divide {spec.name} of shape {list(shape)} with {trained.kv_heads} heads"
                 )
             shape = (*shape[:axis], shape[axis] // self.tp, *shape[axis + 1 :])
         of_others = f" (of {self.tp} shards)" if axis is not None and self.tp > 1 else ""
@@ -270,14 +289,21 @@ class Shards:
     def _load(self, spec: WeightSpec, pp_rank: int, local: str, axis: int | None, trained: Trained) -> torch.Tensor:
         """One weight as the table has it, out of every tensor-parallel rank's shard."""
         parts = [self._tensor(pp_rank, tp_rank, local) for tp_rank in range(self.tp)]
+        is_interleaved = "query_key_value" in spec.name and trained.kv_heads == trained.heads
+        row_axes = _row_axes(spec)
         if axis is None:
             self._compare(parts, pp_rank, local)
             parts = parts[:1]
-        elif "query_key_value" in spec.name:
+        elif is_interleaved:
             parts, axis = [_by_head(part, trained.qkv_order, trained.heads // self.tp) for part in parts], 1
+        elif row_axes:
+            axis = spec.split_axis % len(row_axes)
+            sizes = [size // self.tp if index == axis else size for index, size in enumerate(row_axes)]
+            parts = [part.unflatten(0, sizes) for part in parts]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
-        if "query_key_value" in spec.name:  # [3, heads, head_dim, in] → [in, 3, hidden]
+        if is_interleaved:  # [3, heads, head_dim, ...] → [3, hidden, ...]
             whole = whole.flatten(1, 2)
+        if row_axes:
             return whole.movedim(-1, 0) if spec.name.endswith("weight") else whole
         if "layernorm.weight" in spec.name and trained.norms_around_zero:
             return whole.float() + 1
@@ -302,7 +328,10 @@ class Shards:
             self._read_bytes = 0
         if (pp_rank, tp_rank) not in self._open:
             self._open[pp_rank, tp_rank] = dict(self._tensors(pp_rank, tp_rank, by_table_name=True))
-        tensor = self._open[pp_rank, tp_rank][name]
+        tensors_here = self._open[pp_rank, tp_rank]
+        tensor = tensors_here[name]
+        if _second(name) in tensors_here:
+            tensor = torch.cat([tensor, tensors_here[_second(name)]])
         if self._is_mapped:  # else the file is in memory whole, and would be read anew
             self._read_bytes += tensor.nbytes
         return tensor
@@ -330,11 +359,21 @@ def _part(name: str) -> str:
 
 
 def _stored_shape(spec: WeightSpec) -> tuple[int, ...]:
-    """The whole weight's shape as Megatron keeps it: [out, in], the three of q, k and v in one axis with heads."""
-    if "query_key_value" in spec.name:
-        hidden = spec.shape[-1]
-        return (3 * hidden, hidden) if spec.name.endswith("weight") else (3 * hidden,)
+    """The whole weight's shape as Megatron keeps it: [out, in]."""
+    if row_axes := _row_axes(spec):
+        return (prod(row_axes), spec.shape[0]) if spec.name.endswith("weight") else (prod(row_axes),)
     return spec.shape if spec.name in ("wte", "wpe", _HEAD) else spec.shape[::-1]
+
+
+def _row_axes(spec: WeightSpec) -> tuple[int, ...]:
+    """The table's axes that Megatron's [out, ...] has as one, where there are several: of q, k, v and of a gate."""
+    axes = spec.shape[1:] if spec.name.endswith("weight") else spec.shape
+    return axes if len(axes) > 1 and spec.name.startswith("layers.") else ()
+
+
+def _second(name: str) -> str:
+    """The other matrix of a gated MLP, which NeMo's first such models keep apart; its rows follow the gate's."""
+    return name.replace("mlp.dense_h_to_4h.", "mlp.dense_h_to_4h_2.") if "mlp.dense_h_to_4h." in name else ""
 
 
 def _by_head(part: torch.Tensor, order: str, heads: int) -> torch.Tensor:

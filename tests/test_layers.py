@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.attention import attend, score_masks
+from engine.attention import AttentionStep, attend
 from engine.cache import KVCache
 from engine.config import ModelConfig, ParallelConfig
 from engine.layers import Linear, LMHead, RowParallelLinear, VocabEmbedding, can_pack
@@ -113,8 +113,9 @@ def test_attention_of_a_ragged_batch(is_scattered: bool) -> None:
         expected.append(attention_by_definition(q, k, v).reshape(length, 16))
         row += length
     assert isinstance(segments[0].places, slice) != is_scattered
-    masks = score_masks(segments, None, torch.float32, CPU)
-    ours = attend(torch.tensor(np.concatenate(queries)).float(), cache.keys[0], cache.values[0], segments, masks)
+    nowhere = torch.zeros(row, dtype=torch.int64)
+    step = AttentionStep.of(nowhere, nowhere, segments, None, torch.empty(0), torch.float32)
+    ours = attend(torch.tensor(np.concatenate(queries)).float(), cache.keys[0], cache.values[0], step)
     np.testing.assert_allclose(ours.numpy(), np.concatenate(expected), atol=2e-6)
 
 

@@ -187,15 +187,22 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         dict(edit=lambda folder: (folder / ITERATION / "metadata.json").touch()),
         "{i}: a distributed checkpoint; only model(?:_optim)?_rng\\.pt files are supported",
     ),
-    "swiglu": (dict(swiglu=True), "{f}: args: swiglu is True; supported: False"),
-    "rotary positions": (
-        dict(position_embedding_type="rope"),
-        "{f}: args: position_embedding_type is 'rope'; supported: learned_absolute",
+    "quick gelu": (dict(quick_geglu=True), "{f}: args: quick_geglu is True; supported: False"),
+    "positions": (
+        dict(position_embedding_type="mrope"),
+        "{f}: args: position_embedding_type is 'mrope'; supported: learned_absolute, rope",
     ),
-    "rmsnorm": (dict(normalization="RMSNorm"), "{f}: args: normalization is 'RMSNorm'; supported: LayerNorm"),
+    "scaled positions": (
+        dict(position_embedding_type="rope", use_rope_scaling=True),
+        "{f}: args: use_rope_scaling is True; supported: False",
+    ),
+    "normalization": (
+        dict(normalization="L2Norm"),
+        "{f}: args: normalization is 'L2Norm'; supported: LayerNorm, RMSNorm",
+    ),
     "grouped queries": (
-        dict(group_query_attention=True),
-        "{f}: args: group_query_attention is True; supported: False",
+        dict(group_query_attention=True, num_query_groups=3),
+        "{f}: args: num_query_groups is 3; it must divide the 4 attention heads",
     ),
     "no tokenizer": (
         dict(edit=lambda folder: (folder / "merges.txt").unlink()),

@@ -515,17 +515,55 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         grid(2, served_tp=3),
         "tp 3 does not divide this model's 4 heads and inter_size 96; possible: 1, 2, 4",
     ),
-    "activation": (setting(activation="fast-swiglu"), "{c}: activation is 'fast-swiglu'; supported: gelu"),
-    "squared relu": (setting(activation="squared-relu"), "{c}: activation is 'squared-relu'; supported: gelu"),
-    "rotary positions": (
+    "activation": (
+        setting(activation="geglu"),
+        "{c}: activation is 'geglu'; supported: gelu, squared-relu, swiglu, fast-swiglu",
+    ),
+    "gate that is not there": (
+        setting(activation="fast-swiglu"),
+        "{w}: tensor {layer0}mlp.dense_h_to_4h.weight has shape [96, 32]; the settings ask for [192, 32]",
+    ),
+    "positions": (
+        setting(position_embedding_type="alibi"),
+        "{c}: position_embedding_type is 'alibi'; supported: learned_absolute, rope",
+    ),
+    "rotary positions and a table of positions": (
         setting(position_embedding_type="rope"),
-        "{c}: position_embedding_type is 'rope'; supported: learned_absolute",
+        "{w}: unexpected tensor model.language_model.embedding.position_embeddings.weight; "
+        "the model of 4 layers has none such",
     ),
-    "rmsnorm": (
+    "share of a head": (
+        setting(position_embedding_type="rope", rotary_percentage=1.5),
+        "{c}: rotary_percentage is 1.5; it must lie between 0 and 1",
+    ),
+    "rotary base": (
+        setting(position_embedding_type="rope", rotary_base=-1),
+        "{c}: rotary_base is -1; it must be a number above 0",
+    ),
+    "interleaved pairs": (
+        setting(position_embedding_type="rope", rotary_interleaved=True),
+        "{c}: rotary_interleaved is True; supported: False",
+    ),
+    "scaled positions": (
+        setting(scale_positional_embedding=True),
+        "{c}: scale_positional_embedding is True; supported: False",
+    ),
+    "normalization": (
+        setting(normalization="low_precision_layernorm"),
+        "{c}: normalization is 'low_precision_layernorm'; supported: layernorm, layernorm1p, rmsnorm",
+    ),
+    "rmsnorm with biases": (
         setting(normalization="rmsnorm"),
-        "{c}: normalization is 'rmsnorm'; supported: layernorm, layernorm1p",
+        "{w}: unexpected tensor {layer0}input_layernorm.bias; the model of 4 layers has none such",
     ),
-    "grouped queries": (setting(num_query_groups=2), "{c}: num_query_groups is 2; supported: 4"),
+    "grouped queries": (
+        setting(num_query_groups=3),
+        "{c}: num_query_groups is 3; it must divide the 4 attention heads",
+    ),
+    "groups that are not there": (
+        setting(num_query_groups=2),
+        "{w}: tensor {layer0}self_attention.query_key_value.weight has shape [96, 32]; the settings ask for [64, 32]",
+    ),
     "experts": (setting(num_moe_experts=8), "{c}: num_moe_experts is 8; supported: 1"),
     "heads": (setting(num_attention_heads=5), "{c}: num_attention_heads 5 does not divide hidden_size 32"),
     "size": (setting(num_layers="four"), "{c}: num_layers is 'four'; it must be a whole number of at least 1"),
@@ -637,6 +675,7 @@ def test_broken_source_gets_one_sentence(tmp_path: Path, capsys: pytest.CaptureF
         c=f"{archive}: model_config.yaml",
         w=f"{archive}: {WEIGHTS}",
         layer=LAYER,
+        layer0=LAYER.replace(".1.", ".0."),
         limit=f"{20 * archive.stat().st_size + (16 << 20):,}",
     )
     output, errors = capsys.readouterr()

@@ -141,11 +141,9 @@ def test_memory_is_a_byte_a_weight() -> None:
 # --- in the engine ---
 
 
-@pytest.fixture(scope="module")
-def dequantized(converted: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model's folder with the values that int8 stands for in its files, by numpy."""
-    folder = tmp_path_factory.mktemp("dequantized") / "1-gpu"
-    shutil.copytree(converted(1), folder)
+def write_dequantized(original: Path, folder: Path) -> Path:
+    """A copy of a folder for tp 1 with the values that int8 stands for in its files, by numpy."""
+    shutil.copytree(original, folder)
     config = ModelConfig.read(folder / "config.ini")
     for layer in range(config.num_layer):
         for spec in layer_specs(config, layer):
@@ -155,6 +153,11 @@ def dequantized(converted: Callable[[int], Path], tmp_path_factory: pytest.TempP
                 integers, scales = by_definition(weight)
                 (integers * scales).tofile(path)
     return folder
+
+
+@pytest.fixture(scope="module")
+def dequantized(converted: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dequantized(converted(1), tmp_path_factory.mktemp("dequantized") / "1-gpu")
 
 
 def test_shards_are_the_whole_matrix_quantized(converted: Callable[[int], Path]) -> None:
