@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from engine.cache import Segment
+from engine.cache import Decodes, Segment
 from engine.config import ModelConfig
+from kernels.decode_attention import decode_attention
 
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each [tokens, 1, rotary_embedding / 2] fp32
 
@@ -45,9 +48,17 @@ def rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
 
+class Prompts(NamedTuple):
+    """Whole prompts, one after another, that torch's flash attention takes all at once."""
+
+    first_row: int
+    ends: torch.Tensor  # [prompts + 1] int32: 0, then how many tokens there are up to each one's end
+    longest: int
+
+
 @dataclass(frozen=True)
 class AttentionStep:
-    """What attention needs of one step, the same in every layer.
+    """What attention needs of one step, the same in every layer: its rows are `decodes`, `segments`, `prompts`.
 
     masks: what each segment's scores are masked with; None: nothing beyond plain causality. With ALiBi's slopes
     [heads_local] fp32 it is slope · (key's position − query's), to be added, -inf for a key that follows:
@@ -56,27 +67,47 @@ class AttentionStep:
     """
 
     places: torch.Tensor  # [tokens] int64, where the tokens' keys and values go in the flat cache
+    decodes: Decodes | None  # where a kernel takes them
     segments: list[Segment]
     masks: list[torch.Tensor | None]
+    prompts: Prompts | None
     rotation: Rotation | None
+    slopes: torch.Tensor | None
 
     @classmethod
     def of(
         cls,
         positions: torch.Tensor,
         places: torch.Tensor,
+        decodes: Decodes | None,
         segments: list[Segment],
         slopes: torch.Tensor | None,
         frequencies: torch.Tensor,
         dtype: torch.dtype,
     ) -> AttentionStep:
         """positions: [tokens] int64, each token's in its own request; frequencies: of `rotation_frequencies`."""
+        prompts = None
+        if positions.device.type == "cuda" and slopes is None and dtype != torch.float32:
+            segments, prompts = _split_prompts(segments, positions.device)
         masks = [_score_mask(segment, slopes, dtype, positions.device) for segment in segments]
         rotation = None
         if len(frequencies):
             angles = positions[:, None, None] * frequencies
             rotation = angles.cos(), angles.sin()
-        return cls(places, segments, masks, rotation)
+        return cls(places, decodes, segments, masks, prompts, rotation, slopes)
+
+
+def _split_prompts(segments: list[Segment], device: torch.device) -> tuple[list[Segment], Prompts | None]:
+    """The segments before the last ones that are whole prompts, and those."""
+    count = 0
+    while count < len(segments) and segments[-count - 1].start == 0:
+        count += 1
+    if count == 0:
+        return segments, None
+    rest, whole = segments[:-count], segments[-count:]
+    lengths = [segment.length for segment in whole]
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+    return rest, Prompts(whole[0].first_row, ends, max(lengths))
 
 
 def _score_mask(
@@ -94,21 +125,45 @@ def _score_mask(
     return (mask if device.type == "cpu" else mask.to(dtype))[None]  # a CPU adds fp32 to scores of any dtype
 
 
-def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: AttentionStep) -> torch.Tensor:
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    step: AttentionStep,
+) -> torch.Tensor:
     """softmax(q · kᵀ / √head_dim + mask) · v for each request's new tokens over all of its tokens so far.
 
-    query: [tokens, heads_local, head_dim]; keys, values: this layer's flat cache [places, kv_heads_local, head_dim],
-    the new tokens' entries written already; each of its heads serves the queries of heads_local / kv_heads_local
-    heads that follow one another. Returns [tokens, heads_local · head_dim].
+    query: [tokens, heads_local, head_dim]; key, value: [tokens, kv_heads_local, head_dim]; keys, values: this layer's
+    flat cache [places, kv_heads_local, head_dim], the new tokens' entries written already. Each head of keys serves
+    the queries of heads_local / kv_heads_local heads that follow one another. Returns [tokens, heads_local · head_dim].
     """
-    out = torch.empty_like(query)
-    is_grouped = query.shape[1] != keys.shape[1]
+    parts = []
+    if step.decodes is not None:
+        parts.append(decode_attention(query[: len(step.decodes.slots)], keys, values, *step.decodes, step.slopes))
     for segment, mask in zip(step.segments, step.masks, strict=True):
         rows = slice(segment.first_row, segment.first_row + segment.length)
-        q = query[rows].transpose(0, 1)[None]  # [1, heads_local, length, head_dim]
-        k = keys[segment.places].transpose(0, 1)[None]  # [1, kv_heads_local, kv_len, head_dim]
-        v = values[segment.places].transpose(0, 1)[None]
-        is_causal = mask is None and segment.length > 1
-        attended = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=is_grouped)
-        out[rows] = attended[0].transpose(0, 1)
-    return out.flatten(1)
+        parts.append(_attend_segment(query[rows], keys[segment.places], values[segment.places], mask))
+    if step.prompts is not None:
+        first, ends, longest = step.prompts
+        lengths = (ends, ends, longest, longest)
+        own = (part[first:] for part in (query, key, value))
+        parts.append(torch.ops.aten._flash_attention_forward(*own, *lengths, 0.0, True, False)[0])
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
+
+
+def _attend_segment(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """[length, heads_local, head_dim] over [kv_len, kv_heads_local, head_dim] → as query"""
+    q, k, v = (part.transpose(0, 1)[None] for part in (query, keys, values))  # [1, heads, length or kv_len, head_dim]
+    is_grouped = q.shape[1] != k.shape[1]
+    if is_grouped and q.device.type == "cuda":
+        # Of torch's attention on a GPU, only flash takes groups, without masks and in 16 bits; another would hold all
+        # scores at once: 37 GiB for 8192 tokens over 16384 with 32 heads.
+        k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (k, v))
+        is_grouped = False
+    is_causal = mask is None and len(query) > 1
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=is_grouped)
+    return out[0].transpose(0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +27,21 @@ class Segment:
         return self.kv_len - self.length
 
 
+class Decodes(NamedTuple):
+    """Rows of one new token each, as kernels.decode_attention takes them."""
+
+    table: torch.Tensor  # [slots, max_seq_len] int32
+    slots: torch.Tensor  # [rows] int64
+    positions: torch.Tensor  # [rows] int64
+    counters: torch.Tensor
+
+
 class KVCache:
-    """Keys and values, flat: [num_blocks · block_size, kv_heads_local, head_dim] for each layer of the stage."""
+    """Keys and values, flat: [num_blocks · block_size + 1, kv_heads_local, head_dim] for each layer of the stage.
+
+    The last place is nobody's: rows that only fill a batch up write there. On a GPU, `table` [slots + 1, max_seq_len]
+    int32 has every slot's places, and its last row that place.
+    """
 
     def __init__(
         self,
@@ -38,12 +52,18 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        num_slots: int = 0,
+        max_seq_len: int = 0,
     ) -> None:
-        shape = (num_blocks * block_size, kv_heads_local, head_dim)
+        shape = (num_blocks * block_size + 1, kv_heads_local, head_dim)
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.block_size = block_size
         self.device = device
+        self.table = None
+        if device.type == "cuda":
+            size = (num_slots + 1, max_seq_len)
+            self.table = torch.full(size, num_blocks * block_size, dtype=torch.int32, device=device)
         self._places: dict[int, np.ndarray] = {}  # slot -> flat cache position of each of its tokens
         self._run_len: dict[int, int] = {}  # slot -> how many of its first positions follow one another
 
@@ -94,3 +114,8 @@ class KVCache:
         breaks = np.flatnonzero(np.diff(places) != 1)
         self._places[slot] = places
         self._run_len[slot] = int(breaks[0]) + 1 if len(breaks) else len(places)
+        if self.table is not None:
+            count = min(len(places), self.table.shape[1])
+            self.table[slot, :count] = torch.from_numpy(places[:count].astype(np.int32)).to(
+                self.device, non_blocking=True
+            )

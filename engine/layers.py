@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from engine.comm import Comm
 from engine.quantization import Int8Matrix, product
+from kernels.add_norm import add_norm
 
 # Rows for which oneDNN chooses the packed layout. Measured at 1 to 128 rows, 64 is within noise of the best.
 _PACK_ROWS = 64
@@ -24,27 +25,18 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype in (torch.float32, torch.bfloat16) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
-class LayerNorm:
-    """(x − mean) / √(variance + eps) · weight + bias over the last axis; weight and bias are [hidden]."""
+class Norm:
+    """LayerNorm, (x − mean) / √(variance + eps) · weight + bias, or, without a bias, RMSNorm, x / √(mean of x² + eps)
+    · weight, over the last axis; weight and bias are [hidden]."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> None:
         self.weight = weight
         self.bias = bias
         self.eps = eps
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-
-
-class RMSNorm:
-    """x / √(mean of x² + eps) · weight over the last axis; weight is [hidden]."""
-
-    def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        self.weight = weight
-        self.eps = eps
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+    def __call__(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """[rows, hidden] both → (x + delta, its norm)"""
+        return add_norm(x, delta, self.weight, self.bias, self.eps)
 
 
 class Linear:

@@ -30,6 +30,13 @@ class Row:
     def num_generated(self) -> int:
         return self.position - self.prompt_len
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether its likeliest token is chosen as the logits are, and no other token is asked for."""
+        params = self.params
+        is_changed = params.has_penalty or self.banned_ids or self.always_banned is not None
+        return params.is_greedy and not (is_changed or params.num_log_probs or self.num_generated < params.min_length)
+
 
 def penalize(logits: torch.Tensor, rows: Sequence[Row], tokens: torch.Tensor) -> torch.Tensor:
     """Apply repetition, presence and frequency penalties.

@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 
 from engine.attention import AttentionStep, alibi_slopes, attend, rotate, rotation_frequencies
-from engine.cache import KVCache, Segment
+from engine.cache import Decodes, KVCache, Segment
 from engine.comm import Comm
 from engine.config import ModelConfig
-from engine.layers import LayerNorm, Linear, LMHead, RMSNorm, RowParallelLinear, VocabEmbedding, can_pack
+from engine.layers import Linear, LMHead, Norm, RowParallelLinear, VocabEmbedding, can_pack
 from engine.quantization import Int8Matrix, Quantizer
 from engine.weights import ShardReader, WeightSpec, layer_specs, outer_specs
+from kernels.store_kv import store_kv
 
 
 def check_supported(config: ModelConfig) -> None:
@@ -36,16 +37,14 @@ def activation(config: ModelConfig) -> Callable[[torch.Tensor], torch.Tensor]:
         "gelu": partial(F.gelu, approximate="none" if config.gelu_form == "erf" else "tanh"),
         "relu": F.relu,
         "squared_relu": lambda x: F.relu(x).square(),
-        "swiglu": lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
+        "swiglu": _swiglu,
     }
     return functions[config.activation_type]
 
 
-def normalization(config: ModelConfig, weight: torch.Tensor, bias: torch.Tensor | None) -> LayerNorm | RMSNorm:
-    """A normalization of the model's type; RMSNorm has no bias."""
-    if bias is None:
-        return RMSNorm(weight, config.layernorm_eps)
-    return LayerNorm(weight, bias, config.layernorm_eps)
+def _swiglu(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ class StepInput:
     positions: torch.Tensor  # [tokens] int64, in each token's own request
     places: torch.Tensor  # [tokens] int64, where the token's keys and values go in the flat cache
     segments: list[Segment]
+    decodes: Decodes | None = None  # the first rows, before the segments'
 
 
 class GPT:
@@ -125,9 +125,9 @@ class GPT:
     def _load(self, spec: WeightSpec) -> torch.Tensor:
         return self._reader.read(spec).to(self.device)
 
-    def _norm(self, outer: dict[str, WeightSpec], name: str) -> LayerNorm | RMSNorm:
-        bias = outer.get(f"{name}.bias")
-        return normalization(self.config, self._load(outer[f"{name}.weight"]), bias and self._load(bias))
+    def _norm(self, outer: dict[str, WeightSpec], name: str) -> Norm:
+        weight, bias = outer[f"{name}.weight"], outer.get(f"{name}.bias")
+        return Norm(self._load(weight), self._load(bias) if bias else None, self.config.layernorm_eps)
 
     def _vocab_rows(self, spec: WeightSpec, first_id: int, count: int) -> torch.Tensor:
         """Rows [first_id, first_id + count) of a vocabulary table; rows past its end are zeros."""
@@ -145,15 +145,18 @@ class GPT:
             if self.position_table is not None:
                 x = x + F.embedding(step.positions, self.position_table)
             if self.pre_decoder_layernorm is not None:
-                x = self.pre_decoder_layernorm(x)
+                _, x = self.pre_decoder_layernorm(x)
         else:
             x = torch.empty(num_tokens, self.config.hidden, dtype=self.dtype, device=self.device)
             self.comm.receive_forward(x)
         attention_step = AttentionStep.of(
-            step.positions, step.places, step.segments, self.slopes, self.frequencies, self.dtype
+            step.positions, step.places, step.decodes, step.segments, self.slopes, self.frequencies, self.dtype
         )
+        delta = None
         for index, layer in enumerate(self.layers):
-            x = layer.forward(x, attention_step, cache.keys[index], cache.values[index])
+            x, delta = layer.forward(x, delta, attention_step, cache.keys[index], cache.values[index])
+        if delta is not None:
+            x = x + delta
         if not parallel.is_last_stage:
             self.comm.send_forward(x)
             return None
@@ -161,7 +164,7 @@ class GPT:
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] of the last stage's hidden states → logits [rows, vocab] fp32."""
-        return self.lm_head(x if self.final_layernorm is None else self.final_layernorm(x))
+        return self.lm_head(x if self.final_layernorm is None else self.final_layernorm(x)[1])
 
 
 class Layer:
@@ -181,8 +184,8 @@ class Layer:
         self.is_post_layernorm = config.layernorm_type == "post_layernorm"
         self.is_residual_normed = config.apply_residual_connection_post_layernorm
 
-        def norm(name: str) -> LayerNorm | RMSNorm:
-            return normalization(config, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+        def norm(name: str) -> Norm:
+            return Norm(weights[f"{name}.weight"], weights.get(f"{name}.bias"), config.layernorm_eps)
 
         def linear(name: str, kind: Callable[..., Linear]) -> Linear:
             weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"].flatten()
@@ -196,24 +199,34 @@ class Layer:
         self.activation = activation(config)
         self.down = linear("mlp.dense_4h_to_h", partial(RowParallelLinear, comm=comm))
 
-    def forward(self, x: torch.Tensor, step: AttentionStep, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """[tokens, hidden] → [tokens, hidden]; writes the tokens' keys and values into the cache."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor | None,
+        step: AttentionStep,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(x, delta), [tokens, hidden] each, which stand for their sum → the same of the next layer.
+
+        The sum is left to the norm that comes next, which adds in passing. Writes the tokens' keys and values into
+        the cache.
+        """
         if self.is_post_layernorm:
-            x = self.input_layernorm(x + self.attention(x, step, keys, values))
-            return self.post_attention_layernorm(x + self.mlp(x))
-        normed = self.input_layernorm(x)
-        x = (normed if self.is_residual_normed else x) + self.attention(normed, step, keys, values)
-        normed = self.post_attention_layernorm(x)
-        return (normed if self.is_residual_normed else x) + self.mlp(normed)
+            _, x = self.input_layernorm(x, self.attention(x, step, keys, values))
+            return self.post_attention_layernorm(x, self.mlp(x))[1], None
+        x, normed = self.input_layernorm(x, delta)
+        x = normed if self.is_residual_normed else x
+        x, normed = self.post_attention_layernorm(x, self.attention(normed, step, keys, values))
+        return normed if self.is_residual_normed else x, self.mlp(normed)
 
     def attention(self, x: torch.Tensor, step: AttentionStep, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] → [tokens, hidden]"""
         query, key, value = self._split(self.query_key_value(x))
         if step.rotation is not None:
             query, key = rotate(query, step.rotation), rotate(key, step.rotation)
-        keys[step.places] = key
-        values[step.places] = value
-        return self.dense(attend(query, keys, values, step))
+        store_kv(key, value, keys, values, step.places)
+        return self.dense(attend(query, key, value, keys, values, step))
 
     def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Queries [tokens, heads_local, head_dim], keys and values [tokens, kv_heads_local, head_dim]."""

@@ -61,6 +61,11 @@ class Plan:
         return 1
 
     @property
+    def is_decode(self) -> bool:
+        """Whether every chunk is one token of one sequence, from which one token follows."""
+        return bool(self.chunks) and all(c.length == 1 and c.sampled_slots == [c.slot] for c in self.chunks)
+
+    @property
     def num_sequences(self) -> int:
         """Sequences that get a token."""
         return sum(len(chunk.sampled_slots) for chunk in self.chunks)

@@ -89,6 +89,11 @@ class Layout:
         self.beams.append(BeamRows(start, count, min(2 * width, count * self.vocab_size)))
 
     @property
+    def is_plain(self) -> bool:
+        """Whether each row wants its likeliest token, that token's log-probability, and nothing else."""
+        return not (self.beams or self.scored or self.logits_rows) and all(row.is_plain for row in self.rows)
+
+    @property
     def sizes(self) -> list[int]:
         """How many numbers each part has: tokens, log-probabilities, and then per part as `parse` takes them."""
         num_rows = len(self.rows)

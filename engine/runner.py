@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.cache import KVCache
+from engine.cache import Decodes, KVCache
 from engine.comm import Comm
 from engine.config import EngineConfig
+from engine.graphs import DecodeGraphs, max_rows
 from engine.model import GPT, StepInput
 from engine.plan import Admission, Plan, Reorder, StepOutput
 from engine.results import Admitted, Layout, choose
 from engine.weights import TORCH_DTYPES, ShardReader
+from kernels.decode_attention import make_counters
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -68,7 +70,10 @@ class TorchExecutor:
         self.max_step_tokens = engine_config.max_step_tokens or (512 if device.type == "cpu" else 8192)
         self._admitted: dict[int, Admitted] = {}  # per slot
         num_slots = engine_config.max_batch_size
-        self._tokens = torch.zeros(num_slots, self.max_seq_len, dtype=torch.int64, device=device)
+        self._counters: torch.Tensor | None = None  # kernels.decode_attention's, on a GPU
+        self._graphs: DecodeGraphs | None = None
+        # The last row is nobody's, as the cache's last place.
+        self._tokens = torch.zeros(num_slots + 1, self.max_seq_len, dtype=torch.int64, device=device)
         self._beam_scores = torch.zeros(num_slots, device=device)
 
     def prepare(self) -> None:
@@ -86,13 +91,23 @@ class TorchExecutor:
         self.num_blocks = comm.min_over_ranks(min(most, int(memory / KVCache.bytes_per_block(**shape))))
         if self.num_blocks < 1:
             raise RuntimeError(f"no memory is left on {self.device} for a key-value cache; use more ranks")
-        self.cache = KVCache(num_blocks=self.num_blocks, device=self.device, **shape)
+        slots = dict(num_slots=limits.max_batch_size, max_seq_len=self.max_seq_len)
+        self.cache = KVCache(num_blocks=self.num_blocks, device=self.device, **shape, **slots)
+        if self.device.type == "cuda":
+            heads_local = config.head_num // comm.parallel.tp
+            self._counters = make_counters(max_rows(limits.max_batch_size), heads_local, self.device)
+            if comm.parallel.pp == 1:
+                with torch.inference_mode():
+                    self._graphs = DecodeGraphs(self.model, self.cache, self._tokens, self._counters)
 
     @torch.inference_mode()
     def execute(self, plan: Plan) -> StepResult | None:
         """Compute one plan. Returns what it gives on the first stage's ranks, None elsewhere."""
         parallel = self.comm.parallel
-        x = self._run(plan)
+        self._update(plan)
+        if self._graphs is not None and plan.is_decode:
+            return self._replay(plan)
+        x = self.model.forward(self._input(plan), self.cache)
         if not (parallel.is_first_stage or parallel.is_last_stage):
             return None
         layout = Layout.of(plan, self._admitted, self.model.config.vocab_size)
@@ -103,26 +118,38 @@ class TorchExecutor:
             values = torch.empty(sum(layout.sizes), dtype=torch.float64, device=self.device)
         if len(values):
             values = self.comm.return_results(values)
-        if layout.rows:
-            slots, positions = zip(*((row.slot, row.position) for row in layout.rows), strict=True)
-            self._tokens[self._tensor(slots), self._tensor(positions)] = values[: len(slots)].long()
+        self._keep_tokens(layout, values)
         return StepResult(values, layout) if parallel.is_first_stage else None
 
     @torch.inference_mode()
     def forward(self, plan: Plan) -> torch.Tensor | None:
         """One pass over the plan's tokens: on the last stage, logits [sampled rows, vocab] fp32."""
-        x = self._run(plan)
+        self._update(plan)
+        x = self.model.forward(self._input(plan), self.cache)
         if x is None:
             return None
         layout = Layout.of(plan, self._admitted, self.model.config.vocab_size)
         return self.model.logits(x[self._tensor(layout.token_index)])
 
-    def _run(self, plan: Plan) -> torch.Tensor | None:
+    def _replay(self, plan: Plan) -> StepResult:
+        """A step of decodes only, through a graph; rows that want more than the likeliest token choose anew."""
+        layout = Layout.of(plan, self._admitted, self.model.config.vocab_size)
+        values, logits = self._graphs.run([c.slot for c in plan.chunks], [c.start for c in plan.chunks])
+        if not layout.is_plain:
+            values = choose(layout, logits, self._tokens, self._beam_scores, lambda part: logits[:0])
+            self._keep_tokens(layout, values)
+        return StepResult(values, layout)
+
+    def _keep_tokens(self, layout: Layout, values: torch.Tensor) -> None:
+        if layout.rows:
+            slots, positions = zip(*((row.slot, row.position) for row in layout.rows), strict=True)
+            self._tokens[self._tensor(slots), self._tensor(positions)] = values[: len(slots)].long()
+
+    def _update(self, plan: Plan) -> None:
         for admission in plan.admissions:
             self._admit(admission)
         for reorder in plan.reorders:
             self._reorder(reorder)
-        return self.model.forward(self._input(plan), self.cache)
 
     def _admit(self, admission: Admission) -> None:
         slots, prompt_len = admission.slots, len(admission.prompt_ids)
@@ -144,16 +171,24 @@ class TorchExecutor:
 
     def _input(self, plan: Plan) -> StepInput:
         slots, positions, places, segments = [], [], [], []
-        row = 0
+        row = num_decodes = 0
         for chunk in plan.chunks:
+            if chunk.length == 1 and self._counters is not None and row == num_decodes:
+                num_decodes += 1
             slots.append(np.full(chunk.length, chunk.slot))
             positions.append(np.arange(chunk.start, chunk.start + chunk.length))
             places.append(self.cache.places(chunk.slot, chunk.start, chunk.length))
-            segments.append(self.cache.segment(chunk.slot, row, chunk.start, chunk.length))
+            if num_decodes <= row:
+                segments.append(self.cache.segment(chunk.slot, row, chunk.start, chunk.length))
             row += chunk.length
         own_positions = self._tensor(np.concatenate(positions))
-        token_ids = self._tokens[self._tensor(np.concatenate(slots)), own_positions]
-        return StepInput(token_ids, own_positions, self._tensor(np.concatenate(places)), segments)
+        own_slots = self._tensor(np.concatenate(slots))
+        decodes = None
+        if num_decodes:
+            first = own_slots[:num_decodes], own_positions[:num_decodes]
+            decodes = Decodes(self.cache.table, *first, self._counters)
+        token_ids = self._tokens[own_slots, own_positions]
+        return StepInput(token_ids, own_positions, self._tensor(np.concatenate(places)), segments, decodes)
 
     def _tensor(self, values: np.ndarray | Sequence[int]) -> torch.Tensor:
         return torch.as_tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)

@@ -114,8 +114,9 @@ def test_attention_of_a_ragged_batch(is_scattered: bool) -> None:
         row += length
     assert isinstance(segments[0].places, slice) != is_scattered
     nowhere = torch.zeros(row, dtype=torch.int64)
-    step = AttentionStep.of(nowhere, nowhere, segments, None, torch.empty(0), torch.float32)
-    ours = attend(torch.tensor(np.concatenate(queries)).float(), cache.keys[0], cache.values[0], step)
+    step = AttentionStep.of(nowhere, nowhere, None, segments, None, torch.empty(0), torch.float32)
+    own = (torch.tensor(np.concatenate(queries)).float(), nowhere, nowhere)  # on a CPU all is read from the cache
+    ours = attend(*own, cache.keys[0], cache.values[0], step)
     np.testing.assert_allclose(ours.numpy(), np.concatenate(expected), atol=2e-6)
 
 

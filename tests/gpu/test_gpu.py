@@ -125,6 +125,25 @@ def test_random_requests_are_in_a_crowd_what_they_are_alone(
     assert not different, [(items[index], found[0][index], found[1][index]) for index in different[:3]]
 
 
+def test_log_probs_are_hugging_faces(gpt2_source: tuple[Path, GPT2LMHeadModel], tmp_path: Path) -> None:
+    """Plain greedy rows get theirs inside a graph; rows that want more share its steps and choose outside."""
+    folder, model = convert(gpt2_source[0], tmp_path / "ft_models", 1, "fp32"), gpt2_source[1]
+    wishes = [{}, {"num_log_probs": 3}, {"top_k": 20, "random_seed": 5}, {"beam_width": 3}, {"prompt_log_probs": True}]
+    items = [
+        {"prompt_ids": ids, "sampling": {"max_new_tokens": NEW_TOKENS, **wish}, "end_id": None}
+        for ids, wish in zip(prompts(10), wishes * 2, strict=True)
+    ]
+    for item, result in zip(items, run_engine(folder, items, 1, 1, *FP32), strict=True):
+        prompt_ids = item["prompt_ids"]
+        for output in result["outputs"]:
+            ids = torch.tensor([prompt_ids + output["token_ids"]])
+            with torch.inference_mode():
+                log_probs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].numpy()
+            np.testing.assert_allclose(output["log_probs"], log_probs[len(prompt_ids) - 1 :], atol=1e-4)
+            if item["sampling"].get("prompt_log_probs"):
+                np.testing.assert_allclose(result["prompt_log_probs"], log_probs[: len(prompt_ids) - 1], atol=1e-4)
+
+
 def test_hf_reference_runs_in_full_fp32() -> None:
     assert os.environ.get("NVIDIA_TF32_OVERRIDE", "0") != "1"
     assert torch.get_float32_matmul_precision() == "highest"
