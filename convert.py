@@ -13,6 +13,7 @@ engine.weights'.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import errno
 import fcntl
 import json
@@ -45,7 +46,7 @@ try:
 except ImportError:
     from zlib import crc32
 
-CONVERTER_VERSION = 1  # part of a folder's identity: raise it when the same source gives other bytes
+CONVERTER_VERSION = 2  # part of a folder's identity: raise it when the same source gives other bytes
 MANIFEST = "manifest.json"
 NO_OPTIONS = SourceOptions()
 
@@ -55,6 +56,8 @@ _LOCK = ".convert.lock"
 _CHUNK_BYTES = 8 << 20  # cast and written at once
 _WRITE_BYTES = 64 << 10  # a call, as cp does; ext4 took calls of 128 KiB at two thirds, of 1 MiB at half of the rate
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SYNC_FILE_RANGE_WRITE = 2  # of linux/fs.h
+_libc = ctypes.CDLL(None)
 _log = logging.getLogger("convert")
 
 
@@ -178,8 +181,7 @@ class _Writer:
                         self._done += data.nbytes
                         self._progress(self._done, self._total)
                     file.flush()
-                    # Sets the disk to work on this file now; finish would else wait for one file after another.
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    _start_writing(file.fileno())
                 self._files[name] = {"size": size, "crc32": f"{crc:08x}"}
 
     def _pieces(self, spec: WeightSpec, weight: Weight) -> Iterator[tuple[str, torch.Tensor, str]]:
@@ -297,6 +299,13 @@ def _file_crc32(path: Path) -> str:
         while chunk := file.read(1 << 20):
             crc = crc32(chunk, crc)
     return f"{crc:08x}"
+
+
+def _start_writing(fd: int) -> None:
+    """Set the disk to work on a file now; finish would else wait for one file after another."""
+    # posix_fadvise(DONTNEED) does so too, but drops the pages, which the server loads next. Where a file system lacks
+    # this call, finish's fsync does all, so its result is ignored.
+    _libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)  # 0, 0: the whole file
 
 
 def _sync(path: Path) -> None:

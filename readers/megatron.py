@@ -9,13 +9,14 @@ Format: megatron/checkpointing.py (files, versions: fix_query_key_value_ordering
 from __future__ import annotations
 
 import re
+import reprlib
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from readers import tokens
 from readers.archive import file_place
-from readers.sharded import Settings, ShardedReader, SourceOptions, gelu, query_groups, rotation
+from readers.sharded import REQUIRED, Settings, ShardedReader, SourceOptions, gelu, query_groups, rotation
 from readers.shards import Shards, Trained, find_grid
 from readers.tokens import CheckpointTokenizer
 from readers.torchfile import StandIn, load
@@ -23,19 +24,13 @@ from readers.torchfile import StandIn, load
 _TRACKER = "latest_checkpointed_iteration.txt"
 _FILE = re.compile(r"model(?:_optim)?_rng\.pt")
 _QKV_ORDERS = {0: "3nd", 1.0: "nd3", 2.0: "n3d", 3.0: "n3d"}
-# As in readers.nemo; absent arguments are those of versions that could not do otherwise.
-_REQUIRED: dict[str, tuple[Any, ...]] = {
+# Megatron-LM's own, beside those of both trainers; absent arguments are those of versions that could not do otherwise.
+_REQUIRED: dict[str, tuple[Any, ...]] = REQUIRED | {
     "apply_residual_connection_post_layernorm": (False,),
     "normalization": ("LayerNorm", "RMSNorm"),
-    "position_embedding_type": ("learned_absolute", "rope"),
     "use_rope_scaling": (False,),
-    "no_rope_freq": (None,),
-    "window_size": (None,),
     "quick_geglu": (False,),
-    "multi_latent_attention": (False,),
-    "qk_layernorm": (False,),
-    "num_experts": (1,),
-    "virtual_pipeline_model_parallel_size": (1,),
+    "num_experts": (0, 1),
 }
 
 
@@ -56,7 +51,10 @@ class MegatronReader(ShardedReader):
         folder = _iteration(source)
         names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
         if ".metadata" in names or "metadata.json" in names:
-            raise ValueError(f"{folder}: a distributed checkpoint; only {_FILE.pattern} files are supported")
+            raise ValueError(
+                f"{folder}: a distributed checkpoint (torch_dist or zarr of Megatron-core); supported: each rank's own "
+                f"file, such as mp_rank_00/model_optim_rng.pt"
+            )
         self._grid = [[file_place(folder / name) for name in row] for row in find_grid(names, folder, _FILE)]
         self.files = [place.path for row in self._grid for place in row]
         self._tokenizer_path = options.tokenizer
@@ -110,17 +108,23 @@ class MegatronReader(ShardedReader):
     def trained(self) -> Trained:
         settings = self.settings
         version = self._facts["checkpoint_version"] or 0
-        if version not in _QKV_ORDERS:
+        if not isinstance(version, (int, float)) or version not in _QKV_ORDERS:
             known = ", ".join(map(str, _QKV_ORDERS))
-            raise ValueError(f"{self._grid[0][0].name}: checkpoint_version is {version!r}; supported: {known}")
+            raise ValueError(
+                f"{self._grid[0][0].name}: checkpoint_version is {reprlib.repr(version)}; supported: {known}"
+            )
         heads = self._num_heads()
         is_grouped = settings.get("group_query_attention", False)
+        has_biases = bool(settings.get("add_bias_linear", True))
+        # --apply-layernorm-1p; the second is what newer versions call it among the arguments.
+        norms_around_zero = ("apply_layernorm_1p", "layernorm_zero_centered_gamma")
         return Trained(
             heads=heads,
             kv_heads=query_groups(settings, heads) if is_grouped else heads,
             qkv_order=_QKV_ORDERS[version],
-            norms_around_zero=bool(settings.get("apply_layernorm_1p", False)),
-            has_biases=bool(settings.get("add_bias_linear", True)),
+            norms_around_zero=any(settings.get(key, False) for key in norms_around_zero),
+            has_biases=has_biases,
+            has_qkv_bias=has_biases or bool(settings.get("add_qkv_bias", False)),
             ties_head=not settings.get("untie_embeddings_and_output_weights", False),
         )
 
@@ -137,8 +141,7 @@ class MegatronReader(ShardedReader):
 
     def shape(self) -> dict[str, Any]:
         settings, heads = self.settings, self.trained.heads
-        for key, allowed in _REQUIRED.items():
-            settings.require(key, *allowed)
+        settings.require_all(_REQUIRED)
         wpe = self.shards.whole_shape("wpe") or (0, 0)
         inter = self.shards.whole_shape("layers.0.mlp.dense_h_to_4h.weight") or (0,)
         hidden = settings.size("hidden_size", wpe[-1])

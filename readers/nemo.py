@@ -19,7 +19,7 @@ import yaml
 
 from readers import tokens
 from readers.archive import Place, archive_files, folder_files
-from readers.sharded import Settings, ShardedReader, SourceOptions, gelu, query_groups, rotation
+from readers.sharded import REQUIRED, Settings, ShardedReader, SourceOptions, gelu, query_groups, rotation
 from readers.shards import Shards, Trained, find_grid
 from readers.tokens import CheckpointTokenizer
 from readers.torchfile import load, plain
@@ -27,24 +27,23 @@ from readers.torchfile import load, plain
 _CONFIG = "model_config.yaml"
 _WEIGHTS = "model_weights.ckpt"
 _LIGHTNING = re.compile(r".*last\.ckpt")
-# Settings of variants that compute something else: the values that are served, the default first.
-_REQUIRED: dict[str, tuple[Any, ...]] = {
-    "position_embedding_type": ("learned_absolute", "rope"),
+# NeMo's own, beside those of both trainers.
+_REQUIRED: dict[str, tuple[Any, ...]] = REQUIRED | {
     "scale_positional_embedding": (False,),
     "mcore_customization_config": ({},),
-    "window_size": (None,),
+    "hyena": (None,),
     "transformer_block_type": ("pre_ln",),
     "attention_type": ("multihead",),
     "normalize_attention_scores": (True,),
     "headscale": (False,),
     "multi_query_attention": (False,),
-    "multi_latent_attention": (False,),
-    "qk_layernorm": (False,),
     "apply_embedding_scaling": (False,),
-    "num_moe_experts": (1,),
+    "num_moe_experts": (0, 1),
     "drop_layers": ([],),
-    "virtual_pipeline_model_parallel_size": (1,),
 }
+# What one kind of modules reads and the other ignores. `name` chooses the layers' classes (get_specs).
+_REQUIRED_OF_CORE = {"name": ("", "te_gpt", "decoder_block_gpt", "modelopt")}
+_REQUIRED_OF_LEGACY = {"megatron_legacy": (False,)}  # True: the rows of q, k and v lie in another order
 _ACTIVATIONS = {"gelu": "gelu", "squared-relu": "squared_relu", "swiglu": "swiglu", "fast-swiglu": "swiglu"}
 _NORMALIZATIONS = {"layernorm": "layernorm", "layernorm1p": "layernorm", "rmsnorm": "rmsnorm"}
 _ARTIFACTS = {"model": "*.model", "vocab_file": "*vocab*", "merge_file": "*merge*.txt"}  # FasterTransformer's patterns
@@ -87,7 +86,8 @@ class NemoReader(ShardedReader):
         names = list(self._places)
         if any(name.startswith("model_weights/") for name in names):
             raise ValueError(
-                f"{self._source}: model_weights/ is a distributed checkpoint; only {_WEIGHTS} is supported"
+                f"{self._source}: model_weights/ is a distributed checkpoint (torch_dist or zarr of Megatron-core); "
+                f"supported: each rank's own file, {_WEIGHTS}"
             )
         is_plain = any(PurePosixPath(name).name == _WEIGHTS for name in names)
         grid = find_grid(names, self._source, re.compile(re.escape(_WEIGHTS)) if is_plain else _LIGHTNING)
@@ -129,22 +129,30 @@ class NemoReader(ShardedReader):
                 )
         return Shards(grid, lambda content: content.get("state_dict", content))
 
+    @property
+    def _is_core(self) -> bool:
+        """Whether the modules are Megatron-core's, not NeMo's own, the legacy ones."""
+        return bool(self.settings.get("mcore_gpt", False))
+
     @cached_property
     def trained(self) -> Trained:
         settings = self.settings
         heads = settings.size("num_attention_heads")
+        has_biases = settings.require("bias", True, False)
         return Trained(
             heads=heads,
             kv_heads=query_groups(settings, heads, heads),
             norms_around_zero=self._normalization() == "layernorm1p"
-            or bool(settings.get("layernorm_zero_centered_gamma", False)),
-            has_biases=settings.require("bias", True, False),
+            or self._is_core
+            and settings.require("layernorm_zero_centered_gamma", False, True),
+            has_biases=has_biases,
+            has_qkv_bias=has_biases or self._is_core and settings.require("qkv_bias", False, True),
             ties_head=settings.require("share_embeddings_and_output_weights", True, False),
         )
 
     def _normalization(self) -> str:
         norm = self.settings.get("normalization", "layernorm")
-        name = norm.lower() if isinstance(norm, str) else norm
+        name = norm.lower() if isinstance(norm, str) else ""
         if name not in _NORMALIZATIONS:
             raise ValueError(
                 f"{self.settings.name}: normalization is {reprlib.repr(norm)}; supported: {', '.join(_NORMALIZATIONS)}"
@@ -153,17 +161,13 @@ class NemoReader(ShardedReader):
 
     def shape(self) -> dict[str, Any]:
         settings = self.settings
-        for key, allowed in _REQUIRED.items():
-            settings.require(key, *allowed)
+        settings.require_all(_REQUIRED | (_REQUIRED_OF_CORE if self._is_core else _REQUIRED_OF_LEGACY))
         activation = settings.require("activation", *_ACTIVATIONS)
         heads, hidden = self.trained.heads, settings.size("hidden_size")
         if hidden % heads:
             raise ValueError(f"{settings.name}: num_attention_heads {heads} does not divide hidden_size {hidden}")
         settings.require("kv_channels", hidden // heads)
-        has_biases = self.trained.has_biases
-        if not has_biases:
-            settings.require("qkv_bias", False)
-        is_fused = settings.get("bias_activation_fusion", settings.get("bias_gelu_fusion", True)) and has_biases
+        is_fused = settings.get("bias_activation_fusion", settings.get("bias_gelu_fusion", True))
         shape = {
             "head_num": heads,
             "kv_head_num": self.trained.kv_heads,
@@ -174,7 +178,7 @@ class NemoReader(ShardedReader):
             "normalization_type": _NORMALIZATIONS[self._normalization()],
         }
         if activation == "gelu":
-            shape |= gelu(is_fused, bool(settings.get("openai_gelu", False)))
+            shape |= gelu(is_fused and self.trained.has_biases, bool(settings.get("openai_gelu", False)))
         else:
             settings.require("openai_gelu", False)
             shape["activation_type"] = _ACTIVATIONS[activation]

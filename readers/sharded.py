@@ -16,6 +16,27 @@ from readers.checkpoint import Weight
 from readers.shards import Shards, Trained
 from readers.tokens import CheckpointTokenizer
 
+# Settings of variants that compute something else: the values that are served, the default first. The names are
+# Megatron-core's, which both trainers use.
+REQUIRED: dict[str, tuple[Any, ...]] = {
+    "position_embedding_type": ("learned_absolute", "rope"),
+    "rope_type": ("rope",),
+    "no_rope_freq": (None,),
+    "window_size": (None, [-1, -1], [-1, 0]),  # tokens before and after; -1: all of them
+    "softmax_type": ("vanilla",),
+    "softmax_scale": (None,),
+    "attention_output_gate": (False,),
+    "experimental_attention_variant": (None,),
+    "multi_latent_attention": (False,),
+    "qk_layernorm": (False,),
+    "qk_l2_norm": (False,),
+    "glu_linear_offset": (0.0,),
+    "activation_func_clamp_value": (None,),
+    "use_mup": (False,),
+    "heterogeneous_layers_config_path": (None,),
+    "virtual_pipeline_model_parallel_size": (1,),
+}
+
 
 @dataclass(frozen=True)
 class SourceOptions:
@@ -44,9 +65,15 @@ class Settings:
     def require(self, key: str, *allowed: Any) -> Any:
         """A value out of `allowed`, the first of which is the default. Raises ValueError for another."""
         value = self.get(key, allowed[0])
-        if value not in allowed:
-            raise ValueError(f"{self.name}: {key} is {reprlib.repr(value)}; supported: {', '.join(map(str, allowed))}")
+        if (list(value) if isinstance(value, tuple) else value) not in allowed:
+            known = ", ".join(str(one) or "''" for one in allowed)
+            raise ValueError(f"{self.name}: {key} is {reprlib.repr(value)}; supported: {known}")
         return value
+
+    def require_all(self, table: dict[str, tuple[Any, ...]]) -> None:
+        """`require` of each key of a table such as REQUIRED."""
+        for key, allowed in table.items():
+            self.require(key, *allowed)
 
     def size(self, key: str, default: int | None = None) -> int:
         """A whole number of at least 1. Raises ValueError."""
@@ -55,23 +82,27 @@ class Settings:
             raise ValueError(f"{self.name}: {key} is {reprlib.repr(value)}; it must be a whole number of at least 1")
         return value
 
-    def fraction(self, key: str, default: float) -> float:
-        """A number between 0 and 1; YAML's parser takes 1e-5 for text. Raises ValueError."""
+    def number(self, key: str, default: float) -> float:
+        """A value as a float, from text too, because YAML's parser takes 1e-5 for text; nan for what is none."""
         value = self.get(key, default)
         try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = 0.0
+            return math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            return math.nan
+
+    def fraction(self, key: str, default: float) -> float:
+        """A number between 0 and 1. Raises ValueError."""
+        number = self.number(key, default)
         if not 0 < number < 1:
-            raise ValueError(f"{self.name}: {key} is {reprlib.repr(value)}; it must lie between 0 and 1")
+            raise ValueError(f"{self.name}: {key} is {reprlib.repr(self.get(key))}; it must lie between 0 and 1")
         return number
 
     def positive(self, key: str, default: float) -> float:
-        """A number above 0. Raises ValueError."""
-        value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(f"{self.name}: {key} is {reprlib.repr(value)}; it must be a number above 0")
-        return float(value)
+        """A finite number above 0. Raises ValueError."""
+        number = self.number(key, default)
+        if not 0 < number < math.inf:
+            raise ValueError(f"{self.name}: {key} is {reprlib.repr(self.get(key))}; it must be a finite number above 0")
+        return number
 
 
 class ShardedReader:
@@ -146,10 +177,16 @@ def rotation(settings: Settings, head_dim: int, share_key: str, factor_key: str)
     max_pos_seq_len is the length of training, which such a model may leave behind. Raises ValueError.
     """
     settings.require("rotary_interleaved", False)
-    share = 1 if settings.get(share_key, 1) == 1 else settings.fraction(share_key, 1)
+    share = 1.0 if settings.number(share_key, 1) == 1 else settings.fraction(share_key, 1)
+    num_turned = int(head_dim * share)
+    if num_turned % 2 or num_turned == 0:
+        raise ValueError(
+            f"{settings.name}: {share_key} is {settings.get(share_key, 1)}, which turns {num_turned} of a head's "
+            f"{head_dim} elements; that number must be even and at least 2"
+        )
     return {
         "has_positional_encoding": False,
-        "rotary_embedding": int(head_dim * share),
+        "rotary_embedding": num_turned,
         "rotary_base": settings.positive("rotary_base", 10000),
         "rotary_interpolation_factor": settings.positive(factor_key, 1),
         "max_pos_seq_len": settings.size("max_position_embeddings"),

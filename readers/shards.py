@@ -2,7 +2,8 @@
 
 Owns what NeMo and Megatron-LM have in common: the names of Megatron's modules (of megatron.model, `legacy`, and of
 megatron.core), which axis training splits, layers numbered anew on each pipeline rank, and q, k, v interleaved by
-head. A weight is made of its shards when it is written, so memory holds one weight and no file.
+head, or by group where several heads of queries read one of keys. A weight is made of its shards when it is written,
+so memory holds one weight and no file.
 It must not know where the files come from nor what the model is called.
 """
 
@@ -92,6 +93,7 @@ class Trained:
     qkv_order: str = "n3d"  # checkpoint_version 2 and later; 3nd: 0, nd3: 1
     norms_around_zero: bool = False  # LayerNorm1P: what is stored is the scale - 1
     has_biases: bool = True
+    has_qkv_bias: bool = True  # of query_key_value, which may be the only one
     ties_head: bool = True
 
 
@@ -227,12 +229,14 @@ class Shards:
                 mine[name] = Shard(stored, tuple(tensor.shape), tensor.dtype)
             for name in [name for name in mine if _second(name) in mine]:
                 second = mine.pop(_second(name))
-                if second.shape != mine[name].shape:
+                first = mine[name]
+                if (second.shape, second.dtype) != (first.shape, first.dtype):
                     raise ValueError(
-                        f"{place.name}: tensor {second.stored} is {list(second.shape)}, and {mine[name].stored} is "
-                        f"{list(mine[name].shape)}"
+                        f"{place.name}: tensor {second.stored} is {list(second.shape)} in "
+                        f"{_dtype_name(second.dtype)}, and {first.stored} is {list(first.shape)} in "
+                        f"{_dtype_name(first.dtype)}"
                     )
-                mine[name] = replace(mine[name], shape=(2 * second.shape[0], *second.shape[1:]))
+                mine[name] = replace(first, shape=(2 * first.shape[0], *first.shape[1:]))
             if tp_rank and mine.keys() != stage.keys():
                 name = next(name for name in (*mine, *stage) if (name in mine) != (name in stage))
                 has, lacks = (place, self._grid[pp_rank][0]) if name in mine else (self._grid[pp_rank][0], place)
@@ -262,7 +266,8 @@ class Shards:
     def _weight(self, spec: WeightSpec, trained: Trained) -> Weight:
         place = self._find(spec.name)
         if place is None:
-            if spec.name.endswith("bias") and "layernorm" not in spec.name and not trained.has_biases:
+            is_biased = trained.has_qkv_bias if "query_key_value" in spec.name else trained.has_biases
+            if spec.name.endswith("bias") and "layernorm" not in spec.name and not is_biased:
                 return Weight(spec.name, f"no bias: {spec.name}", lambda: torch.zeros(spec.shape))
             raise ValueError(f"{self._grid[0][0].name}: {spec.name} is missing, there and on the other ranks")
         pp_rank, local = place
@@ -371,9 +376,12 @@ def _row_axes(spec: WeightSpec) -> tuple[int, ...]:
     return axes if len(axes) > 1 and spec.name.startswith("layers.") else ()
 
 
-def _second(name: str) -> str:
-    """The other matrix of a gated MLP, which NeMo's first such models keep apart; its rows follow the gate's."""
-    return name.replace("mlp.dense_h_to_4h.", "mlp.dense_h_to_4h_2.") if "mlp.dense_h_to_4h." in name else ""
+def _second(name: str) -> str | None:
+    """The other matrix of a gated MLP, which NeMo's first such models keep apart; its rows follow the gate's.
+
+    None for every name but that of the gate.
+    """
+    return name.replace("mlp.dense_h_to_4h.", "mlp.dense_h_to_4h_2.") if "mlp.dense_h_to_4h." in name else None
 
 
 def _by_head(part: torch.Tensor, order: str, heads: int) -> torch.Tensor:

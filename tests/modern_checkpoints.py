@@ -1,7 +1,8 @@
 """Tiny random checkpoints of newer GPTs (rotary positions, gates, RMSNorm, grouped queries) in Megatron's formats.
 
-The model is Hugging Face's Nemotron or Llama, which is the reference too; what Megatron-core and NeMo make of its
-weights is written down from NeMo's convert_llama_hf_to_nemo.py and convert_nemotron_nemo_to_hf.py.
+The model is Hugging Face's Nemotron, Llama or Qwen2, which is the reference too; what Megatron-core and NeMo make of
+its weights is written down from NeMo's convert_llama_hf_to_nemo.py, convert_nemotron_nemo_to_hf.py and
+convert_qwen2_hf_to_nemo.py.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class ModernGPT:
-    """kind: nemotron (LayerNorm1P, squared ReLU, half of each head rotated) or llama (RMSNorm, SwiGLU, all rotated).
+    """kind: nemotron (LayerNorm1P, squared ReLU, half of each head rotated), llama (RMSNorm, SwiGLU, all rotated), or
+    qwen2, a llama with biases of q, k and v.
 
-    Neither has biases nor shares its embedding. With `two_matrices`, the gate lies apart from the matrix beside it.
+    None has other biases nor shares its embedding. With `two_matrices`, the gate lies apart from the matrix beside it;
+    with `around_zero`, what is stored of the norms' scales is less by 1.
     The attributes and `shard` are those that tests.nemo_checkpoints' writers ask for.
     """
 
     kind: str
     kv_heads: int = 4
     two_matrices: bool = False
+    around_zero: bool = False
     heads: int = 8
     head_dim: int = 8
     layers: int = 4
@@ -66,6 +70,9 @@ class ModernGPT:
             rope["partial_rotary_factor"] = 0.5
             config = transformers.NemotronConfig(**sizes, norm_eps=self.eps, rope_parameters=rope)
             model = transformers.NemotronForCausalLM(config)
+        elif self.kind == "qwen2":
+            config = transformers.Qwen2Config(**sizes, rms_norm_eps=self.eps, rope_parameters=rope)
+            model = transformers.Qwen2ForCausalLM(config)
         else:
             config = transformers.LlamaConfig(**sizes, rms_norm_eps=self.eps, rope_parameters=rope)
             model = transformers.LlamaForCausalLM(config)
@@ -73,7 +80,7 @@ class ModernGPT:
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 around = mean if "norm" in name and name.endswith("weight") else 0.0
-                weight.normal_(around, 0.5 if "embed" in name else 0.2)
+                weight.normal_(around, 0.5 if "embed" in name else 1.6 * self.hidden**-0.5)
         object.__setattr__(self, "hf", model.eval())
 
     @property
@@ -92,16 +99,20 @@ class ModernGPT:
             rotary_base=self.base,
             seq_len_interpolation_factor=None if self.factor == 1 else self.factor,
             bias_activation_fusion=False,
+            qkv_bias=self.kind == "qwen2",
+            layernorm_zero_centered_gamma=self.around_zero,
         )
 
     @property
     def args(self) -> dict[str, Any]:
         """What Megatron-LM's training arguments say of it."""
         return dict(
-            swiglu=self.kind == "llama",
+            swiglu=self.kind != "nemotron",
             squared_relu=self.kind == "nemotron",
-            normalization="RMSNorm" if self.kind == "llama" else "LayerNorm",
+            normalization="LayerNorm" if self.kind == "nemotron" else "RMSNorm",
             apply_layernorm_1p=self.kind == "nemotron",
+            layernorm_zero_centered_gamma=self.around_zero,  # the same in newer versions
+            add_qkv_bias=self.kind == "qwen2",
             group_query_attention=self.kv_heads != self.heads,
             num_query_groups=self.kv_heads if self.kv_heads != self.heads else 1,
             position_embedding_type="rope",
@@ -123,9 +134,14 @@ class ModernGPT:
         with torch.inference_mode():
             return self.hf(torch.tensor([ids])).logits[0, -1].numpy()
 
-    def part(self, layer: int, name: str) -> torch.Tensor:
+    def part(self, layer: int, name: str, kind: str = "weight") -> torch.Tensor:
         """One of a layer's weights by Hugging Face's name."""
-        return self.hf.get_parameter(f"model.layers.{layer}.{name}.weight").detach()
+        return self.hf.get_parameter(f"model.layers.{layer}.{name}.{kind}").detach()
+
+    @property
+    def qkv_kinds(self) -> tuple[str, ...]:
+        """What query_key_value has."""
+        return ("weight", "bias") if self.kind == "qwen2" else ("weight",)
 
     def shard(self, tp: int, pp: int, tp_rank: int, pp_rank: int, qkv: str = "n3d") -> Tensors:
         """What one rank of a training holds, under the legacy modules' names."""
@@ -141,16 +157,17 @@ class ModernGPT:
             layer, to = pp_rank * per_stage + local, f"encoder.layers.{local}."
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 state |= self._norm(f"{to}{norm}", self.hf.model.layers[layer].get_submodule(norm))
-            q, k, v = (self.part(layer, f"self_attn.{name}_proj") for name in "qkv")
-            rows = []
-            for group in range(tp_rank * self.kv_heads // tp, (tp_rank + 1) * self.kv_heads // tp):
-                size = self.hidden // self.kv_heads
-                rows += [q[group * size : (group + 1) * size]]
-                rows += [part[group * self.head_dim : (group + 1) * self.head_dim] for part in (k, v)]
-            state[f"{to}self_attention.query_key_value.weight"] = torch.cat(rows)
+            for kind in self.qkv_kinds:
+                q, k, v = (self.part(layer, f"self_attn.{name}_proj", kind) for name in "qkv")
+                rows = []
+                for group in range(tp_rank * self.kv_heads // tp, (tp_rank + 1) * self.kv_heads // tp):
+                    size = self.hidden // self.kv_heads
+                    rows += [q[group * size : (group + 1) * size]]
+                    rows += [part[group * self.head_dim : (group + 1) * self.head_dim] for part in (k, v)]
+                state[f"{to}self_attention.query_key_value.{kind}"] = torch.cat(rows)
             state[f"{to}self_attention.dense.weight"] = mine(self.part(layer, "self_attn.o_proj"), 1)
             up = mine(self.part(layer, "mlp.up_proj"), 0)
-            if self.kind == "llama":
+            if self.kind != "nemotron":
                 gate = mine(self.part(layer, "mlp.gate_proj"), 0)
                 if self.two_matrices:
                     state[f"{to}mlp.dense_h_to_4h_2.weight"] = up
@@ -163,23 +180,29 @@ class ModernGPT:
         return state
 
     def _norm(self, name: str, norm: torch.nn.Module) -> Tensors:
-        return {f"{name}.{kind}": weight.detach().clone() for kind, weight in norm.named_parameters()}
+        less = {"weight": int(self.around_zero), "bias": 0}
+        return {f"{name}.{kind}": weight.detach() - less[kind] for kind, weight in norm.named_parameters()}
 
     def files(self, tp: int) -> dict[str, bytes]:
-        """The matrices that FasterTransformer's op does not know, as engine.weights says of them."""
+        """The files of query_key_value and dense_h_to_4h, as engine.weights says of them."""
         files = {}
         for layer in range(self.layers):
-            q, k, v = (self.part(layer, f"self_attn.{name}_proj").numpy().T for name in "qkv")
-            by_group = [np.split(part, self.kv_heads, 1) for part in (q, k, v)]
-            grouped = np.stack([np.concatenate(parts, 1) for parts in zip(*by_group, strict=True)], 1)
+            shards = {}  # name -> array, the axis that is split
+            for kind in self.qkv_kinds:
+                parts = [self.part(layer, f"self_attn.{name}_proj", kind).numpy().T for name in "qkv"]
+                if self.kv_heads == self.heads:  # [..., 3, heads · head_dim]
+                    shards[f"attention.query_key_value.{kind}"] = np.stack(parts, -2), -1
+                else:  # [..., groups, (queries + 2) · head_dim]
+                    by_group = zip(*(np.split(part, self.kv_heads, -1) for part in parts), strict=True)
+                    grouped = np.stack([np.concatenate(group, -1) for group in by_group], -2)
+                    shards[f"attention.query_key_value.{kind}"] = grouped, -2
             up = self.part(layer, "mlp.up_proj").numpy().T
-            if self.kind == "llama":
+            if self.kind != "nemotron":
                 up = np.stack([self.part(layer, "mlp.gate_proj").numpy().T, up], 1)
-            for rank in range(tp):
-                mine = {"attention.query_key_value": np.split(grouped, tp, 1)[rank]}
-                mine["mlp.dense_h_to_4h"] = np.split(up, tp, -1)[rank]
-                files |= {
-                    f"model.layers.{layer}.{name}.weight.{rank}.bin": np.ascontiguousarray(array).tobytes()
-                    for name, array in mine.items()
-                }
+            shards["mlp.dense_h_to_4h.weight"] = up, -1
+            files |= {
+                f"model.layers.{layer}.{name}.{rank}.bin": np.ascontiguousarray(array).tobytes()
+                for name, (whole, axis) in shards.items()
+                for rank, array in enumerate(np.split(whole, tp, axis))
+            }
         return files

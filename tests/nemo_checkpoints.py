@@ -6,6 +6,7 @@ Everything is written down from the formats alone: nothing here imports a reader
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import random
 import tarfile
@@ -245,7 +246,10 @@ def nemo_names(state: Tensors, style: str) -> dict[str, Any]:
         ):
             name = name.replace(theirs, ours)
         core["output_layer.weight" if name == "word_embeddings.weight" else name] = tensor
+    # What Transformer Engine keeps for fp8: nothing without it, and since 2.0 an empty tensor.
     core["decoder.layers.0.self_attention.linear_qkv._extra_state"] = None
+    core["decoder.layers.0.mlp.linear_fc1._extra_state"] = io.BytesIO(b"fp8")
+    core["decoder.layers.1.self_attention.linear_qkv._extra_state"] = torch.empty(0, dtype=torch.uint8)
     return {f"model.{'module.' if style == 'amp' else ''}{name}": value for name, value in core.items()}
 
 

@@ -126,6 +126,19 @@ def test_files_are_those_of_fastertransformer(
     assert weight_files(folder) == expected_files(model, tp, data_type)
 
 
+def test_writing_may_be_started_where_it_cannot_be(tmp_path: Path) -> None:
+    """It only hastens what fsync does: bytes stay as they are, and a refusal (of a pipe here) does no harm."""
+    path = tmp_path / "weights"
+    with path.open("wb") as file:
+        file.write(bytes(range(256)) * 99)
+        file.flush()
+        convert._start_writing(file.fileno())
+    assert path.read_bytes() == bytes(range(256)) * 99
+    reading, writing = os.pipe()
+    convert._start_writing(writing)
+    os.close(reading), os.close(writing)
+
+
 def test_shard_reader_reads_what_was_written(tmp_path: Path) -> None:
     model = make_gpt2(tmp_path / "hf", tied=False, **TINY)
     folder = convert.convert(tmp_path / "hf", tmp_path / "out", 2, "fp32")

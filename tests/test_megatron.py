@@ -16,7 +16,7 @@ import transformers
 import convert
 from readers import SourceOptions
 from tests.nemo_checkpoints import EOS, TinyGPT, nemo_names, write_megatron
-from tests.test_nemo import GRIDS, MODEL, Evil, no_fsync, weight_files  # noqa: F401 (no_fsync is a fixture)
+from tests.test_nemo import GRIDS, MODEL, OTHER_MODELS, Evil, no_fsync, weight_files  # noqa: F401 (no_fsync is a fixture)
 
 ITERATION = "iter_0000500"
 FILE = "model_optim_rng.pt"
@@ -185,7 +185,16 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "distributed checkpoint": (
         dict(edit=lambda folder: (folder / ITERATION / "metadata.json").touch()),
-        "{i}: a distributed checkpoint; only model(?:_optim)?_rng\\.pt files are supported",
+        "{i}: a distributed checkpoint (torch_dist or zarr of Megatron-core); supported: each rank's own file, such as "
+        "mp_rank_00/model_optim_rng.pt",
+    ),
+    "version that is a list": (
+        dict(edit=edit_content(lambda content: content.update(checkpoint_version=[3.0]))),
+        "{f}: checkpoint_version is [3.0]; supported: 0, 1.0, 2.0, 3.0",
+    ),
+    "biases of q, k, v that are not there": (
+        dict(model=TinyGPT(biased=False), add_bias_linear=False, add_qkv_bias=True),
+        "{f}: layers.0.attention.query_key_value.bias is missing, there and on the other ranks",
     ),
     "quick gelu": (dict(quick_geglu=True), "{f}: args: quick_geglu is True; supported: False"),
     "positions": (
@@ -231,7 +240,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_broken_source_gets_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
     what, sentence = BAD[case]
-    source = write_megatron(tmp_path / "m", MODEL, **what)
+    what = dict(what)
+    source = write_megatron(tmp_path / "m", what.pop("model", MODEL), **what)
     code = convert.main([str(source), str(tmp_path / "out"), "--tp", "2"])
     iteration = source / ITERATION
     expected = sentence.format(s=source, i=iteration, f=iteration / "mp_rank_00" / FILE)
@@ -239,6 +249,30 @@ def test_broken_source_gets_one_sentence(tmp_path: Path, capsys: pytest.CaptureF
     assert (code, output, errors) == (1, "", f"convert.py: {expected}\n")
     assert not any(path.name != ".convert.lock" for path in tmp_path.glob("out/*"))
     assert not Path("/tmp/test_nemo_was_here").exists()
+
+
+@pytest.mark.parametrize("key", OTHER_MODELS)
+def test_other_models_are_refused_by_name(tmp_path: Path, key: str) -> None:
+    value, supported = OTHER_MODELS[key]
+    source = write_megatron(tmp_path / "m", MODEL, **{key: value})
+    with pytest.raises(ValueError) as caught:
+        convert.convert(source, tmp_path / "out", 1, "fp32")
+    file = source / ITERATION / "mp_rank_00" / FILE
+    assert str(caught.value) == f"{file}: args: {key} is {value!r}; supported: {supported}"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"window_size": window} for window in ((-1, -1), (-1, 0))),
+        {"num_experts": 0},
+        {"rope_type": None, "softmax_type": "vanilla", "glu_linear_offset": 0.0, "use_mup": False},
+    ],
+    ids=str,
+)
+def test_arguments_that_change_nothing_are_accepted(tmp_path: Path, settings: dict[str, Any]) -> None:
+    source = write_megatron(tmp_path / "m", MODEL, **settings)
+    assert weight_files(convert.convert(source, tmp_path / "out", 1, "fp32")) == MODEL.files(1)
 
 
 def test_heads_that_contradict_the_arguments(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from tests.multi.engine_parity import save_logits
 from tests.nemo_checkpoints import write_megatron, write_nemo
 from tests.test_engine import finish, make_engine, request
 from tests.test_megatron import edit_content
-from tests.test_nemo import edit_state
+from tests.test_nemo import edit_state, weight_files
 from tests.test_quantization import write_dequantized
 
 NEW_TOKENS = 24
@@ -54,7 +54,8 @@ class Source:
         return float((np.linalg.norm(logits - expected, axis=1) / np.linalg.norm(expected, axis=1)).max())
 
 
-NEMOTRON, LLAMA = ModernGPT("nemotron"), ModernGPT("llama", kv_heads=4)
+NEMOTRON, LLAMA, QWEN2 = ModernGPT("nemotron"), ModernGPT("llama", kv_heads=4), ModernGPT("qwen2", kv_heads=4)
+AROUND_ZERO = ModernGPT("llama", kv_heads=4, around_zero=True)
 SOURCES = {
     "nemotron": Source(NEMOTRON, "core"),
     "nemotron-multi-query": Source(ModernGPT("nemotron", kv_heads=1), "amp"),
@@ -64,6 +65,10 @@ SOURCES = {
     "legacy-gate-apart": Source(ModernGPT("llama", kv_heads=8, two_matrices=True), "legacy"),
     "megatron-nemotron": Source(NEMOTRON, "megatron"),
     "megatron-llama": Source(LLAMA, "megatron"),
+    "around-zero": Source(AROUND_ZERO, "core"),
+    "megatron-around-zero": Source(AROUND_ZERO, "megatron"),
+    "qwen2": Source(QWEN2, "core"),
+    "megatron-qwen2": Source(QWEN2, "megatron"),
 }
 SPLIT = ("nemotron", "llama")
 
@@ -79,25 +84,30 @@ def test_logits_and_tokens_are_hugging_faces(name: str, tmp_path: Path) -> None:
     source = SOURCES[name]
     engine = make_engine(source.converted(tmp_path, 1), **LIMITS)
     save_logits(engine.executor, ParallelConfig(), PROMPTS, tmp_path / "logits.npy")
-    print(name, "logit error", source.error(np.load(tmp_path / "logits.npy")))
     assert source.error(np.load(tmp_path / "logits.npy")) < 1e-5
     expected = [source.model.greedy(ids, NEW_TOKENS) for ids in PROMPTS]
     assert len({tuple(tokens) for tokens in expected}) == len(PROMPTS)  # else it is too dull to tell
     assert finish(engine, [request(ids, SamplingParams(NEW_TOKENS)) for ids in PROMPTS]) == expected
 
 
-@pytest.mark.parametrize("trained", [(1, 1), (2, 1), (4, 1), (2, 2), (1, 2)], ids=lambda grid: f"{grid[0]}x{grid[1]}")
-@pytest.mark.parametrize("name", ["nemotron", "llama", "legacy-gate-apart", "megatron-llama"])
+@pytest.mark.parametrize("trained", [(2, 1), (4, 1), (2, 2), (1, 2)], ids=lambda grid: f"{grid[0]}x{grid[1]}")
+@pytest.mark.parametrize("name", ["nemotron", "llama", "legacy-gate-apart", "megatron-llama", "qwen2"])
 def test_files_depend_on_the_served_tp_only(name: str, trained: tuple[int, int], tmp_path: Path) -> None:
     source = SOURCES[name]
     for tp in (1, 2, 4):
-        folder = source.converted(tmp_path, tp, trained)
-        files = {path.name: path.read_bytes() for path in folder.glob("*.bin")}
-        whole = source.converted(tmp_path / "whole", tp)
-        assert files == {path.name: path.read_bytes() for path in whole.glob("*.bin")}
-        if source.model.kv_heads != source.model.heads:
-            expected = source.model.files(tp)
-            assert {name: files[name] for name in expected} == expected
+        files = weight_files(source.converted(tmp_path, tp, trained))
+        assert files == weight_files(source.converted(tmp_path / "whole", tp))
+        expected = source.model.files(tp)
+        assert {name: files[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("trained", [(1, 1), (2, 2)], ids=["1x1", "2x2"])
+@pytest.mark.parametrize("name", ["qwen2", "megatron-qwen2"])
+def test_biases_of_queries_keys_and_values_alone(name: str, trained: tuple[int, int], tp: int, tmp_path: Path) -> None:
+    """Qwen2 has these and no others; NeMo's setting is qkv_bias, Megatron-LM's add_qkv_bias."""
+    source = SOURCES[name]
+    assert source.error(run_logits(source.converted(tmp_path, tp, trained), PROMPTS, tp, 1)) < 1e-5
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (2, 2)], ids=["tp1-pp1", "tp2-pp1", "tp2-pp2"])
@@ -184,7 +194,38 @@ def test_stored_frequencies_are_passed_over(tmp_path: Path) -> None:
     plain = source.converted(tmp_path / "plain", 1)
     source.write(tmp_path / "source", edit=edit_state(add))
     folder = convert(tmp_path / "source", tmp_path / "ft", 1, "fp32")
-    assert sorted(p.name for p in folder.glob("*.bin")) == sorted(p.name for p in plain.glob("*.bin"))
+    assert weight_files(folder) == weight_files(plain)
+
+
+def test_legacy_modules_know_no_scales_around_zero(tmp_path: Path) -> None:
+    """NeMo hands layernorm_zero_centered_gamma to Megatron-core only; its own modules have layernorm1p."""
+    source = SOURCES["legacy-gate"]
+    plain = source.converted(tmp_path / "plain", 1)
+    settings = source.model.settings | {"layernorm_zero_centered_gamma": True}
+    write_nemo(tmp_path / "source", source.model, style="legacy", packed="", **settings)
+    assert weight_files(convert(tmp_path / "source", tmp_path / "ft", 1, "fp32")) == weight_files(plain)
+
+
+def test_second_matrix_of_another_data_type(tmp_path: Path) -> None:
+    """torch.cat of both would promote one of them without a word."""
+    second = "model.language_model.encoder.layers.1.mlp.dense_h_to_4h_2.weight"
+    source = SOURCES["legacy-gate-apart"]
+    source.write(tmp_path / "source", edit=edit_state(lambda state: state.update({second: state[second].half()})))
+    with pytest.raises(ValueError) as caught:
+        convert(tmp_path / "source", tmp_path / "ft", 1, "fp32")
+    assert str(caught.value) == (
+        f"{tmp_path}/source/model_weights.ckpt: tensor {second} is [96, 64] in fp16, and "
+        f"{second.replace('_2.', '.')} is [96, 64] in fp32"
+    )
+
+
+def test_base_that_yaml_takes_for_text(tmp_path: Path) -> None:
+    source = SOURCES["llama"]
+    settings = source.model.settings | {"rotary_base": "1e6", "rotary_percentage": "1e0"}
+    write_nemo(tmp_path / "source", source.model, style="core", packed="", **settings)
+    assert "rotary_base: 1e6\n" in (tmp_path / "source/model_config.yaml").read_text()
+    config = ModelConfig.read(convert(tmp_path / "source", tmp_path / "ft", 1, "fp32") / "config.ini")
+    assert (config.rotary_base, config.rotary_embedding) == (1e6, 8)
 
 
 @pytest.mark.parametrize(

@@ -363,7 +363,7 @@ class Evil:
 
 def edit_state(edit: Callable[[dict[str, Any]], Any], path: str = WEIGHTS) -> Edit:
     def act(folder: Path) -> None:
-        state = torch.load(folder / path)
+        state = torch.load(folder / path, weights_only=False)
         edit(state)
         torch.save(state, folder / path)
 
@@ -538,7 +538,19 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "rotary base": (
         setting(position_embedding_type="rope", rotary_base=-1),
-        "{c}: rotary_base is -1; it must be a number above 0",
+        "{c}: rotary_base is -1; it must be a finite number above 0",
+    ),
+    "rotary base beyond fp64": (
+        setting(position_embedding_type="rope", rotary_base=10**400),
+        "{c}: rotary_base is 100000000000000000...0000000000000000000; it must be a finite number above 0",
+    ),
+    "odd share of a head": (
+        setting(position_embedding_type="rope", rotary_percentage=0.9),
+        "{c}: rotary_percentage is 0.9, which turns 7 of a head's 8 elements; that number must be even and at least 2",
+    ),
+    "share of nothing": (
+        setting(position_embedding_type="rope", rotary_percentage=0.1),
+        "{c}: rotary_percentage is 0.1, which turns 0 of a head's 8 elements; that number must be even and at least 2",
     ),
     "interleaved pairs": (
         setting(position_embedding_type="rope", rotary_interleaved=True),
@@ -552,6 +564,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         setting(normalization="low_precision_layernorm"),
         "{c}: normalization is 'low_precision_layernorm'; supported: layernorm, layernorm1p, rmsnorm",
     ),
+    "list of normalizations": (
+        setting(normalization=["rmsnorm"]),
+        "{c}: normalization is ['rmsnorm']; supported: layernorm, layernorm1p, rmsnorm",
+    ),
     "rmsnorm with biases": (
         setting(normalization="rmsnorm"),
         "{w}: unexpected tensor {layer0}input_layernorm.bias; the model of 4 layers has none such",
@@ -564,7 +580,17 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         setting(num_query_groups=2),
         "{w}: tensor {layer0}self_attention.query_key_value.weight has shape [96, 32]; the settings ask for [64, 32]",
     ),
-    "experts": (setting(num_moe_experts=8), "{c}: num_moe_experts is 8; supported: 1"),
+    "experts": (setting(num_moe_experts=8), "{c}: num_moe_experts is 8; supported: 0, 1"),
+    "order of q, k, v": (setting(megatron_legacy=True), "{c}: megatron_legacy is True; supported: False"),
+    "other layers": (
+        setting(style="core", name="megatron_falcon_gpt"),
+        "{c}: name is 'megatron_falcon_gpt'; supported: '', te_gpt, decoder_block_gpt, modelopt",
+    ),
+    "hyena": (setting(hyena={"return_qk": True}), "{c}: hyena is {{'return_qk': True}}; supported: None"),
+    "biases of q, k, v that are not there": (
+        setting(model=TinyGPT(biased=False), style="core", qkv_bias=True),
+        "{w}: layers.0.attention.query_key_value.bias is missing, there and on the other ranks",
+    ),
     "heads": (setting(num_attention_heads=5), "{c}: num_attention_heads 5 does not divide hidden_size 32"),
     "size": (setting(num_layers="four"), "{c}: num_layers is 'four'; it must be a whole number of at least 1"),
     "layers": (setting(num_layers=6), "{c}: num_layer is 6; the weight files hold 4"),
@@ -648,7 +674,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "distributed checkpoint": (
         inside(lambda folder: [(folder / "model_weights").mkdir(), (folder / "model_weights/common.pt").touch()]),
-        "{a}: model_weights/ is a distributed checkpoint; only model_weights.ckpt is supported",
+        "{a}: model_weights/ is a distributed checkpoint (torch_dist or zarr of Megatron-core); supported: each rank's "
+        "own file, model_weights.ckpt",
     ),
     "not a dict": (
         inside(lambda folder: torch.save([1], folder / WEIGHTS)),
@@ -682,6 +709,51 @@ def test_broken_source_gets_one_sentence(tmp_path: Path, capsys: pytest.CaptureF
     assert (code, output, errors) == (1, "", f"convert.py: {expected}\n")
     assert not any(path.name != ".convert.lock" for path in tmp_path.glob("out/*"))
     assert not Path("/tmp/test_nemo_was_here").exists()
+
+
+# Variants of Megatron-core that compute something else from the same tensors: a value, and what is supported.
+OTHER_MODELS: dict[str, tuple[Any, str]] = {
+    "rope_type": ("yarn", "rope"),
+    "no_rope_freq": (4, "None"),
+    "window_size": ([128, 0], "None, [-1, -1], [-1, 0]"),
+    "softmax_type": ("off-by-one", "vanilla"),
+    "softmax_scale": (0.5, "None"),
+    "attention_output_gate": (True, "False"),
+    "experimental_attention_variant": ("gdn", "None"),
+    "multi_latent_attention": (True, "False"),
+    "qk_layernorm": (True, "False"),
+    "qk_l2_norm": (True, "False"),
+    "glu_linear_offset": (1.0, "0.0"),
+    "activation_func_clamp_value": (7.0, "None"),
+    "use_mup": (True, "False"),
+    "heterogeneous_layers_config_path": ("layers.json", "None"),
+    "virtual_pipeline_model_parallel_size": (2, "1"),
+}
+
+
+@pytest.mark.parametrize("key", OTHER_MODELS)
+def test_other_models_are_refused_by_name(tmp_path: Path, key: str) -> None:
+    value, supported = OTHER_MODELS[key]
+    source = write_nemo(tmp_path / "m", MODEL, style="core", packed="", **{key: value})
+    with pytest.raises(ValueError) as caught:
+        convert.convert(source, tmp_path / "out", 1, "fp32")
+    assert str(caught.value) == f"{source}/model_config.yaml: {key} is {value!r}; supported: {supported}"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"window_size": window} for window in ([-1, -1], [-1, 0])),
+        *({"name": name} for name in ("", "te_gpt", "modelopt")),
+        {"num_moe_experts": 0},
+        {"megatron_legacy": True},  # which Megatron-core does not know
+        {"rope_type": "rope", "softmax_type": "vanilla", "softmax_scale": None, "glu_linear_offset": 0},
+    ],
+    ids=str,
+)
+def test_settings_that_change_nothing_are_accepted(tmp_path: Path, settings: dict[str, Any]) -> None:
+    source = write_nemo(tmp_path / "m", MODEL, style="core", packed="", **settings)
+    assert weight_files(convert.convert(source, tmp_path / "out", 1, "fp32")) == MODEL.files(1)
 
 
 def test_options_are_refused_where_they_mean_nothing(tmp_path: Path) -> None:
