@@ -266,6 +266,7 @@ class _Start:
     def close(self) -> None:
         """Leave the groups."""
         if self.comm is not None:
+            self.executor.close()
             self.comm.close()
 
 

@@ -134,7 +134,7 @@ def read(executor: TorchExecutor, text: list[int], output_len: int) -> np.ndarra
     blocks = list(range(-(-len(text) // executor.cache.block_size)))
     admission = Admission([0], text, SamplingParams(1), None, [blocks])
     places = range(len(text) - 1 - output_len, len(text) - 1)
-    x = executor._run(Plan([Chunk(0, 0, len(text), [0])], [admission]))
+    x = executor.hidden(Plan([Chunk(0, 0, len(text), [0])], [admission]))
     return executor.model.logits(x[list(places)]).cpu().numpy()
 
 

@@ -100,14 +100,17 @@ class TorchExecutor:
                 with torch.inference_mode():
                     self._graphs = DecodeGraphs(self.model, self.cache, self._tokens, self._counters)
 
+    def close(self) -> None:
+        """Let go of the graphs: NCCL would wait for ever to leave a group whose operations one of them holds."""
+        self._graphs = None
+
     @torch.inference_mode()
     def execute(self, plan: Plan) -> StepResult | None:
         """Compute one plan. Returns what it gives on the first stage's ranks, None elsewhere."""
         parallel = self.comm.parallel
-        self._update(plan)
         if self._graphs is not None and plan.is_decode:
             return self._replay(plan)
-        x = self.model.forward(self._input(plan), self.cache)
+        x = self.hidden(plan)
         if not (parallel.is_first_stage or parallel.is_last_stage):
             return None
         layout = Layout.of(plan, self._admitted, self.model.config.vocab_size)
@@ -122,10 +125,15 @@ class TorchExecutor:
         return StepResult(values, layout) if parallel.is_first_stage else None
 
     @torch.inference_mode()
+    def hidden(self, plan: Plan) -> torch.Tensor | None:
+        """One pass over the plan's tokens: on the last stage, their hidden states [tokens, hidden]."""
+        self._update(plan)
+        return self.model.forward(self._input(plan), self.cache)
+
+    @torch.inference_mode()
     def forward(self, plan: Plan) -> torch.Tensor | None:
         """One pass over the plan's tokens: on the last stage, logits [sampled rows, vocab] fp32."""
-        self._update(plan)
-        x = self.model.forward(self._input(plan), self.cache)
+        x = self.hidden(plan)
         if x is None:
             return None
         layout = Layout.of(plan, self._admitted, self.model.config.vocab_size)
@@ -133,6 +141,7 @@ class TorchExecutor:
 
     def _replay(self, plan: Plan) -> StepResult:
         """A step of decodes only, through a graph; rows that want more than the likeliest token choose anew."""
+        self._update(plan)
         layout = Layout.of(plan, self._admitted, self.model.config.vocab_size)
         values, logits = self._graphs.run([c.slot for c in plan.chunks], [c.start for c in plan.chunks])
         if not layout.is_plain:
