@@ -48,6 +48,13 @@ def rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
 
+def has_flash(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch's flash attention takes such heads on this device: from compute capability 8.0 on, in 16 bits."""
+    if device.type != "cuda" or dtype == torch.float32 or not torch.backends.cuda.is_flash_attention_available():
+        return False
+    return head_dim % 8 == 0 and head_dim <= 256 and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 class Prompts(NamedTuple):
     """Whole prompts, one after another, that torch's flash attention takes all at once."""
 
@@ -84,10 +91,12 @@ class AttentionStep:
         slopes: torch.Tensor | None,
         frequencies: torch.Tensor,
         dtype: torch.dtype,
+        has_flash: bool = False,
     ) -> AttentionStep:
-        """positions: [tokens] int64, each token's in its own request; frequencies: of `rotation_frequencies`."""
+        """positions: [tokens] int64, each token's in its own request; frequencies: of `rotation_frequencies`;
+        has_flash: of the function of this name."""
         prompts = None
-        if positions.device.type == "cuda" and slopes is None and dtype != torch.float32:
+        if has_flash and slopes is None:
             segments, prompts = _split_prompts(segments, positions.device)
         masks = [_score_mask(segment, slopes, dtype, positions.device) for segment in segments]
         rotation = None

@@ -39,8 +39,8 @@ class Decodes(NamedTuple):
 class KVCache:
     """Keys and values, flat: [num_blocks · block_size + 1, kv_heads_local, head_dim] for each layer of the stage.
 
-    The last place is nobody's: rows that only fill a batch up write there. On a GPU, `table` [slots + 1, max_seq_len]
-    int32 has every slot's places, and its last row that place.
+    The last place is nobody's: rows that only fill a batch up write there. With `num_slots`, `table`
+    [slots + 1, max_seq_len] int32 has every slot's places for kernels, and in its last row that place.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class KVCache:
         self.block_size = block_size
         self.device = device
         self.table = None
-        if device.type == "cuda":
+        if num_slots:
             size = (num_slots + 1, max_seq_len)
             self.table = torch.full(size, num_blocks * block_size, dtype=torch.int32, device=device)
         self._places: dict[int, np.ndarray] = {}  # slot -> flat cache position of each of its tokens

@@ -36,7 +36,9 @@ class DecodeGraphs:
         self._sizes = [size for size in _SIZES if size < most] + [most]
         self._inputs = torch.zeros(2, most, dtype=torch.int64, device=device)
         self._inputs[0] = self._nobody
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
+        # One for all graphs: a buffer each would add up to gigabytes with a large vocabulary.
+        self._logits = torch.empty(most, model.config.vocab_size, dtype=torch.float32, device=device)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._capture()
 
     def run(self, slots: list[int], positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,9 +52,9 @@ class DecodeGraphs:
         fill = size - rows
         own = torch.tensor([slots + [self._nobody] * fill, positions + [0] * fill])
         self._inputs[:, :size].copy_(own, non_blocking=True)
-        graph, values, logits = self._graphs[size]
+        graph, values = self._graphs[size]
         graph.replay()
-        return values[:, :rows].flatten(), logits[:rows]
+        return values[:, :rows].flatten(), self._logits[:rows]
 
     def _capture(self) -> None:
         stream, pool = torch.cuda.Stream(), None
@@ -64,19 +66,19 @@ class DecodeGraphs:
                 graph = torch.cuda.CUDAGraph()
                 # thread_local: NCCL's own thread asks for its events meanwhile.
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                    values, logits = self._step(size)
+                    values = self._step(size)
                 pool = pool or graph.pool()
-                self._graphs[size] = graph, values, logits
+                self._graphs[size] = graph, values
         torch.cuda.current_stream().wait_stream(stream)
 
-    def _step(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _step(self, size: int) -> torch.Tensor:
         slots, positions = self._inputs[:, :size]
         places = self._cache.table[slots, positions].long()
         decodes = Decodes(self._cache.table, slots, positions, self._counters)
         x = self._model.forward(StepInput(self._tokens[slots, positions], positions, places, [], decodes), self._cache)
-        logits = self._model.logits(x)
+        logits = self._model.logits(x, out=self._logits[:size])
         log_probs, token_ids = logits.max(dim=-1)
         log_probs = log_probs - logits.logsumexp(dim=-1)
         following = (positions + 1).clamp_max(self._tokens.shape[1] - 1)
         self._tokens[slots, following] = token_ids
-        return torch.stack([token_ids.double(), log_probs.double()]), logits
+        return torch.stack([token_ids.double(), log_probs.double()])

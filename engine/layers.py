@@ -108,6 +108,7 @@ class LMHead:
         self.vocab_size = vocab_size
         self.comm = comm
 
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+    def __call__(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[rows, hidden] → [rows, vocab]; the padding of an unevenly split vocabulary is at the end, cut."""
-        return self.comm.all_gather_last(self.linear(hidden))[:, : self.vocab_size].float()
+        logits = self.comm.all_gather_last(self.linear(hidden))[:, : self.vocab_size]
+        return logits.float() if out is None else out.copy_(logits)

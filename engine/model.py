@@ -15,7 +15,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from engine.attention import AttentionStep, alibi_slopes, attend, rotate, rotation_frequencies
+from engine.attention import AttentionStep, alibi_slopes, attend, has_flash, rotate, rotation_frequencies
 from engine.cache import Decodes, KVCache, Segment
 from engine.comm import Comm
 from engine.config import ModelConfig
@@ -84,6 +84,7 @@ class GPT:
         if config.use_attention_linear_bias:
             self.slopes = alibi_slopes(config.head_num).chunk(parallel.tp)[parallel.tp_rank].to(device)
         self.frequencies = rotation_frequencies(config).to(device)  # [rotary_embedding / 2]
+        self.has_flash = has_flash(config.size_per_head, reader.dtype, device)
         vocab_local = -(-config.vocab_size // parallel.tp)
         first_id = parallel.tp_rank * vocab_local
         wte = None
@@ -150,7 +151,14 @@ class GPT:
             x = torch.empty(num_tokens, self.config.hidden, dtype=self.dtype, device=self.device)
             self.comm.receive_forward(x)
         attention_step = AttentionStep.of(
-            step.positions, step.places, step.decodes, step.segments, self.slopes, self.frequencies, self.dtype
+            step.positions,
+            step.places,
+            step.decodes,
+            step.segments,
+            self.slopes,
+            self.frequencies,
+            self.dtype,
+            self.has_flash,
         )
         delta = None
         for index, layer in enumerate(self.layers):
@@ -162,9 +170,9 @@ class GPT:
             return None
         return x
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """[rows, hidden] of the last stage's hidden states → logits [rows, vocab] fp32."""
-        return self.lm_head(x if self.final_layernorm is None else self.final_layernorm(x)[1])
+    def logits(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[rows, hidden] of the last stage's hidden states → logits [rows, vocab] fp32, in `out` where it is given."""
+        return self.lm_head(x if self.final_layernorm is None else self.final_layernorm(x)[1], out)
 
 
 class Layer:

@@ -91,9 +91,9 @@ class TorchExecutor:
         self.num_blocks = comm.min_over_ranks(min(most, int(memory / KVCache.bytes_per_block(**shape))))
         if self.num_blocks < 1:
             raise RuntimeError(f"no memory is left on {self.device} for a key-value cache; use more ranks")
-        slots = dict(num_slots=limits.max_batch_size, max_seq_len=self.max_seq_len)
+        slots = dict(num_slots=limits.max_batch_size, max_seq_len=self.max_seq_len) if _has_kernels(self.device) else {}
         self.cache = KVCache(num_blocks=self.num_blocks, device=self.device, **shape, **slots)
-        if self.device.type == "cuda":
+        if slots:
             heads_local = config.head_num // comm.parallel.tp
             self._counters = make_counters(max_rows(limits.max_batch_size), heads_local, self.device)
             if comm.parallel.pp == 1:
@@ -201,6 +201,11 @@ class TorchExecutor:
 
     def _tensor(self, values: np.ndarray | Sequence[int]) -> torch.Tensor:
         return torch.as_tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
+
+
+def _has_kernels(device: torch.device) -> bool:
+    """Whether decoding rows go through the project's kernels, and steps of them through graphs."""
+    return device.type == "cuda"
 
 
 def _memory_left(device: torch.device, local_size: int) -> int:
