@@ -50,9 +50,11 @@ def rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
 
 def has_flash(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether torch's flash attention takes such heads on this device: from compute capability 8.0 on, in 16 bits."""
-    if device.type != "cuda" or dtype == torch.float32 or not torch.backends.cuda.is_flash_attention_available():
+    if device.type != "cuda" or dtype == torch.float32 or torch.version.hip is not None:
         return False
-    return head_dim % 8 == 0 and head_dim <= 256 and torch.cuda.get_device_capability(device) >= (8, 0)
+    if not torch.backends.cuda.is_flash_attention_available() or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    return head_dim % 8 == 0 and head_dim <= 256
 
 
 class Prompts(NamedTuple):
@@ -158,7 +160,7 @@ def attend(
         first, ends, longest = step.prompts
         lengths = (ends, ends, longest, longest)
         own = (part[first:] for part in (query, key, value))
-        parts.append(torch.ops.aten._flash_attention_forward(*own, *lengths, 0.0, True, False)[0])
+        parts.append(torch.ops.aten._flash_attention_forward.default(*own, *lengths, 0.0, True, False)[0])
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
 
 
@@ -169,8 +171,8 @@ def _attend_segment(
     q, k, v = (part.transpose(0, 1)[None] for part in (query, keys, values))  # [1, heads, length or kv_len, head_dim]
     is_grouped = q.shape[1] != k.shape[1]
     if is_grouped and q.device.type == "cuda":
-        # Of torch's attention on a GPU, only flash takes groups, without masks and in 16 bits; another would hold all
-        # scores at once: 37 GiB for 8192 tokens over 16384 with 32 heads.
+        # Flash attention takes groups, but neither masks nor fp32, and what torch falls back to may hold all scores at
+        # once: 37 GiB for 8192 tokens over 16384 with 32 heads.
         k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (k, v))
         is_grouped = False
     is_causal = mask is None and len(query) > 1

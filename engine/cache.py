@@ -77,10 +77,12 @@ class KVCache:
     def assign(self, slot: int, block_ids: list[int]) -> None:
         """Give a slot its blocks; whatever it had before is forgotten."""
         self._set(slot, self._places_in(block_ids))
+        self._upload(slot)
 
     def fork(self, slot: int, parent: int, length: int, block_ids: list[int]) -> None:
         """Let a slot read the first `length` tokens where `parent` has them; its own blocks hold what follows."""
         self._set(slot, np.concatenate([self._places[parent][:length], self._places_in(block_ids)]))
+        self._upload(slot)
 
     def reorder(self, slots: list[int], parents: list[int], length: int) -> None:
         """Let each slot go on from the first `length` tokens of its parent, in place of its own.
@@ -93,6 +95,9 @@ class KVCache:
             places = self._places[slot]
             places[:length] = history
             self._set(slot, places)
+        if self.table is not None:
+            index = torch.tensor([slots, parents]).to(self.device, non_blocking=True)
+            self.table[index[0], :length] = self.table[index[1], :length]
 
     def places(self, slot: int, start: int, length: int) -> np.ndarray:
         """The flat cache positions of the slot's tokens [start, start + length)."""
@@ -114,7 +119,10 @@ class KVCache:
         breaks = np.flatnonzero(np.diff(places) != 1)
         self._places[slot] = places
         self._run_len[slot] = int(breaks[0]) + 1 if len(breaks) else len(places)
+
+    def _upload(self, slot: int) -> None:
         if self.table is not None:
+            places = self._places[slot]
             count = min(len(places), self.table.shape[1])
             self.table[slot, :count] = torch.from_numpy(places[:count].astype(np.int32)).to(
                 self.device, non_blocking=True

@@ -254,7 +254,7 @@ class EngineConfig:
     device: str = flag("auto", "where it runs; auto takes a GPU if there is one", choices=("auto", "cpu", "cuda"))
     data_type: str = flag(
         "auto",
-        "number format of the computation; auto: bf16 on a GPU, fp32 on a CPU",
+        "number format of the computation; auto: bf16 on a GPU (fp16 before compute capability 8.0), fp32 on a CPU",
         choices=("auto", *DATA_TYPES),
     )
     int8_mode: int = flag(0, "1: the layers' matrices are kept in int8, a scale for each column", choices=(0, 1))
@@ -268,6 +268,7 @@ class EngineConfig:
     max_step_tokens: int = flag(0, "prompt tokens computed in one step; 0: 512 on a CPU, 8192 on a GPU")
     block_size: int = flag(16, "tokens in one block of the key-value cache")
     kv_cache_fraction: float = flag(0.9, "share of the memory left after loading that the key-value cache may take")
+    enforce_eager: bool = flag(False, "launch the kernels of a decode step one by one, without CUDA graphs")
     step_timeout_s: float = flag(25.0, "seconds after which a step that does not end is taken for a hung rank")
 
     def __post_init__(self) -> None:

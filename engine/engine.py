@@ -108,8 +108,12 @@ class Engine:
         self._inbox.put((request, CANCELLED))
 
     def warm_up(self, end_id: int) -> None:
-        """Run a request of two tokens, so that the first user does not pay for what is done once."""
-        request = Request([0], SamplingParams(2), end_id)
+        """Run a prompt and a decode step, so that the first user does not pay for what is done once.
+
+        The prompt has two tokens where that is possible: the step of a single one is like a decode step.
+        """
+        prompt_ids = [0] * max(1, min(2, self.scheduler.max_seq_len - 2))
+        request = Request(prompt_ids, SamplingParams(2), end_id)
         self.scheduler.add(request)
         while not request.is_finished:
             self.step()

@@ -15,11 +15,12 @@ import torch
 from engine.cache import Decodes, KVCache
 from engine.comm import Comm
 from engine.config import EngineConfig
-from engine.graphs import DecodeGraphs, max_rows
+from engine.graphs import DecodeGraphs, max_rows, num_bytes
 from engine.model import GPT, StepInput
 from engine.plan import Admission, Plan, Reorder, StepOutput
 from engine.results import Admitted, Layout, choose
 from engine.weights import TORCH_DTYPES, ShardReader
+from kernels import runs_on
 from kernels.decode_attention import make_counters
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -87,28 +88,33 @@ class TorchExecutor:
             dtype=self.model.dtype,
         )
         most = limits.max_batch_size * -(-self.max_seq_len // limits.block_size)
-        memory = _memory_left(self.device, self._local_size) * limits.kv_cache_fraction
+        memory = _memory_left(self.device, self._local_size)
+        slots = {}
+        if _has_kernels(self.device):
+            slots = dict(num_slots=limits.max_batch_size, max_seq_len=self.max_seq_len)
+            memory -= num_bytes(**slots, vocab_size=config.vocab_size, dtype=self.model.dtype)
+        memory = max(0, memory) * limits.kv_cache_fraction
         self.num_blocks = comm.min_over_ranks(min(most, int(memory / KVCache.bytes_per_block(**shape))))
         if self.num_blocks < 1:
             raise RuntimeError(f"no memory is left on {self.device} for a key-value cache; use more ranks")
-        slots = dict(num_slots=limits.max_batch_size, max_seq_len=self.max_seq_len) if _has_kernels(self.device) else {}
         self.cache = KVCache(num_blocks=self.num_blocks, device=self.device, **shape, **slots)
         if slots:
             heads_local = config.head_num // comm.parallel.tp
             self._counters = make_counters(max_rows(limits.max_batch_size), heads_local, self.device)
-            if comm.parallel.pp == 1:
+            if comm.parallel.pp == 1 and not limits.enforce_eager:
                 with torch.inference_mode():
                     self._graphs = DecodeGraphs(self.model, self.cache, self._tokens, self._counters)
 
     def close(self) -> None:
-        """Let go of the graphs: NCCL would wait for ever to leave a group whose operations one of them holds."""
-        self._graphs = None
+        """Free what must go before the ranks leave their groups."""
+        if self._graphs is not None:
+            self._graphs.close()
 
     @torch.inference_mode()
     def execute(self, plan: Plan) -> StepResult | None:
-        """Compute one plan. Returns what it gives on the first stage's ranks, None elsewhere."""
+        """Compute one plan. Returns what it gives on rank 0, None elsewhere."""
         parallel = self.comm.parallel
-        if self._graphs is not None and plan.is_decode:
+        if self._graphs is not None and plan.is_decode and len(plan.chunks) <= self._graphs.most:
             return self._replay(plan)
         x = self.hidden(plan)
         if not (parallel.is_first_stage or parallel.is_last_stage):
@@ -122,7 +128,7 @@ class TorchExecutor:
         if len(values):
             values = self.comm.return_results(values)
         self._keep_tokens(layout, values)
-        return StepResult(values, layout) if parallel.is_first_stage else None
+        return StepResult(values, layout) if parallel.rank == 0 else None
 
     @torch.inference_mode()
     def hidden(self, plan: Plan) -> torch.Tensor | None:
@@ -139,7 +145,7 @@ class TorchExecutor:
         layout = Layout.of(plan, self._admitted, self.model.config.vocab_size)
         return self.model.logits(x[self._tensor(layout.token_index)])
 
-    def _replay(self, plan: Plan) -> StepResult:
+    def _replay(self, plan: Plan) -> StepResult | None:
         """A step of decodes only, through a graph; rows that want more than the likeliest token choose anew."""
         self._update(plan)
         layout = Layout.of(plan, self._admitted, self.model.config.vocab_size)
@@ -147,7 +153,7 @@ class TorchExecutor:
         if not layout.is_plain:
             values = choose(layout, logits, self._tokens, self._beam_scores, lambda part: logits[:0])
             self._keep_tokens(layout, values)
-        return StepResult(values, layout)
+        return StepResult(values, layout) if self.comm.parallel.rank == 0 else None
 
     def _keep_tokens(self, layout: Layout, values: torch.Tensor) -> None:
         if layout.rows:
@@ -205,7 +211,7 @@ class TorchExecutor:
 
 def _has_kernels(device: torch.device) -> bool:
     """Whether decoding rows go through the project's kernels, and steps of them through graphs."""
-    return device.type == "cuda"
+    return runs_on(device)
 
 
 def _memory_left(device: torch.device, local_size: int) -> int:
@@ -223,7 +229,9 @@ def _memory_left(device: torch.device, local_size: int) -> int:
 def computation_dtype(data_type: str, device: torch.device) -> torch.dtype:
     """The torch dtype for --data-type; raises ValueError for one that the device cannot compute well."""
     if data_type == "auto":
-        data_type = "bf16" if device.type == "cuda" else "fp32"
+        data_type = "fp32"
+        if device.type == "cuda":
+            data_type = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     if device.type == "cpu" and data_type == "fp16":
         raise ValueError("data_type is fp16; on a CPU it must be fp32 or bf16")
     return TORCH_DTYPES[data_type]

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from kernels import runs_on
+
 try:
     import triton
     import triton.language as tl
@@ -34,7 +36,7 @@ def add_norm(
     x, delta: [rows, hidden]; weight, bias: [hidden], all of one dtype. Sums are in fp32; the norm is that of the sum
     as it is stored.
     """
-    if triton is None or x.device.type != "cuda":
+    if not runs_on(x.device):
         return reference(x, delta, weight, bias, eps)
     rows, hidden = x.shape
     normed = torch.empty_like(x)

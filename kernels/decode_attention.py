@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from kernels import runs_on
+
 try:
     import triton
     import triton.language as tl
@@ -59,12 +61,12 @@ def decode_attention(
 ) -> torch.Tensor:
     """softmax(q · kᵀ / √head_dim + slope · (key's position − query's)) · v, one query per sequence.
 
-    query: [rows, heads, head_dim], strided in its first axis at most; keys, values: [places, kv_heads, head_dim]
-    contiguous; table: [slots, length] int32, where each slot's tokens lie; slots, positions: [rows] int64, each
-    query's own; counters: of `make_counters` for as many rows and heads; slopes: [heads] fp32. Returns
+    query: [rows, heads, head_dim], strided in all axes but the last; keys, values: [places, kv_heads, head_dim]
+    contiguous; table: [slots, length] int32 contiguous, where each slot's tokens lie; slots, positions: [rows] int64
+    contiguous, each query's own; counters: of `make_counters` for as many rows and heads; slopes: [heads] fp32. Returns
     [rows, heads, head_dim] as query. Sums are in fp32, and their order depends on rows, heads and positions only.
     """
-    if triton is None or query.device.type != "cuda":
+    if not runs_on(query.device):
         return reference(query, keys, values, table, slots, positions, slopes)
     rows, heads, head_dim = query.shape
     wanted = max(1, min(_MOST_SPLITS, _WANTED_PROGRAMS // (rows * heads)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels import int8_widen
+from kernels import int8_widen, runs_on
 
 try:
     import triton
@@ -47,7 +47,7 @@ def int8_linear(
     Triton, no GPU, or another dtype.
     """
     _check(x, weight, scales, bias)
-    if triton is None or x.device.type != "cuda" or x.dtype not in (torch.bfloat16, torch.float16):
+    if not runs_on(x.device) or x.dtype not in (torch.bfloat16, torch.float16):
         return reference(x, weight, scales, bias)
     if not 0 < len(x) <= _FEW_ROWS:
         return F.linear(x, int8_widen.int8_widen(weight, scales, x.dtype), bias)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from kernels import runs_on
+
 try:
     import triton
     import triton.language as tl
@@ -29,7 +31,7 @@ def int8_widen(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -
         raise ValueError(f"weight is {weight.dtype} {list(weight.shape)}; it must be int8 [out, in] and contiguous")
     if scales.shape != weight.shape[:1] or scales.dtype != torch.float32:
         raise ValueError(f"scales are {scales.dtype} {list(scales.shape)}; they must be fp32 [{weight.shape[0]}]")
-    if triton is None or weight.device.type != "cuda":
+    if not runs_on(weight.device):
         return reference(weight, scales, dtype)
     num_out, num_in = weight.shape
     wide = torch.empty(weight.shape, dtype=dtype, device=weight.device)

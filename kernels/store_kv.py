@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from kernels import runs_on
+
 try:
     import triton
     import triton.language as tl
@@ -29,7 +31,7 @@ def store_kv(
 
     places: [tokens] int64; key and value may be strided in all axes but the last, keys and values are contiguous.
     """
-    if triton is None or key.device.type != "cuda":
+    if not runs_on(key.device):
         return reference(key, value, keys, values, places)
     tokens, heads, head_dim = key.shape
     _kernel[(tokens,)](
