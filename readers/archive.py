@@ -1,7 +1,7 @@
 """A checkpoint's files by name: in a folder, in a plain tar archive, or in a gzipped one.
 
 Owns what an archive may do: nothing but files and folders, none outside, no more than it can hold. A plain archive
-is read where it lies; a gzipped one is unpacked into files without a name, which are gone when the process is.
+is read where it lies; a gzipped one is unpacked into a file without a name, which is gone when the process is.
 It knows no checkpoint.
 """
 
@@ -64,7 +64,7 @@ def folder_files(folder: Path) -> dict[str, Place]:
 
 
 def archive_files(path: Path, scratch: Path) -> dict[str, Place]:
-    """Every file of a tar archive by its name; a gzipped one is unpacked into nameless files below `scratch`.
+    """Every file of a tar archive by its name; a gzipped one is unpacked into a nameless file below `scratch`.
 
     Raises ValueError for what is no whole archive, for members that are no plain files or lie outside, and for an
     archive made to grow; RuntimeError for lack of disk space.
@@ -95,6 +95,7 @@ def _in_place(path: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, Place]]:
 def _unpack(path: Path, scratch: Path) -> dict[str, Place]:
     limit = _MAX_RATIO * path.stat().st_size + _SLACK_BYTES
     files = {}
+    target = tempfile.TemporaryFile(dir=scratch)  # one, because a process may not have thousands of them open
     with gzip.open(path) as stream, tarfile.open(fileobj=_Limited(path, stream, limit), mode="r|") as tar:
         for name, member in _members(path, tar):
             if member.size > limit:
@@ -102,10 +103,11 @@ def _unpack(path: Path, scratch: Path) -> dict[str, Place]:
             free = shutil.disk_usage(scratch).free
             if member.size > free:
                 raise RuntimeError(f"{scratch}: {path}: {name} takes {member.size:,} bytes, and {free:,} are free")
-            target = tempfile.TemporaryFile(dir=scratch)
+            start = target.seek(-target.tell() % tarfile.BLOCKSIZE, io.SEEK_CUR)
             shutil.copyfileobj(tar.extractfile(member), target, 1 << 20)
-            target.flush()
-            files[name] = Place(Path(f"/proc/self/fd/{target.fileno()}"), 0, member.size, f"{path}: {name}", target)
+            place_name = f"{path}: {name}"
+            files[name] = Place(Path(f"/proc/self/fd/{target.fileno()}"), start, member.size, place_name, target)
+    target.flush()
     return files
 
 

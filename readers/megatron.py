@@ -15,14 +15,26 @@ from pathlib import Path
 from typing import Any
 
 from readers import tokens
-from readers.archive import file_place
-from readers.sharded import REQUIRED, Settings, ShardedReader, SourceOptions, gelu, query_groups, rotation
-from readers.shards import Shards, Trained, find_grid
+from readers.archive import file_place, folder_files
+from readers.distributed import DistributedCheckpoint
+from readers.ranks import RankFile, find_grid
+from readers.sharded import (
+    REQUIRED,
+    Settings,
+    ShardedReader,
+    SourceOptions,
+    gelu,
+    query_groups,
+    rotation,
+    whatever_pipeline,
+)
+from readers.shards import Shards, Trained
 from readers.tokens import CheckpointTokenizer
 from readers.torchfile import StandIn, load
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _FILE = re.compile(r"model(?:_optim)?_rng\.pt")
+_DISTRIBUTED_FILES = (".metadata", "metadata.json")
 _QKV_ORDERS = {0: "3nd", 1.0: "nd3", 2.0: "n3d", 3.0: "n3d"}
 # Megatron-LM's own, beside those of both trainers; absent arguments are those of versions that could not do otherwise.
 _REQUIRED: dict[str, tuple[Any, ...]] = REQUIRED | {
@@ -38,6 +50,8 @@ def is_megatron_folder(folder: Path) -> bool:
     """Whether a folder holds iterations of Megatron-LM, or is one."""
     if (folder / _TRACKER).is_file():
         return True
+    if any(any(folder.glob(f"{level}{name}")) for level in ("", "iter_*/", "release/") for name in _DISTRIBUTED_FILES):
+        return True
     return any(_FILE.fullmatch(path.name) for level in ("", "*/", "*/*/") for path in folder.glob(f"{level}model_*.pt"))
 
 
@@ -49,14 +63,14 @@ class MegatronReader(ShardedReader):
         self._source = source
         self._options = options
         folder = _iteration(source)
-        names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-        if ".metadata" in names or "metadata.json" in names:
-            raise ValueError(
-                f"{folder}: a distributed checkpoint (torch_dist or zarr of Megatron-core); supported: each rank's own "
-                f"file, such as mp_rank_00/model_optim_rng.pt"
-            )
-        self._grid = [[file_place(folder / name) for name in row] for row in find_grid(names, folder, _FILE)]
-        self.files = [place.path for row in self._grid for place in row]
+        self._distributed = None
+        if any((folder / name).is_file() for name in _DISTRIBUTED_FILES):
+            self._distributed = DistributedCheckpoint(folder_files(folder), str(folder))
+            self.files = [place.path for place in self._distributed.files]
+        else:
+            names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+            self._grid = [[file_place(folder / name) for name in row] for row in find_grid(names, folder, _FILE)]
+            self.files = [place.path for row in self._grid for place in row]
         self._tokenizer_path = options.tokenizer
         if self._tokenizer_path is None:
             beside = (path for path in (folder, source, source.parent) if tokens.find_files(path))
@@ -64,25 +78,36 @@ class MegatronReader(ShardedReader):
         self.files += tokens.find_files(self._tokenizer_path)
 
     @cached_property
+    def _name(self) -> str:
+        """The file of `_facts`, for messages."""
+        return self._grid[0][0].name if self._distributed is None else self._distributed.common_place.name
+
+    @cached_property
     def _facts(self) -> dict[str, Any]:
-        """What rank 0's file holds beside the model."""
-        content, _ = load(self._grid[0][0])
-        if "model" not in content:
-            why = "of an interleaved pipeline" if "model0" in content else "without a model"
-            raise ValueError(f"{self._grid[0][0].name}: a checkpoint {why}; only a single `model` is supported")
+        """What rank 0's file, or the one for all ranks, holds beside the model."""
+        if self._distributed is not None:
+            content = self._distributed.common()
+            if content.get("args") is None:
+                raise ValueError(f"{self._name}: no training arguments (args), so Megatron-LM has not written this")
+        else:
+            content, _ = load(self._grid[0][0])
+            if "model" not in content:
+                why = "of an interleaved pipeline" if "model0" in content else "without a model"
+                raise ValueError(f"{self._name}: a checkpoint {why}; only a single `model` is supported")
         return {key: content.get(key) for key in ("args", "checkpoint_version", "iteration")}
 
     @cached_property
     def settings(self) -> Settings:
         """The training arguments; empty in the oldest checkpoints."""
-        name = self._grid[0][0].name
-        args = self._facts["args"]
+        name, args = self._name, self._facts["args"]
         if args is None:
             return Settings(name, {})
         if not isinstance(args, (StandIn, dict)):
             raise ValueError(f"{name}: args is {type(args).__name__}; an argparse.Namespace is expected")
         values = args.state if isinstance(args, StandIn) else args
         settings = Settings(f"{name}: args", values)
+        if self._distributed is not None:  # of whole tensors, whatever ranks trained them
+            return whatever_pipeline(settings)
         for keys, found in (
             (("tensor_model_parallel_size", "model_parallel_size"), len(self._grid[0])),
             (("pipeline_model_parallel_size",), len(self._grid)),
@@ -94,15 +119,17 @@ class MegatronReader(ShardedReader):
 
     @cached_property
     def shards(self) -> Shards:
+        if self._distributed is not None:
+            return Shards([[self._distributed]])
         places = {place.name: place for row in self._grid for place in row}
         for place in list(places.values())[1:]:
             content, _ = load(place)
             for key in ("checkpoint_version", "iteration"):
                 if content.get(key) != self._facts[key]:
                     raise ValueError(
-                        f"{place.name}: {key} is {content.get(key)}, and {self._facts[key]} in {self._grid[0][0].name}"
+                        f"{place.name}: {key} is {content.get(key)}, and {self._facts[key]} in {self._name}"
                     )
-        return Shards(self._grid, lambda content: content.get("model", {}))
+        return Shards([[RankFile(place, _state) for place in row] for row in self._grid])
 
     @cached_property
     def trained(self) -> Trained:
@@ -110,9 +137,7 @@ class MegatronReader(ShardedReader):
         version = self._facts["checkpoint_version"] or 0
         if not isinstance(version, (int, float)) or version not in _QKV_ORDERS:
             known = ", ".join(map(str, _QKV_ORDERS))
-            raise ValueError(
-                f"{self._grid[0][0].name}: checkpoint_version is {reprlib.repr(version)}; supported: {known}"
-            )
+            raise ValueError(f"{self._name}: checkpoint_version is {reprlib.repr(version)}; supported: {known}")
         heads = self._num_heads()
         is_grouped = settings.get("group_query_attention", False)
         has_biases = bool(settings.get("add_bias_linear", True))
@@ -180,6 +205,10 @@ class MegatronReader(ShardedReader):
                 f"tokenizer.json); --tokenizer names one"
             )
         return tokens.from_path(self._tokenizer_path)
+
+
+def _state(content: dict[str, Any]) -> dict[str, Any]:
+    return content.get("model", {})
 
 
 def _iteration(source: Path) -> Path:

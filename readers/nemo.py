@@ -19,13 +19,25 @@ import yaml
 
 from readers import tokens
 from readers.archive import Place, archive_files, folder_files
-from readers.sharded import REQUIRED, Settings, ShardedReader, SourceOptions, gelu, query_groups, rotation
-from readers.shards import Shards, Trained, find_grid
+from readers.distributed import DistributedCheckpoint
+from readers.ranks import RankFile, find_grid
+from readers.sharded import (
+    REQUIRED,
+    Settings,
+    ShardedReader,
+    SourceOptions,
+    gelu,
+    query_groups,
+    rotation,
+    whatever_pipeline,
+)
+from readers.shards import Shards, Trained
 from readers.tokens import CheckpointTokenizer
 from readers.torchfile import load, plain
 
 _CONFIG = "model_config.yaml"
 _WEIGHTS = "model_weights.ckpt"
+_DISTRIBUTED = "model_weights/"  # Megatron-core's, since NeMo 1.21
 _LIGHTNING = re.compile(r".*last\.ckpt")
 # NeMo's own, beside those of both trainers.
 _REQUIRED: dict[str, tuple[Any, ...]] = REQUIRED | {
@@ -82,13 +94,16 @@ class NemoReader(ShardedReader):
         return {PurePosixPath(name).relative_to(root).as_posix(): place for name, place in inside.items()}
 
     @cached_property
+    def _distributed(self) -> DistributedCheckpoint | None:
+        names = [name for name in self._places if name.startswith(_DISTRIBUTED)]
+        if not names:
+            return None
+        files = {name.removeprefix(_DISTRIBUTED): self._places[name] for name in names}
+        return DistributedCheckpoint(files, self._places[names[0]].name.removesuffix(names[0]) + _DISTRIBUTED[:-1])
+
+    @cached_property
     def _grid(self) -> list[list[Place]]:
         names = list(self._places)
-        if any(name.startswith("model_weights/") for name in names):
-            raise ValueError(
-                f"{self._source}: model_weights/ is a distributed checkpoint (torch_dist or zarr of Megatron-core); "
-                f"supported: each rank's own file, {_WEIGHTS}"
-            )
         is_plain = any(PurePosixPath(name).name == _WEIGHTS for name in names)
         grid = find_grid(names, self._source, re.compile(re.escape(_WEIGHTS)) if is_plain else _LIGHTNING)
         return [[self._places[name] for name in row] for row in grid]
@@ -116,10 +131,13 @@ class NemoReader(ShardedReader):
             values = values["model"]
         if not isinstance(values, dict):
             raise ValueError(f"{place.name}: settings are expected, not {type(values).__name__}")
-        return Settings(place.name, {key: _resolved(value, values) for key, value in values.items()})
+        settings = Settings(place.name, {key: _resolved(value, values) for key, value in values.items()})
+        return settings if self._distributed is None else whatever_pipeline(settings)
 
     @cached_property
     def shards(self) -> Shards:
+        if self._distributed is not None:  # of whole tensors, whatever ranks trained them
+            return Shards([[self._distributed]])
         grid = self._grid
         for key, found in (("tensor", len(grid[0])), ("pipeline", len(grid))):
             said = self.settings.size(f"{key}_model_parallel_size", found)
@@ -127,7 +145,7 @@ class NemoReader(ShardedReader):
                 raise ValueError(
                     f"{self.settings.name}: {key}_model_parallel_size is {said}; there are files of {found}"
                 )
-        return Shards(grid, lambda content: content.get("state_dict", content))
+        return Shards([[RankFile(place, _state) for place in row] for row in grid])
 
     @property
     def _is_core(self) -> bool:
@@ -241,7 +259,16 @@ class NemoReader(ShardedReader):
         """What of a folder is read: settings, weights, tokenizer."""
         names = [_CONFIG, *_ARTIFACTS.values()]
         files = [path for pattern in names for path in sorted(self._source.glob(pattern)) if path.is_file()]
-        return list(dict.fromkeys([*files, *(place.path for row in self._grid for place in row)]))
+        if self._distributed is not None:
+            weights = self._distributed.files
+        else:
+            weights = [place for row in self._grid for place in row]
+        return list(dict.fromkeys([*files, *(place.path for place in weights)]))
+
+
+def _state(content: dict[str, Any]) -> dict[str, Any]:
+    """The model of a Lightning checkpoint, or what is nothing but the model."""
+    return content.get("state_dict", content)
 
 
 def _resolved(value: Any, values: dict[str, Any]) -> Any:

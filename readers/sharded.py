@@ -163,6 +163,11 @@ class ShardedReader:
         return whole[0]
 
 
+def whatever_pipeline(settings: Settings) -> Settings:
+    """Without what only ranks' files depend on: a distributed checkpoint numbers the layers of the whole model."""
+    return Settings(settings.name, settings.values | {"virtual_pipeline_model_parallel_size": None})
+
+
 def query_groups(settings: Settings, heads: int, default: int | None = None) -> int:
     """Heads of keys and values, num_query_groups. Raises ValueError."""
     groups = settings.size("num_query_groups", default)

@@ -3,7 +3,7 @@
 Owns what NeMo and Megatron-LM have in common: the names of Megatron's modules (of megatron.model, `legacy`, and of
 megatron.core), which axis training splits, layers numbered anew on each pipeline rank, and q, k, v interleaved by
 head, or by group where several heads of queries read one of keys. A weight is made of its shards when it is written,
-so memory holds one weight and no file.
+so memory holds one weight and no file. A distributed checkpoint comes as the only rank's file.
 It must not know where the files come from nor what the model is called.
 """
 
@@ -12,19 +12,17 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
-from typing import Any
+from typing import Protocol
 
 import torch
 
 from engine.config import DATA_TYPES, ModelConfig
 from engine.weights import WeightSpec, weight_specs
-from readers.archive import Place
 from readers.checkpoint import Weight
-from readers.torchfile import load, tensors
 
 _PREFIX = re.compile(r"(?:(?:model|module|language_model|_orig_mod)\.)*")
 _LAYER = re.compile(r"(?:encoder|transformer|decoder)\.layers\.(\d+)\.(.+)")
@@ -104,44 +102,30 @@ class Shard:
     stored: str  # its name there
     shape: tuple[int, ...]
     dtype: torch.dtype
+    second: str = ""  # another one's name, whose rows follow
 
 
-def find_grid(names: Iterable[str], source: object, wanted: re.Pattern[str]) -> list[list[str]]:
-    """The files of a checkpoint by [pp rank][tp rank], out of names such as tp_rank_00_pp_rank_001/model.ckpt.
+class Source(Protocol):
+    """What holds the tensors of a rank, or of the whole model: readers.ranks, readers.distributed."""
 
-    `wanted` matches the file's own name. Raises ValueError, with the `source`, where there is none, where a rank has
-    two, and where one is missing.
-    """
-    folders = re.compile(r"(?:mp_rank_(\d+)(?:_(\d+))?|tp_rank_(\d+)_pp_rank_(\d+))/([^/]+)")
-    grid: dict[tuple[int, int], str] = {}
-    for name in names:
-        found = folders.fullmatch(name)
-        if wanted.fullmatch(found[5] if found else name):
-            tp_rank, pp_rank = (int(found[1] or found[3]), int(found[2] or found[4] or 0)) if found else (0, 0)
-            if (pp_rank, tp_rank) in grid:
-                raise ValueError(f"{source}: both {grid[pp_rank, tp_rank]} and {name} are there")
-            grid[pp_rank, tp_rank] = name
-    if not grid:
-        raise ValueError(f"{source}: no weight file of a rank ({wanted.pattern}) is there")
-    pp, tp = (max(ranks) + 1 for ranks in zip(*grid, strict=True))
-    for pp_rank in range(pp):
-        for tp_rank in range(tp):
-            if (pp_rank, tp_rank) not in grid:
-                raise ValueError(
-                    f"{source}: no file of tensor-parallel rank {tp_rank}, pipeline-parallel rank {pp_rank}, "
-                    f"where others make it {tp} × {pp} ranks"
-                )
-    return [[grid[pp_rank, tp_rank] for tp_rank in range(tp)] for pp_rank in range(pp)]
+    name: str  # what messages call it
+
+    def headers(self) -> Iterable[Shard]:
+        """Every tensor, in any order. Raises ValueError for a file that is not whole."""
+        ...
+
+    def open(self) -> tuple[Callable[[str], torch.Tensor], bool]:
+        """What gives a tensor by its stored name, and whether what it gives counts as memory until it is let go."""
+        ...
 
 
 class Shards:
     """The tensors of all ranks, under the table's names; opens files when they are needed."""
 
-    def __init__(self, grid: list[list[Place]], state: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
-        """`grid` is [pp][tp]; `state` takes the (nested) state dict out of what a file holds."""
+    def __init__(self, grid: list[list[Source]]) -> None:
+        """`grid` is [pp][tp]."""
         self._grid = grid
-        self._state = state
-        self._open: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+        self._open: dict[tuple[int, int], tuple[Callable[[str], torch.Tensor], bool]] = {}
         self._read_bytes = 0
         self._has_warned = False
 
@@ -218,15 +202,15 @@ class Shards:
         stage: dict[str, list[Shard]] = {}
         for tp_rank, place in enumerate(self._grid[pp_rank]):
             mine = {}
-            for stored, tensor in self._tensors(pp_rank, tp_rank, by_table_name=False):
-                if stored.endswith(_IGNORED):
+            for shard in place.headers():
+                if shard.stored.endswith(_IGNORED):
                     continue
-                name = _table_name(stored)
+                name = _table_name(shard.stored)
                 if name is None:
-                    raise ValueError(f"{place.name}: unexpected tensor {stored}; it is no part of Megatron's GPT")
+                    raise ValueError(f"{place.name}: unexpected tensor {shard.stored}; it is no part of Megatron's GPT")
                 if name in mine:
-                    raise ValueError(f"{place.name}: holds both {mine[name].stored} and {stored}")
-                mine[name] = Shard(stored, tuple(tensor.shape), tensor.dtype)
+                    raise ValueError(f"{place.name}: holds both {mine[name].stored} and {shard.stored}")
+                mine[name] = shard
             for name in [name for name in mine if _second(name) in mine]:
                 second = mine.pop(_second(name))
                 first = mine[name]
@@ -236,7 +220,7 @@ class Shards:
                         f"{_dtype_name(second.dtype)}, and {first.stored} is {list(first.shape)} in "
                         f"{_dtype_name(first.dtype)}"
                     )
-                mine[name] = replace(first, shape=(2 * first.shape[0], *first.shape[1:]))
+                mine[name] = replace(first, shape=(2 * first.shape[0], *first.shape[1:]), second=second.stored)
             if tp_rank and mine.keys() != stage.keys():
                 name = next(name for name in (*mine, *stage) if (name in mine) != (name in stage))
                 has, lacks = (place, self._grid[pp_rank][0]) if name in mine else (self._grid[pp_rank][0], place)
@@ -332,20 +316,15 @@ class Shards:
             self._open.clear()  # lets go of the mappings before new ones are made
             self._read_bytes = 0
         if (pp_rank, tp_rank) not in self._open:
-            self._open[pp_rank, tp_rank] = dict(self._tensors(pp_rank, tp_rank, by_table_name=True))
-        tensors_here = self._open[pp_rank, tp_rank]
-        tensor = tensors_here[name]
-        if _second(name) in tensors_here:
-            tensor = torch.cat([tensor, tensors_here[_second(name)]])
-        if self._is_mapped:  # else the file is in memory whole, and would be read anew
+            self._open[pp_rank, tp_rank] = self._grid[pp_rank][tp_rank].open()
+        read, is_mapped = self._open[pp_rank, tp_rank]
+        shard = self.stages[pp_rank][name][tp_rank]
+        tensor = read(shard.stored)
+        if shard.second:
+            tensor = torch.cat([tensor, read(shard.second)])
+        if is_mapped:  # else the file is in memory whole, and would be read anew
             self._read_bytes += tensor.nbytes
         return tensor
-
-    def _tensors(self, pp_rank: int, tp_rank: int, by_table_name: bool) -> Iterator[tuple[str, torch.Tensor]]:
-        place = self._grid[pp_rank][tp_rank]
-        content, self._is_mapped = load(place)
-        for stored, tensor in tensors(self._state(content), place.name):
-            yield (_table_name(stored) or stored) if by_table_name else stored, tensor
 
 
 def _table_name(stored: str) -> str | None:

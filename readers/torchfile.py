@@ -63,9 +63,17 @@ _STAND_INS = [_stand_in(name) for name in _STAND_IN_NAMES]
 
 
 def load(place: Place) -> tuple[dict[str, Any], bool]:
+    """`load_any` of a dict. Raises ValueError for anything else."""
+    content, is_mapped = load_any(place)
+    if not isinstance(content, dict):
+        raise ValueError(f"{place.name}: holds {type(content).__name__}; a dict is expected")
+    return content, is_mapped
+
+
+def load_any(place: Place) -> tuple[Any, bool]:
     """What the file holds, and whether its tensors are views of the mapped file (else they are in memory).
 
-    Files from before PyTorch 1.6 cannot be mapped. Raises ValueError for a file that is no whole dict of torch.save
+    Files from before PyTorch 1.6 cannot be mapped. Raises ValueError for a file that is no whole one of torch.save
     or whose pickle asks for more than tensors, plain values and stand-ins.
     """
     try:
@@ -85,8 +93,6 @@ def load(place: Place) -> tuple[dict[str, Any], bool]:
         raise ValueError(f"{place.name}: not a complete PyTorch file ({error})") from None
     except _BROKEN as error:
         raise ValueError(f"{place.name}: not a complete PyTorch file ({first_line(error)})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{place.name}: holds {type(content).__name__}; a dict is expected")
     return content, is_mapped
 
 
@@ -162,6 +168,8 @@ def _load_member(place: Place, file: Any) -> Any:
             if not 0 <= start <= start + size <= place.size:
                 raise RuntimeError(f"storage {key} ends beyond the file")
             part = mapped[place.offset + start : place.offset + start + size]
+            if part.data_ptr() % dtype.itemsize:  # many a file lies inside another at any offset
+                part = part.clone()
             storages[key] = torch.storage.TypedStorage(wrap_storage=part, dtype=dtype, _internal=True)
         return storages[key]
 

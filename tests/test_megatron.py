@@ -183,10 +183,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         dict(edit=lambda folder: (folder / "latest_checkpointed_iteration.txt").write_text("../../etc")),
         "{s}/latest_checkpointed_iteration.txt: '../../etc'; the number of an iteration or 'release' is expected",
     ),
-    "distributed checkpoint": (
+    "distributed checkpoint that says nothing": (
         dict(edit=lambda folder: (folder / ITERATION / "metadata.json").touch()),
-        "{i}: a distributed checkpoint (torch_dist or zarr of Megatron-core); supported: each rank's own file, such as "
-        "mp_rank_00/model_optim_rng.pt",
+        "{i}/metadata.json: not a JSON file (Expecting value: line 1 column 1 (char 0))",
     ),
     "version that is a list": (
         dict(edit=edit_content(lambda content: content.update(checkpoint_version=[3.0]))),

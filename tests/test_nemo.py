@@ -672,10 +672,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         ),
         "{w}: tensor {layer}mlp.dense_h_to_4h.weight holds the value 99840, and fp16 ends at 65504",
     ),
-    "distributed checkpoint": (
+    "distributed checkpoint of neither format": (
         inside(lambda folder: [(folder / "model_weights").mkdir(), (folder / "model_weights/common.pt").touch()]),
-        "{a}: model_weights/ is a distributed checkpoint (torch_dist or zarr of Megatron-core); supported: each rank's "
-        "own file, model_weights.ckpt",
+        "{a}: model_weights: neither .metadata (torch_dist) nor .zarray files (zarr) are there",
     ),
     "not a dict": (
         inside(lambda folder: torch.save([1], folder / WEIGHTS)),
