@@ -157,10 +157,18 @@ def test_auto_takes_what_can_run_the_model(
     config: ModelConfig, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     (tmp_path / "lib.so").touch()
     choice = choose(EngineConfig(), config, tmp_path / "lib.so", 0)
+    assert choice.dtype == torch.bfloat16
     assert expected in (choice.engine, choice.reason)
     assert (choice.engine == "torch") == (expected == choice.reason)
+
+
+def test_auto_is_fp16_on_gpus_without_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert choose(EngineConfig(), SMALL, tmp_path / "none", 0).dtype == torch.float16
 
 
 @pytest.mark.parametrize(
