@@ -67,7 +67,7 @@ class ModelFlags:
         os.path.join(os.environ.get("FT_REPO_DIR", ""), "build/lib/libth_transformer.so"),
         "FasterTransformer's library, ${FT_REPO_DIR}/build/lib/libth_transformer.so",
     )
-    verify_checksums: bool = flag(False, "compare the weight files with their checksums first (about 2 GB/s)")
+    verify_checksums: bool = flag(False, "compare the weight files with their checksums first (up to about 4 GB/s)")
     verbose: bool = flag(False, "log more, tracebacks and Triton's own log included")
 
     @property

@@ -86,6 +86,7 @@ def measure_shape(
     executor.prepare()
     if world.rank > 0:
         follow(world, executor, watchdog, _TIMEOUT_S)
+        executor.close()
         return []
     rows = []
     hf_model = _hf_model(config, dtype, device) if flags.compare_hf else None
@@ -107,6 +108,7 @@ def measure_shape(
         rows.append(row)
     engine.stop(0.0)
     engine.run()
+    executor.close()
     return rows
 
 

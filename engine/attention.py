@@ -44,8 +44,7 @@ def rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     cosines, sines = rotation
     half = cosines.shape[-1]
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
-    turned = torch.cat([first * cosines - second * sines, second * cosines + first * sines], -1).to(x.dtype)
-    return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+    return torch.cat([first * cosines - second * sines, second * cosines + first * sines, rest], -1).to(x.dtype)
 
 
 def has_flash(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:

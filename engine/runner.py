@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,7 @@ class TorchExecutor:
         most = limits.max_batch_size * -(-self.max_seq_len // limits.block_size)
         memory = _memory_left(self.device, self._local_size)
         slots = {}
-        if _has_kernels(self.device):
+        if runs_on(self.device):  # decoding rows go through the kernels, and steps of them through graphs
             slots = dict(num_slots=limits.max_batch_size, max_seq_len=self.max_seq_len)
             memory -= num_bytes(**slots, vocab_size=config.vocab_size, dtype=self.model.dtype)
         memory = max(0, memory) * limits.kv_cache_fraction
@@ -186,14 +187,14 @@ class TorchExecutor:
 
     def _input(self, plan: Plan) -> StepInput:
         slots, positions, places, segments = [], [], [], []
-        row = num_decodes = 0
+        num_decodes = row = 0
+        if self._counters is not None:
+            num_decodes = sum(1 for _ in takewhile(lambda chunk: chunk.length == 1, plan.chunks))
         for chunk in plan.chunks:
-            if chunk.length == 1 and self._counters is not None and row == num_decodes:
-                num_decodes += 1
             slots.append(np.full(chunk.length, chunk.slot))
             positions.append(np.arange(chunk.start, chunk.start + chunk.length))
             places.append(self.cache.places(chunk.slot, chunk.start, chunk.length))
-            if num_decodes <= row:
+            if row >= num_decodes:
                 segments.append(self.cache.segment(chunk.slot, row, chunk.start, chunk.length))
             row += chunk.length
         own_positions = self._tensor(np.concatenate(positions))
@@ -207,11 +208,6 @@ class TorchExecutor:
 
     def _tensor(self, values: np.ndarray | Sequence[int]) -> torch.Tensor:
         return torch.as_tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
-
-
-def _has_kernels(device: torch.device) -> bool:
-    """Whether decoding rows go through the project's kernels, and steps of them through graphs."""
-    return runs_on(device)
 
 
 def _memory_left(device: torch.device, local_size: int) -> int:

@@ -80,6 +80,24 @@ def _engine_parity(folder: Path, requests: Path, tp: int, pp: int, *flags: str) 
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
+_CONVERT = """
+import re, sys
+from pathlib import Path
+import convert
+import readers.nemo
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+before = peak()
+convert.convert(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), "fp16")
+print(peak() - before)
+"""
+
+
+def conversion_memory(source: Path, output_dir: Path, tp: int) -> int:
+    """MiB by which a process grows at most while it converts. (VmHWM: a child's ru_maxrss starts at its parent's.)"""
+    command = [sys.executable, "-c", _CONVERT, str(source), str(output_dir), str(tp)]
+    return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+
+
 def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]

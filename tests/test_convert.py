@@ -30,6 +30,7 @@ from engine.weights import ShardReader, weight_specs
 from readers.casting import cast as cast_tensor
 from readers.casting import computed_ahead
 from tests.checkpoints import make_gpt2, make_tokenizer, save, write_weights
+from tests.launch import conversion_memory
 
 ROOT = Path(convert.__file__).parent
 TINY: dict[str, Any] = dict(vocab_size=37, layers=2, heads=4, hidden=16, n_positions=8, with_tokenizer=False)
@@ -610,28 +611,18 @@ def test_disk_that_fills_up_leaves_nothing(source: Path, tmp_path: Path) -> None
 
 # --- memory ---
 
-MEASURE = """
-import re, sys
-from pathlib import Path
-import convert
-peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
-before = peak()
-convert.convert(Path(sys.argv[1]), Path(sys.argv[2]), 2, "fp16")
-print(peak() - before)
-"""
-
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM")
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
 def test_memory_does_not_grow_with_the_model(big_source: Path, scratch: Path, format: str) -> None:
-    """450 MB of weights, the largest 17 MB. (VmHWM: a child's ru_maxrss starts at its parent's size.)"""
+    """450 MB of weights, the largest 17 MB."""
     if format == "bin":
         shutil.copyfile(big_source / "config.json", scratch / "config.json")
         write_weights(scratch, load_file(big_source / "model.safetensors"), "bin")
     folder = big_source if format == "safetensors" else scratch
-    command = [sys.executable, "-c", MEASURE, str(folder), str(scratch / "out")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(result.stdout) < 250  # MiB: mapped pages of up to 64 + 17, chunks of 32, what torch needs
+    assert (
+        conversion_memory(folder, scratch / "out", 2) < 250
+    )  # MiB: mapped pages of up to 64 + 17, chunks of 32, what torch needs
 
 
 # --- broken checkpoints ---

@@ -49,7 +49,7 @@ def capture(self: DecodeGraphs) -> None:
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(runner, "_has_kernels", lambda device: True)
+    monkeypatch.setattr(runner, "runs_on", lambda device: True)
     monkeypatch.setattr(DecodeGraphs, "_capture", capture)
     REPLAYED.clear()
     yield

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 import types
@@ -28,7 +27,7 @@ from engine.config import ModelConfig, ParallelConfig
 from engine.request import Request, SamplingParams
 from readers import SourceOptions, nemo
 from readers.archive import archive_files
-from tests.launch import ROOT, first_outputs, greedy_items, run_engine, run_logits
+from tests.launch import conversion_memory, first_outputs, greedy_items, run_engine, run_logits
 from tests.multi.engine_parity import save_logits
 from tests.nemo_checkpoints import EOS, TinyGPT, write_nemo
 from tests.test_engine import finish, make_engine
@@ -213,27 +212,15 @@ def test_ranks_that_drifted_apart_are_told_of(tmp_path: Path, caplog: pytest.Log
     ]
 
 
-MEASURE = """
-import re, sys
-from pathlib import Path
-import convert
-import readers.nemo
-peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
-before = peak()
-convert.convert(Path(sys.argv[1]), Path(sys.argv[2]), 1, "fp16")
-print(peak() - before)
-"""
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM")
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     model = TinyGPT(heads=8, head_dim=64, layers=24, vocab_size=8000, inter=2048)
     source = write_nemo(tmp_path / "m.nemo", model, 4, 1, dtype=torch.float32)
     assert source.stat().st_size > 310e6
     shutil.rmtree(tmp_path / "m.unpacked")
-    command = [sys.executable, "-c", MEASURE, str(source), str(tmp_path / "out")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(result.stdout) < 200  # MiB: mapped pages of up to 64 + 16, a weight of 16, chunks, what torch needs
+    assert (
+        conversion_memory(source, tmp_path / "out", 1) < 200
+    )  # MiB: mapped pages of up to 64 + 16, a weight of 16, chunks, what torch needs
     shutil.rmtree(tmp_path)
 
 
