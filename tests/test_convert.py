@@ -620,9 +620,8 @@ def test_memory_does_not_grow_with_the_model(big_source: Path, scratch: Path, fo
         shutil.copyfile(big_source / "config.json", scratch / "config.json")
         write_weights(scratch, load_file(big_source / "model.safetensors"), "bin")
     folder = big_source if format == "safetensors" else scratch
-    assert (
-        conversion_memory(folder, scratch / "out", 2) < 250
-    )  # MiB: mapped pages of up to 64 + 17, chunks of 32, what torch needs
+    # MiB: mapped pages of up to 64 + 17, chunks of 32, what torch needs
+    assert conversion_memory(folder, scratch / "out", 2) < 250
 
 
 # --- broken checkpoints ---

@@ -218,9 +218,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     source = write_nemo(tmp_path / "m.nemo", model, 4, 1, dtype=torch.float32)
     assert source.stat().st_size > 310e6
     shutil.rmtree(tmp_path / "m.unpacked")
-    assert (
-        conversion_memory(source, tmp_path / "out", 1) < 200
-    )  # MiB: mapped pages of up to 64 + 16, a weight of 16, chunks, what torch needs
+    # MiB: mapped pages of up to 64 + 16, a weight of 16, chunks, what torch needs
+    assert conversion_memory(source, tmp_path / "out", 1) < 200
     shutil.rmtree(tmp_path)
 
 
