@@ -10,8 +10,8 @@ Exit codes: 0 - all answered; 1 - the server refused a prompt or failed; 2 - wro
 server within --init-timeout-s; 130 - Ctrl-C (143 - SIGTERM): running requests are cancelled on the server, finished
 answers are kept in --output.
 
-This file owns flags, signals and exit codes. What is asked stands in asking/parameters.py, how requests travel in
-asking/wire.py, what becomes of answers in asking/answers.py, the load test in asking/load.py. All requests are
+This file owns flags, signals and exit codes. What is asked stands in cli/parameters.py, how requests travel in
+cli/transport.py, what becomes of answers in cli/output.py, the load test in cli/bench.py. All requests are
 asynchronous tasks of one thread.
 """
 
@@ -27,12 +27,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from asking.parameters import PARAMETERS, Prompt, number, parameters_of, read_prompts
-from asking.terminal import complain, sign_of_life
+from cli.parameters import PARAMETERS, Prompt, number, parameters_of, read_prompts
+from cli.terminal import complain, sign_of_life
 
 if TYPE_CHECKING:  # what needs numpy is imported late: --help comes at once
-    from asking.answers import Journal
-    from asking.wire import Asker
+    from cli.output import Journal
+    from cli.transport import Asker
 
 
 def main() -> int:
@@ -40,7 +40,7 @@ def main() -> int:
     flags = parse_flags()
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        from asking.answers import Journal
+        from cli.output import Journal
 
         try:
             _check_plot(flags)
@@ -153,7 +153,7 @@ def _url(text: str) -> str:
 
 async def run(flags: argparse.Namespace, prompts: list[Prompt], journal: Journal | None) -> int:
     """Do what the flags say, to the end or to a signal; the exit code."""
-    from asking import wire
+    from cli import transport as wire
 
     loop = asyncio.get_running_loop()
     signalled: asyncio.Future[int] = loop.create_future()
@@ -179,7 +179,9 @@ async def run(flags: argparse.Namespace, prompts: list[Prompt], journal: Journal
 
 
 async def _work(flags: argparse.Namespace, prompts: list[Prompt], asker: Asker, journal: Journal | None) -> int:
-    from asking import answers, load, wire
+    from cli import bench as load
+    from cli import output as answers
+    from cli import transport as wire
 
     with sign_of_life(f"waiting for {asker.model} at {flags.url}"):
         is_ready = await asker.is_ready()

@@ -7,7 +7,7 @@
 
 Owns the writing: split, cast, checksums, manifest, lock, and the one rename that makes a folder appear finished.
 What a source looks like is the readers' business; what the files are called and how they are split,
-engine.weights'.
+weights.table'.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.config import DATA_TYPES, ModelConfig
-from engine.weights import TORCH_DTYPES, WeightSpec, weight_specs
 from helpers import ProgressLine, one_line
 from readers import SourceOptions, Weight, open_reader
 from readers.casting import cast, computed_ahead
 from readers.checkpoint import read_json
+from weights.model_config import DATA_TYPES, ModelConfig
+from weights.reader import TORCH_DTYPES
+from weights.table import WeightSpec, weight_specs
 
 try:
     from zlib_ng.zlib_ng import crc32  # zlib's values at four times its rate
@@ -126,7 +127,7 @@ def verify(folder: Path, checksums: bool = False) -> None:
     """Check a finished folder against its manifest: every file's size, and its checksum where asked.
 
     A folder without a manifest comes from FasterTransformer's own converter (ours publishes none): its files'
-    sizes are checked when they are loaded (engine.weights.ShardReader). config.ini may be edited by hand and
+    sizes are checked when they are loaded (weights.table.ShardReader). config.ini may be edited by hand and
     is not compared. Raises ValueError naming the first file that is wrong.
     """
     folder = Path(folder)

@@ -18,9 +18,9 @@ from pytriton.model_config import Tensor
 
 from engine.request import CANCELLED, SHUTDOWN, EngineBusy, Output, Request
 from helpers import one_line
-from serving import inputs
-from serving.inputs import Ask, Parser
 from serving.text import TextStream, whole_text
+from serving.triton import inputs
+from serving.triton.inputs import Ask, Parser
 
 _LOG = logging.getLogger("gpt")
 # A stream's pause after each piece, per other stream: PyTriton and Triton take about this long for one of all

@@ -25,13 +25,16 @@ from types import FrameType
 from typing import Any
 
 from convert import SourceOptions, convert, verify
-from engine.comm import World
-from engine.config import EngineConfig, ModelConfig, ParallelConfig, add_flags, flag, from_flags
+from engine.config import EngineConfig, ParallelConfig
 from engine.engine import Engine, follow
-from engine.startup import Choice, choose, connect, load, make_engine
+from engine.flags import add_flags, flag, from_flags
+from engine.startup import make_engine
 from engine.watchdog import Watchdog
+from engine.world import World
+from executor.startup import Choice, choose, connect, load
 from helpers import ProgressLine, find_checkpoint, model_key, one_line, setup_logging
-from serving.frontend import TritonFlags, TritonFrontend, TritonModel
+from serving.triton.frontend import TritonFlags, TritonFrontend, TritonModel
+from weights.model_config import ModelConfig
 
 _LOG = logging.getLogger("server")
 _PROGRESS_INTERVAL_S = 2.0
@@ -298,7 +301,7 @@ def _load_tokenizer(folder: Path) -> Any:
 def _lead(start: _Start, triton_flags: TritonFlags, started: float) -> int:
     """Rank 0: Triton in front, the engine's loop in this thread, until a signal or a failure."""
     from gpt import INPUTS, OUTPUTS, GPTModel
-    from serving.inputs import Parser
+    from serving.triton.inputs import Parser
 
     frontend = TritonFrontend(triton_flags, start.flags.verbose)
     watchdog = Watchdog(before_exit=frontend.kill)

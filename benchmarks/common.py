@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from engine.comm import World
-from engine.config import ModelConfig
-from engine.startup import claim_cores
-from engine.weights import WeightSpec
+from engine.world import World
+from executor.startup import claim_cores
+from weights.model_config import ModelConfig
+from weights.table import WeightSpec
 
 # heads × head size × layers; inner size 4 × hidden, tied embedding.
 SHAPES = {

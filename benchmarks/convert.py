@@ -28,8 +28,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import SHAPES, report
-from engine.config import DATA_TYPES
-from engine.weights import TORCH_DTYPES
+from weights.model_config import DATA_TYPES
+from weights.reader import TORCH_DTYPES
 
 ROOT = Path(__file__).resolve().parent.parent
 POSITIONS = 1024

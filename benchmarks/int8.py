@@ -24,15 +24,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import SHAPES, RandomReader, claim_device, model_config, report
-from engine.comm import Comm, World
-from engine.config import EngineConfig, ModelConfig, ParallelConfig
+from engine.config import EngineConfig, ParallelConfig
 from engine.engine import Engine
 from engine.plan import Admission, Chunk, Plan
 from engine.request import Request, SamplingParams
-from engine.runner import TorchExecutor, computation_dtype
 from engine.startup import make_engine
 from engine.watchdog import Watchdog
-from engine.weights import ShardReader
+from engine.world import World
+from executor.collectives import Comm
+from executor.runner import TorchExecutor, computation_dtype
+from weights.model_config import ModelConfig
+from weights.reader import ShardReader
 
 
 @dataclass

@@ -23,13 +23,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import SHAPES, RandomReader, claim_device, model_config, report, weight_bytes
-from engine.comm import Comm, World
 from engine.config import EngineConfig, ParallelConfig
 from engine.engine import Engine, follow
 from engine.request import Request, SamplingParams
-from engine.runner import TorchExecutor, computation_dtype
 from engine.startup import make_engine
 from engine.watchdog import Watchdog
+from engine.world import World
+from executor.collectives import Comm
+from executor.runner import TorchExecutor, computation_dtype
 
 _TIMEOUT_S = 600.0
 

@@ -14,15 +14,16 @@ from typing import Any
 import torch
 
 from benchmarks.common import SHAPES, RandomReader, claim_device, model_config
-from engine.comm import Comm, World
 from engine.config import EngineConfig, ParallelConfig
 from engine.engine import Engine, follow
-from engine.runner import TorchExecutor, computation_dtype
 from engine.startup import make_engine
 from engine.watchdog import Watchdog
+from engine.world import World
+from executor.collectives import Comm
+from executor.runner import TorchExecutor, computation_dtype
 from gpt import INPUTS, OUTPUTS, GPTModel
-from serving.frontend import TritonFlags, TritonFrontend, TritonModel
-from serving.inputs import Parser
+from serving.triton.frontend import TritonFlags, TritonFrontend, TritonModel
+from serving.triton.inputs import Parser
 
 NAME = "benchmark"
 _CLIENT = Path(__file__).resolve().parent.parent / "client.py"

@@ -16,10 +16,10 @@ from collections import deque
 from collections.abc import Collection
 from typing import Any, Protocol
 
-from engine.comm import World
+from engine.metrics import Statistics
 from engine.request import CANCELLED, EngineBusy, Request, SamplingParams
-from engine.statistics import Statistics
 from engine.watchdog import Watchdog
+from engine.world import World
 
 _LOG = logging.getLogger("engine")
 _HEARTBEATS_PER_TIMEOUT = 4  # how often an idle rank 0 meets the other ranks
@@ -33,10 +33,11 @@ class Control(enum.Enum):
     STOP = "stop"
 
 
-class Scheduler(Protocol):
+class Scheduling(Protocol):
     """Decides what runs (engine.scheduler.Scheduler, engine.static.StaticScheduler)."""
 
     waiting: Collection[Request]
+    max_seq_len: int  # tokens of a request, prompt and output together
     has_token_log_probs: bool  # whether it tells a log-probability per token
 
     @property
@@ -50,13 +51,16 @@ class Scheduler(Protocol):
 
 
 class Executor(Protocol):
-    """Runs plans (engine.runner.TorchExecutor, engine.fastertransformer.FasterTransformerExecutor)."""
+    """Runs plans (executor.runner.TorchExecutor, executor.fastertransformer.FasterTransformerExecutor)."""
 
     num_ahead: int  # plans that may be launched before the tokens of the one before them are read
     max_seq_len: int  # tokens of a request, prompt and output together
+    max_step_tokens: int  # tokens of one plan
+    num_blocks: int  # of the KV cache, once prepared; 0: it runs whole static batches
 
     def prepare(self) -> None: ...  # all ranks meet in it, once every one has loaded its weights
     def execute(self, plan: Any) -> Any: ...
+    def close(self) -> None: ...  # frees what must go before the ranks leave their groups
 
 
 class Engine:
@@ -64,7 +68,7 @@ class Engine:
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        scheduler: Scheduling,
         executor: Executor,
         world: World,
         watchdog: Watchdog,

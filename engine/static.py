@@ -1,7 +1,7 @@
 """Static batches for an executor that runs whole ones (FasterTransformer's op). Numbers only: no torch.
 
 Owns who shares a batch, what the op cannot do (`check`) and what it leaves to the host: stop words and each request's
-own length. It must not know how the op is called (engine.fastertransformer).
+own length. It must not know how the op is called (executor.fastertransformer).
 """
 
 from __future__ import annotations

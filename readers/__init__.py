@@ -1,7 +1,7 @@
 """Source checkpoints → canonical tensors: one module an architecture or a trainer, streamed.
 
 A reader alone knows its source's names, transposes and interleavings; what it gives is FasterTransformer's table
-(engine.weights), unsplit. `convert.py` splits, casts and writes.
+(weights.table), unsplit. `convert.py` splits, casts and writes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from engine.config import ModelConfig
 from readers.bloom import BloomReader
 from readers.checkpoint import Weight, read_json
 from readers.gpt2 import GPT2Reader
@@ -18,6 +17,7 @@ from readers.megatron import MegatronReader, is_megatron_folder
 from readers.nemo import NemoReader, is_nemo_folder
 from readers.opt import OPTReader
 from readers.sharded import SourceOptions
+from weights.model_config import ModelConfig
 
 __all__ = ["READERS", "Reader", "SourceOptions", "Weight", "open_reader"]
 

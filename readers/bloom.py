@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from engine.weights import WeightSpec
 from readers.huggingface import HEAD, HuggingFaceReader, Recipe, as_stored, split_name, transposed
+from weights.table import WeightSpec
 
 _OUTER_NAMES = {"pre_decoder_layernorm": "word_embeddings_layernorm", "final_layernorm": "ln_f"}
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from engine.weights import TORCH_DTYPES
+from weights.reader import TORCH_DTYPES
 
 _NUM_THREADS = min(4, len(os.sched_getaffinity(0)))  # more outrun the one that writes
 _NUM_AHEAD = 2 * _NUM_THREADS

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from engine.weights import WeightSpec
 from readers.huggingface import HEAD, HuggingFaceReader, Recipe, as_stored, split_name
+from weights.table import WeightSpec
 
 _OUTER_NAMES = {"wte": "wte.weight", "wpe": "wpe.weight", HEAD: HEAD}
 _LAYER_NAMES = {

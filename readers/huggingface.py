@@ -1,7 +1,7 @@
 """What the readers of Hugging Face folders share: config.json's values, stored against expected tensors, tied heads.
 
 A reader of one architecture says what its tensors are called, how they are shaped, and how the table's weights
-(engine.weights) are made of them; everything is checked here. The only tensor it knows by name is `lm_head.weight`.
+(weights.table) are made of them; everything is checked here. The only tensor it knows by name is `lm_head.weight`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from engine.config import DATA_TYPES, ModelConfig
-from engine.weights import WeightSpec, weight_specs
 from readers.checkpoint import Checkpoint, Entry, Weight, copy_tokenizer, tokenizer_files
+from weights.model_config import DATA_TYPES, ModelConfig
+from weights.table import WeightSpec, weight_specs
 
 HEAD = "lm_head.weight"  # under this name in every architecture and in the table
 

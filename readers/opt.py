@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from engine.weights import WeightSpec
 from readers.huggingface import HEAD, HuggingFaceReader, Recipe, as_stored, split_name, transposed
+from weights.table import WeightSpec
 
 _UNUSED_POSITIONS = 2  # OPTLearnedPositionalEmbedding.offset
 _EPSILON = 1e-5  # OPT leaves torch.nn.LayerNorm's default

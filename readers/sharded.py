@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.config import ModelConfig
 from readers.checkpoint import Weight
 from readers.shards import Shards, Trained
 from readers.tokens import CheckpointTokenizer
+from weights.model_config import ModelConfig
 
 # Settings of variants that compute something else: the values that are served, the default first. The names are
 # Megatron-core's, which both trainers use.

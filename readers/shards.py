@@ -20,9 +20,9 @@ from typing import Protocol
 
 import torch
 
-from engine.config import DATA_TYPES, ModelConfig
-from engine.weights import WeightSpec, weight_specs
 from readers.checkpoint import Weight
+from weights.model_config import DATA_TYPES, ModelConfig
+from weights.table import WeightSpec, weight_specs
 
 _PREFIX = re.compile(r"(?:(?:model|module|language_model|_orig_mod)\.)*")
 _LAYER = re.compile(r"(?:encoder|transformer|decoder)\.layers\.(\d+)\.(.+)")

@@ -9,7 +9,7 @@ import pytest
 from transformers import GPT2LMHeadModel
 
 from convert import convert
-from tests.checkpoints import make_gpt2
+from tests.support.checkpoints import make_gpt2
 
 
 @pytest.fixture(scope="session")

@@ -25,12 +25,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import convert
-from engine.config import ModelConfig
-from engine.weights import ShardReader, weight_specs
 from readers.casting import cast as cast_tensor
 from readers.casting import computed_ahead
-from tests.checkpoints import make_gpt2, make_tokenizer, save, write_weights
-from tests.launch import conversion_memory
+from tests.support.checkpoints import make_gpt2, make_tokenizer, save, write_weights
+from tests.support.launch import conversion_memory
+from weights.model_config import ModelConfig
+from weights.reader import ShardReader
+from weights.table import weight_specs
 
 ROOT = Path(convert.__file__).parent
 TINY: dict[str, Any] = dict(vocab_size=37, layers=2, heads=4, hidden=16, n_positions=8, with_tokenizer=False)
@@ -53,7 +54,7 @@ def cast(array: np.ndarray, data_type: str) -> np.ndarray:
 
 
 def expected_files(model: transformers.PreTrainedModel, tp: int, data_type: str) -> dict[str, bytes]:
-    """FasterTransformer's files for a GPT-2, written down independently of engine.weights."""
+    """FasterTransformer's files for a GPT-2, written down independently of weights.table."""
     state = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
     state = {name.removeprefix("transformer."): cast(array, data_type) for name, array in state.items()}
     files = {

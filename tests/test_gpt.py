@@ -14,7 +14,7 @@ import pytest
 
 from engine.request import CANCELLED, SHUTDOWN, EngineBusy, Output, Request, Token
 from gpt import BadRequest, GPTModel, InternalError, ServerBusy
-from serving.inputs import Parser
+from serving.triton.inputs import Parser
 
 END = 9
 LETTERS = "abcdefghijk"

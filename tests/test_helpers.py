@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from helpers import ProgressLine, find_checkpoint, model_key, one_line
-from tests.hub import Fault, Hub
-from tests.launch import ROOT, free_ports
+from tests.support.hub import Fault, Hub
+from tests.support.launch import ROOT, free_ports
 
 SIDE_FILES = ["config.json", "generation_config.json", "merges.txt", "tokenizer.json", "vocab.json"]
 OTHERS = [

@@ -15,7 +15,7 @@ from pytriton.client import ModelClient
 from pytriton.client.exceptions import PyTritonClientInferenceServerError
 from transformers import GPT2LMHeadModel
 
-from tests.launch import Server, sentence, serving
+from tests.support.launch import Server, sentence, serving
 
 MODEL = "tiny-gpt2"
 GOOD = {"prompts": ("BYTES", [["x"]]), "request_output_len": ("UINT32", [[4]])}

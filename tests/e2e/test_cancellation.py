@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
 
-from serving.frontend import TritonFlags, TritonFrontend, TritonModel
-from tests.launch import free_ports
+from serving.triton.frontend import TritonFlags, TritonFrontend, TritonModel
+from tests.support.launch import free_ports
 
 SOON_S = 2.0
 STREAMS = 256

@@ -11,8 +11,8 @@ import pytest
 from pytriton.client import DecoupledModelClient, ModelClient
 from pytriton.client.exceptions import PyTritonClientInferenceServerError
 
-from tests.launch import ROOT, Server, serving
-from tests.standin import StandinUnavailable, build_standin
+from tests.support.launch import ROOT, Server, serving
+from tests.support.standin import StandinUnavailable, build_standin
 
 MODEL = "tiny-gpt2"
 PROMPTS = [b"the rain in", b"a", b"so many more words than in any other of these"]

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from tests.checkpoints import make_bloom, make_opt, make_tokenizer
-from tests.launch import serving
-from tests.nemo_checkpoints import TinyGPT, write_megatron, write_nemo
-from tests.test_engine import hf_greedy
+from tests.support.checkpoints import make_bloom, make_opt, make_tokenizer
+from tests.support.engines import hf_greedy
+from tests.support.launch import serving
+from tests.support.nemo_checkpoints import TinyGPT, write_megatron, write_nemo
 
 TEXTS = ["the rain in", "so many more words"]
 NUM_TOKENS = 24

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from tests.hub import Hub
-from tests.launch import Server, serving
-from tests.test_engine import hf_greedy
+from tests.support.engines import hf_greedy
+from tests.support.hub import Hub
+from tests.support.launch import Server, serving
 
 MODEL = "owner--tiny"
 TEXT = "the rain in"

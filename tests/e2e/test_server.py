@@ -16,11 +16,8 @@ import psutil
 import pytest
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from tests.launch import Server, serving, tensor
-from tests.test_engine import hf_greedy
-
-MODEL = "tiny-gpt2"
-TEXTS = ["the rain in", "a", "so many more words than in any other of these prompts, and then some"]
+from tests.support.engines import hf_greedy
+from tests.support.launch import MODEL, TEXTS, Server, flags_of, serving, tensor
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +141,7 @@ def test_client_without_a_server_exits_3() -> None:
     import subprocess
     import sys
 
-    from tests.launch import ROOT, free_ports
+    from tests.support.launch import ROOT, free_ports
 
     url = f"http://127.0.0.1:{free_ports(1)[0]}"
     command = [sys.executable, str(ROOT / "client.py"), "--url", url, "--prompts", "x", "--init-timeout-s", "2"]
@@ -160,10 +157,6 @@ def test_an_idle_server_sleeps(server: Server) -> None:
     time.sleep(10)
     shares = [(sum(rank.cpu_times()[:2]) - b) / 10 for rank, b in zip(ranks, before, strict=True)]
     assert max(shares) < 0.05, shares  # 0.03 on an idle machine (benchmarks/serving.py --idle)
-
-
-def flags_of(folder: Path, tp: int = 1) -> list[str]:
-    return ["--hf-model-name", str(folder), "--tp", str(tp), "--model-name", MODEL]
 
 
 def ask_in_background(server: Server, output_len: int) -> tuple[threading.Thread, list]:

@@ -1,4 +1,4 @@
-"""slurm/serve.sbatch on a real two-node Slurm: answers, graceful and forced ends, a missing --mpi=pmix."""
+"""deploy/slurm/serve.sbatch on a real two-node Slurm: answers, graceful and forced ends, a missing --mpi=pmix."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import psutil
 import pytest
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from tests.cluster import Cluster, slurm_cluster, why_not
-from tests.launch import ROOT, Server, free_ports, tensor
-from tests.test_engine import hf_greedy
+from tests.support.cluster import Cluster, slurm_cluster, why_not
+from tests.support.engines import hf_greedy
+from tests.support.launch import ROOT, Server, free_ports, tensor
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
@@ -59,7 +59,15 @@ class JobServer(Server):
         self.log = log
         self.http, self.grpc, self.metrics = free_ports(3)
         ports = ["--http-port", str(self.http), "--grpc-port", str(self.grpc), "--metrics-port", str(self.metrics)]
-        job = [f"--output={log}", *WITHOUT_GPUS, "slurm/serve.sbatch", "--http-address", "127.0.0.1", *ports, *flags]
+        job = [
+            f"--output={log}",
+            *WITHOUT_GPUS,
+            "deploy/slurm/serve.sbatch",
+            "--http-address",
+            "127.0.0.1",
+            *ports,
+            *flags,
+        ]
         self.job_id = cluster.submit(*job, cwd=ROOT)
 
     @property
@@ -152,7 +160,14 @@ def test_ranks_get_what_the_file_asks_for(cluster: Cluster, tmp_path: Path) -> N
         '[ "$SLURM_PROCID" = 0 ] && scontrol show step "$SLURM_JOB_ID.0"\nexit 0\n'
     )
     script.chmod(0o755)
-    job = ["--output=out", *TWO_NODES, "--cpus-per-task=3", str(ROOT / "slurm/serve.sbatch"), "--model-name", "a b"]
+    job = [
+        "--output=out",
+        *TWO_NODES,
+        "--cpus-per-task=3",
+        str(ROOT / "deploy/slurm/serve.sbatch"),
+        "--model-name",
+        "a b",
+    ]
     assert cluster.wait_end(cluster.submit(*job, cwd=tmp_path), 30)["JobState"] == "COMPLETED"
     lines = (tmp_path / "out").read_text().splitlines()
     for rank in range(2):
@@ -161,7 +176,7 @@ def test_ranks_get_what_the_file_asks_for(cluster: Cluster, tmp_path: Path) -> N
 
 
 def test_submitted_from_elsewhere_it_says_so(cluster: Cluster, tmp_path: Path) -> None:
-    job = ["--output=out", *TWO_NODES, str(ROOT / "slurm/serve.sbatch")]
+    job = ["--output=out", *TWO_NODES, str(ROOT / "deploy/slurm/serve.sbatch")]
     assert cluster.wait_end(cluster.submit(*job, cwd=tmp_path), 30)["ExitCode"] == "1:0"
     expected = f"serve.sbatch: no server.py in {tmp_path}: submit from the repository's root\n"
     assert (tmp_path / "out").read_text() == expected

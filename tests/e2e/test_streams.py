@@ -19,9 +19,9 @@ from pytriton.client import DecoupledModelClient, ModelClient
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from convert import convert
-from tests.checkpoints import make_gpt2
-from tests.launch import Server, sentence, serving, tensor
-from tests.test_engine import hf_greedy
+from tests.support.checkpoints import make_gpt2
+from tests.support.engines import hf_greedy
+from tests.support.launch import Server, sentence, serving, tensor
 
 MODEL = "tiny-gpt2"
 LONG = 8000  # tokens that take this machine several seconds

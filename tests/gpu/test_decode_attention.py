@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.attention import alibi_slopes
+from executor.attention import alibi_slopes
 from kernels.decode_attention import decode_attention, make_counters
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

@@ -13,10 +13,10 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from convert import convert
-from tests.checkpoints import make_gpt2
-from tests.launch import first_outputs, greedy_items, run_engine, run_logits
-from tests.test_engine import NEW_TOKENS, SEEDED, prompts
-from tests.traffic import random_items
+from tests.support.checkpoints import make_gpt2
+from tests.support.engines import NEW_TOKENS, SEEDED, prompts
+from tests.support.launch import first_outputs, greedy_items, run_engine, run_logits
+from tests.support.traffic import random_items
 
 NUM_GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(NUM_GPUS == 0, reason="no GPU here")
@@ -111,7 +111,7 @@ def test_logits_are_near_fp32(
 def test_random_requests_are_in_a_crowd_what_they_are_alone(
     tp: int, pp: int, gpt2_source: tuple[Path, GPT2LMHeadModel], tmp_path: Path
 ) -> None:
-    """Every mix of parameters, as in tests/test_isolation.py, with NCCL and with steps that are run ahead."""
+    """Every mix of parameters, as in tests/engine/test_isolation.py, with NCCL and with steps that are run ahead."""
     skip_without(tp * pp)
     items = random_items(150, seed=2)
     folder = convert(gpt2_source[0], tmp_path / "ft_models", tp, "fp32")

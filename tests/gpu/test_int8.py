@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from engine.quantization import quantize
+from executor.quantization import quantize
 from kernels import int8_linear, int8_widen
-from tests.launch import first_outputs, greedy_items, run_engine, run_logits
-from tests.test_engine import prompts
+from tests.support.engines import prompts
+from tests.support.launch import first_outputs, greedy_items, run_engine, run_logits
 
 NUM_GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(NUM_GPUS == 0, reason="no GPU here")

@@ -12,10 +12,8 @@ import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from engine.request import SamplingParams
-from tests.e2e.test_server import MODEL, TEXTS, flags_of
-from tests.launch import Server, serving
-from tests.test_beam import hf_beams
-from tests.test_engine import hf_greedy
+from tests.support.engines import hf_beams, hf_greedy
+from tests.support.launch import MODEL, TEXTS, Server, flags_of, serving
 
 NUM_GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(NUM_GPUS == 0, reason="no GPU here")

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from convert import convert
-from tests.checkpoints import make_bloom, make_opt
-from tests.launch import first_outputs, greedy_items, run_engine, run_logits
-from tests.modern_checkpoints import ModernGPT
-from tests.nemo_checkpoints import write_nemo
-from tests.test_engine import hf_greedy
+from tests.support.checkpoints import make_bloom, make_opt
+from tests.support.engines import hf_greedy
+from tests.support.launch import first_outputs, greedy_items, run_engine, run_logits
+from tests.support.modern_checkpoints import ModernGPT
+from tests.support.nemo_checkpoints import write_nemo
 
 NUM_GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(NUM_GPUS == 0, reason="no GPU here")

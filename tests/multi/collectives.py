@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from engine.comm import Comm, World
 from engine.config import ParallelConfig
+from engine.world import World
+from executor.collectives import Comm
 
 
 def main() -> None:

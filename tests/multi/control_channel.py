@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 
-from engine.comm import World
+from engine.world import World
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""Run under mpirun: requests through the engine at --tp × --pp; rank 0 writes what they got as JSON (tests/launch.py).
+"""Run under mpirun: requests through the engine at --tp × --pp; rank 0 writes the results as JSON.
 
     mpirun -n 4 python tests/multi/engine_parity.py CONVERTED_FOLDER REQUESTS.json --tp 2 --pp 2 --outputs OUTPUTS.json
 
-REQUESTS.json: a list of items as tests.traffic has them. Submitted at random times while others run.
+REQUESTS.json: a list of items as tests.support.traffic has them. Submitted at random times while others run.
 """
 
 from __future__ import annotations
@@ -11,17 +11,15 @@ import argparse
 import json
 from pathlib import Path
 
-import numpy as np
-
-from engine.comm import World
-from engine.config import EngineConfig, ModelConfig, ParallelConfig
+from engine.config import EngineConfig, ParallelConfig
 from engine.engine import follow
-from engine.plan import Admission, Chunk, Plan
-from engine.request import SamplingParams
-from engine.runner import TorchExecutor
-from engine.startup import choose, connect, load, make_engine
+from engine.startup import make_engine
 from engine.watchdog import Watchdog
-from tests.traffic import VOCAB_SIZE, make_request, results, run_alone, run_crowd, vocabulary
+from engine.world import World
+from executor.startup import choose, connect, load
+from tests.support.engines import save_logits
+from tests.support.traffic import VOCAB_SIZE, make_request, results, run_alone, run_crowd, vocabulary
+from weights.model_config import ModelConfig
 
 
 def main() -> None:
@@ -35,7 +33,9 @@ def main() -> None:
     parser.add_argument("--engine", default="torch")
     parser.add_argument("--lib-path", type=Path, default=Path("none"))
     parser.add_argument("--int8-mode", type=int, default=0)
-    parser.add_argument("--outputs", type=Path, help="save all that tests.traffic.results has of each request here")
+    parser.add_argument(
+        "--outputs", type=Path, help="save all that tests.support.traffic.results has of each request here"
+    )
     parser.add_argument("--alone", action="store_true", help="one request after the other instead")
     parser.add_argument("--max-batch-size", type=int, default=5)
     parser.add_argument("--logits", type=Path, help="instead of generating, save each prompt's next-token logits here")
@@ -74,23 +74,6 @@ def main() -> None:
         assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
     if flags.outputs is not None:
         flags.outputs.write_text(json.dumps([results(request) for request in requests]))
-
-
-def save_logits(executor: TorchExecutor, parallel: ParallelConfig, prompts: list[list[int]], path: Path) -> None:
-    """One prompt a step, in two pieces; the last stage's first rank writes [prompts, vocab] fp32."""
-    rows = []
-    for prompt_ids in prompts:
-        blocks = list(range(-(-len(prompt_ids) // executor.cache.block_size)))
-        middle = len(prompt_ids) // 2
-        pieces = [Chunk(0, 0, middle)] if middle else []
-        pieces.append(Chunk(0, middle, len(prompt_ids) - middle, [0]))
-        for piece in pieces:
-            admissions = [Admission([0], prompt_ids, SamplingParams(1), None, [blocks])] if piece.start == 0 else []
-            logits = executor.forward(Plan([piece], admissions))
-        if logits is not None:
-            rows.append(logits[0].cpu().numpy())
-    if parallel.is_last_stage and parallel.tp_rank == 0:
-        np.save(path, np.stack(rows))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,142 @@
+"""The MPI world: ranks, the control channel from rank 0 to all, and collectives on numpy arrays.
+
+The only module that imports mpi4py. One thread per rank calls it.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+# Ranks that wait inside MPI yield their core: on a CPU they share it with ranks that compute.
+os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+
+from mpi4py import MPI  # noqa: E402 - initializes MPI, which reads the variable above
+
+_HEADER_BYTES = 3584  # a plan of some hundred decode chunks fits, below the size that MPI sends without waiting
+_LENGTH_BYTES = 8
+_YIELD_S = 0.002  # how long a waiting rank only yields its core before it starts to sleep
+_SLEEP_SHARE = 0.01  # a sleep lasts this share of the wait so far, so it delays what comes by no more
+_LONGEST_SLEEP_S = 0.005  # a look costs about 50 µs: 1 % of a core
+
+
+class Group:
+    """Collectives and messages on contiguous numpy arrays, over some of the world's ranks."""
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        self._comm = comm
+
+    def all_reduce(self, array: np.ndarray) -> None:
+        """Sum over the group, in place; fp32, fp64 or an integer type."""
+        self._comm.Allreduce(MPI.IN_PLACE, array)
+
+    def all_gather(self, array: np.ndarray, out: np.ndarray) -> None:
+        """Every rank's array [n], in rank order, into out [ranks · n]."""
+        self._comm.Allgather(array, out)
+
+    def send(self, array: np.ndarray, rank: int) -> None:
+        """To one rank of the group, which calls `receive`."""
+        self._comm.Send(array, dest=rank)
+
+    def receive(self, array: np.ndarray, rank: int) -> None:
+        """From one rank of the group, into the array."""
+        self._comm.Recv(array, source=rank)
+
+    def broadcast(self, value: Any) -> Any:
+        """The group's first rank's value, on every rank."""
+        return self._comm.bcast(value, root=0)
+
+    def min(self, value: int) -> int:
+        """The smallest of all ranks' values."""
+        return self._comm.allreduce(value, op=MPI.MIN)
+
+
+class World:
+    """The MPI world: who this process is, and the control channel from rank 0 to all."""
+
+    def __init__(self) -> None:
+        self._comm = MPI.COMM_WORLD
+        self.rank: int = self._comm.rank
+        self.size: int = self._comm.size
+        node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.local_rank: int = node.rank
+        self.local_size: int = node.size
+        node.Free()
+        self.all_ranks = Group(self._comm)
+        self._buffer = np.zeros(_HEADER_BYTES, dtype=np.uint8)
+
+    def split(self, color: int, key: int) -> Group:
+        """The group of the ranks with the same color, in order of key; every rank of the world calls this."""
+        return Group(self._comm.Split(color=color, key=key))
+
+    def check_size(self, expected: int, command: str) -> None:
+        """Raise ValueError, with the command that would be right, where the world has another size."""
+        if self.size == expected:
+            return
+        tasks = int(os.environ.get("SLURM_NTASKS", 1)) if "SLURM_PROCID" in os.environ else 1
+        if self.size == 1 and tasks == expected:
+            raise ValueError(f"{tasks} Slurm tasks, but each is an MPI world of its own: start with srun --mpi=pmix")
+        raise ValueError(f"tp × pp takes {expected} ranks and {self.size} were started: {command}")
+
+    def send(self, message: Any) -> None:
+        """Rank 0: send a picklable message to all other ranks, which wait in `receive`."""
+        if self.size == 1:
+            return
+        payload = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+        inline = len(payload) <= _HEADER_BYTES - _LENGTH_BYTES
+        self._buffer[:_LENGTH_BYTES] = np.frombuffer(len(payload).to_bytes(_LENGTH_BYTES, "little"), np.uint8)
+        if inline:
+            self._buffer[_LENGTH_BYTES : _LENGTH_BYTES + len(payload)] = np.frombuffer(payload, np.uint8)
+        self._wait(self._comm.Ibcast(self._buffer, root=0))
+        if not inline:
+            self._wait(self._comm.Ibcast(np.frombuffer(payload, np.uint8), root=0))
+
+    def receive(self, timeout_s: float | None = None) -> Any:
+        """Other ranks: wait for rank 0's next message, yielding at first, then sleeping up to 5 ms a time.
+
+        Raises RuntimeError where none comes within `timeout_s`: rank 0 sends a sign of life far more often.
+        """
+        self._wait(self._comm.Ibcast(self._buffer, root=0), timeout_s)
+        length = int.from_bytes(self._buffer[:_LENGTH_BYTES].tobytes(), "little")
+        if length <= _HEADER_BYTES - _LENGTH_BYTES:
+            payload = self._buffer[_LENGTH_BYTES : _LENGTH_BYTES + length]
+        else:
+            payload = np.empty(length, np.uint8)
+            self._wait(self._comm.Ibcast(payload, root=0), timeout_s)
+        return pickle.loads(payload.tobytes())
+
+    def barrier(self, timeout_s: float | None = None) -> None:
+        """Meet all ranks; raises RuntimeError where one does not come within `timeout_s`."""
+        self._wait(self._comm.Ibarrier(), timeout_s)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank, in rank order."""
+        self.barrier()  # sleeps while others load; the allgather itself would spin
+        return self._comm.allgather(value)
+
+    def agree(self, error: str | None) -> str | None:
+        """The first error that any rank reports, on every rank; None where all went well."""
+        return next((text for text in self.gather(error) if text is not None), None)
+
+    def abort(self) -> None:
+        """End every rank of the job now, with exit code 1."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._comm.Abort(1)
+
+    def _wait(self, request: MPI.Request, timeout_s: float | None = None) -> None:
+        started = time.monotonic()
+        while not request.Test():
+            waited = time.monotonic() - started
+            if timeout_s is not None and waited > timeout_s:
+                raise RuntimeError(f"rank {self.rank} on {socket.gethostname()} heard nothing for {timeout_s:.0f} s")
+            if waited < _YIELD_S:
+                os.sched_yield()
+            else:
+                time.sleep(min(waited * _SLEEP_SHARE, _LONGEST_SLEEP_S))

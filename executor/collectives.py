@@ -1,0 +1,141 @@
+"""Collectives on tensors over the tp and pp groups: MPI on a CPU, NCCL on GPUs.
+
+The only module that imports torch.distributed. One thread per rank calls it. MPI ranks on one node talk through shared
+memory.
+"""
+
+from __future__ import annotations
+
+import socket
+
+import numpy as np
+import torch
+
+from engine.config import ParallelConfig
+from engine.world import World
+
+
+class Comm:
+    """This rank's tp and pp groups: collectives on tensors of the computation's device."""
+
+    def __init__(self, world: World, parallel: ParallelConfig, device: torch.device) -> None:
+        self.parallel = parallel
+        self._world = world
+        if parallel.world_size == 1:
+            self._backend: _MpiBackend | _NcclBackend | None = None
+        elif device.type == "cuda":
+            self._backend = _NcclBackend(world, parallel, device)
+        else:
+            self._backend = _MpiBackend(world, parallel)
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the tp group, in place; returns the tensor."""
+        if self.parallel.tp > 1:
+            self._backend.all_reduce(tensor)
+        return tensor
+
+    def all_gather_last(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[n, local] of each tp rank → [n, tp · local], in rank order."""
+        if self.parallel.tp == 1:
+            return tensor
+        parts = tensor.new_empty((self.parallel.tp, *tensor.shape))  # [tp, n, local]
+        self._backend.all_gather(parts, tensor.contiguous())
+        return parts.movedim(0, -2).flatten(-2)
+
+    def send_forward(self, tensor: torch.Tensor) -> None:
+        """To the same tp rank of the next stage."""
+        self._backend.send(tensor.contiguous(), self.parallel.rank + self.parallel.tp)
+
+    def receive_forward(self, tensor: torch.Tensor) -> torch.Tensor:
+        """From the same tp rank of the stage before, into the tensor; returns it."""
+        self._backend.receive(tensor, self.parallel.rank - self.parallel.tp)
+        return tensor
+
+    def return_results(self, values: torch.Tensor) -> torch.Tensor:
+        """The last stage's results, also on the first stage (the stages between have no use for them)."""
+        parallel = self.parallel
+        if parallel.pp > 1 and parallel.is_last_stage:
+            self._backend.send(values, parallel.tp_rank)
+        elif parallel.pp > 1 and parallel.is_first_stage:
+            self._backend.receive(values, parallel.tp_rank + (parallel.pp - 1) * parallel.tp)
+        return values
+
+    def min_over_ranks(self, value: int) -> int:
+        """The smallest of all ranks' values."""
+        return value if self.parallel.world_size == 1 else self._world.all_ranks.min(value)
+
+    def close(self) -> None:
+        """Leave the groups; every rank does, once nothing more is computed."""
+        if isinstance(self._backend, _NcclBackend):
+            self._backend.close()
+
+
+class _MpiBackend:
+    """CPU tensors over MPI. bf16 travels as fp32, which MPI can add; fp16 likewise."""
+
+    def __init__(self, world: World, parallel: ParallelConfig) -> None:
+        self._world = world.all_ranks
+        self._tp = world.split(color=parallel.pp_rank, key=parallel.tp_rank)
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        if tensor.dtype in (torch.bfloat16, torch.float16):
+            wide = tensor.float()
+            self._tp.all_reduce(wide.numpy())
+            tensor.copy_(wide)
+        else:
+            self._tp.all_reduce(tensor.numpy())
+
+    def all_gather(self, parts: torch.Tensor, tensor: torch.Tensor) -> None:
+        self._tp.all_gather(_bytes(tensor), _bytes(parts))
+
+    def send(self, tensor: torch.Tensor, rank: int) -> None:
+        self._world.send(_bytes(tensor), rank)
+
+    def receive(self, tensor: torch.Tensor, rank: int) -> None:
+        self._world.receive(_bytes(tensor), rank)
+
+
+def _bytes(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.view(-1).view(torch.uint8).numpy()
+
+
+class _NcclBackend:
+    """CUDA tensors over NCCL; MPI tells every rank where the rendezvous is."""
+
+    def __init__(self, world: World, parallel: ParallelConfig, device: torch.device) -> None:
+        import torch.distributed as dist
+
+        self._dist = dist
+        is_one_node = world.local_size == world.size
+        store = None
+        if parallel.rank == 0:
+            host = "127.0.0.1" if is_one_node else socket.gethostname()  # a name: each node resolves it for itself
+            store = dist.TCPStore(host, 0, parallel.world_size, is_master=True, wait_for_workers=False)
+            world.all_ranks.broadcast((host, store.port))
+        else:
+            host, port = world.all_ranks.broadcast(None)
+            store = dist.TCPStore(host, port, parallel.world_size, is_master=False)
+        dist.init_process_group(
+            "nccl", store=store, rank=parallel.rank, world_size=parallel.world_size, device_id=device
+        )
+        self._tp = None
+        for stage in range(parallel.pp):  # every rank must take part in making every group
+            ranks = list(range(stage * parallel.tp, (stage + 1) * parallel.tp))
+            group = dist.new_group(ranks)
+            if stage == parallel.pp_rank:
+                self._tp = group
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        self._dist.all_reduce(tensor, group=self._tp)
+
+    def all_gather(self, parts: torch.Tensor, tensor: torch.Tensor) -> None:
+        self._dist.all_gather_into_tensor(parts.view(-1, *parts.shape[2:]), tensor, group=self._tp)
+
+    def send(self, tensor: torch.Tensor, rank: int) -> None:
+        self._dist.send(tensor, rank)
+
+    def receive(self, tensor: torch.Tensor, rank: int) -> None:
+        self._dist.recv(tensor, rank)
+
+    def close(self) -> None:
+        self._dist.destroy_process_group()

@@ -1,0 +1,252 @@
+"""The GPT of one rank: its pipeline stage's layers, over its tensor-parallel shards.
+
+Axis names: tokens - the rows of a step, all requests' new tokens end to end; hidden - head_num · size_per_head;
+heads_local - head_num / tp; kv_heads_local - kv_head_num / tp; group - head_num / kv_head_num; head_dim -
+size_per_head; inter_local - inter_size / tp; vocab_local - the vocabulary's rows on this rank, ⌈vocab / tp⌉ (the
+last ranks' are padded); rows - tokens whose logits are wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from executor.attention import AttentionStep, alibi_slopes, attend, has_flash, rotate, rotation_frequencies
+from executor.collectives import Comm
+from executor.kv_cache import Decodes, KVCache, Segment
+from executor.layers import Linear, LMHead, Norm, RowParallelLinear, VocabEmbedding, can_pack
+from executor.quantization import Int8Matrix, Quantizer
+from kernels.store_kv import store_kv
+from weights.model_config import ModelConfig
+from weights.reader import ShardReader
+from weights.table import WeightSpec, layer_specs, outer_specs
+
+
+def check_supported(config: ModelConfig) -> None:
+    """Raise ValueError, naming the key, for a model that this executor does not compute."""
+    if config.has_adapters:
+        raise ValueError("has_adapters is True; the torch engine computes False only")
+
+
+def activation(config: ModelConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The function between the MLP's two linears: [tokens, inter_local] → the same; a gate's halves → one of them."""
+    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "gelu": partial(F.gelu, approximate="none" if config.gelu_form == "erf" else "tanh"),
+        "relu": F.relu,
+        "squared_relu": lambda x: F.relu(x).square(),
+        "swiglu": _swiglu,
+    }
+    return functions[config.activation_type]
+
+
+def _swiglu(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """One step's tensors, the same on every rank but for the device."""
+
+    token_ids: torch.Tensor  # [tokens] int64
+    positions: torch.Tensor  # [tokens] int64, in each token's own request
+    places: torch.Tensor  # [tokens] int64, where the token's keys and values go in the flat cache
+    segments: list[Segment]
+    decodes: Decodes | None = None  # the first rows, before the segments'
+
+
+class GPT:
+    """A pipeline stage: token ids (first stage) or hidden states → hidden states; and logits (last stage)."""
+
+    def __init__(
+        self,
+        comm: Comm,
+        reader: ShardReader,
+        device: torch.device,
+        progress: Callable[[], None],
+        int8_mode: int = 0,
+    ) -> None:
+        """Read this rank's weights; with int8_mode 1, the layers' matrices as int8."""
+        config = reader.config
+        check_supported(config)
+        self.config = config
+        self.comm = comm
+        self.device = device
+        self.dtype = reader.dtype
+        self._reader = reader
+        self._is_packed = can_pack(reader.dtype, device)
+        parallel = comm.parallel
+        outer = {spec.name: spec for spec in outer_specs(config)}
+        self.slopes = None  # ALiBi's, [heads_local]
+        if config.use_attention_linear_bias:
+            self.slopes = alibi_slopes(config.head_num).chunk(parallel.tp)[parallel.tp_rank].to(device)
+        self.frequencies = rotation_frequencies(config).to(device)  # [rotary_embedding / 2]
+        self.has_flash = has_flash(config.size_per_head, reader.dtype, device)
+        vocab_local = -(-config.vocab_size // parallel.tp)
+        first_id = parallel.tp_rank * vocab_local
+        wte = None
+        if parallel.is_first_stage:
+            wte = self._vocab_rows(outer["wte"], first_id, vocab_local)
+            self.embedding = VocabEmbedding(wte, first_id, comm)
+            has_positions, has_layernorm = config.has_positional_encoding, config.has_pre_decoder_layernorm
+            self.position_table = self._load(outer["wpe"]) if has_positions else None  # [max_pos_seq_len, hidden]
+            self.pre_decoder_layernorm = self._norm(outer, "pre_decoder_layernorm") if has_layernorm else None
+            progress()
+        self.layers = []
+        quantizer = Quantizer(reader, device) if int8_mode else None
+        for layer in parallel.layers(config.num_layer):
+            weights = {
+                spec.name.split(".", 2)[2]: quantizer.read(spec) if quantizer and spec.is_matrix else self._load(spec)
+                for spec in layer_specs(config, layer)
+            }
+            self.layers.append(Layer(config, comm, weights, self._is_packed))
+            progress()
+        if quantizer is not None:
+            quantizer.report()
+        if parallel.is_last_stage:
+            has_layernorm = config.has_post_decoder_layernorm
+            self.final_layernorm = self._norm(outer, "final_layernorm") if has_layernorm else None
+            is_tied = not reader.has(outer["lm_head.weight"])
+            if is_tied and wte is not None:
+                rows = wte
+            else:
+                rows = self._vocab_rows(outer["wte" if is_tied else "lm_head.weight"], first_id, vocab_local)
+            self.lm_head = LMHead(rows, config.vocab_size, self._is_packed, comm)
+            progress()
+
+    @staticmethod
+    def num_load_steps(config: ModelConfig, comm: Comm) -> int:
+        """How many times loading calls `progress` on this rank."""
+        parallel = comm.parallel
+        return len(parallel.layers(config.num_layer)) + parallel.is_first_stage + parallel.is_last_stage
+
+    def _load(self, spec: WeightSpec) -> torch.Tensor:
+        return self._reader.read(spec).to(self.device)
+
+    def _norm(self, outer: dict[str, WeightSpec], name: str) -> Norm:
+        weight, bias = outer[f"{name}.weight"], outer.get(f"{name}.bias")
+        return Norm(self._load(weight), self._load(bias) if bias else None, self.config.layernorm_eps)
+
+    def _vocab_rows(self, spec: WeightSpec, first_id: int, count: int) -> torch.Tensor:
+        """Rows [first_id, first_id + count) of a vocabulary table; rows past its end are zeros."""
+        rows = self._reader.map(spec)[first_id : first_id + count].to(self.dtype)
+        if rows.shape[0] < count:
+            rows = F.pad(rows, (0, 0, 0, count - rows.shape[0]))
+        return rows.to(self.device)
+
+    def forward(self, step: StepInput, cache: KVCache) -> torch.Tensor | None:
+        """Run this stage. Returns hidden states [tokens, hidden] on the last stage, None on the others."""
+        parallel = self.comm.parallel
+        num_tokens = step.positions.shape[0]
+        if parallel.is_first_stage:
+            x = self.embedding(step.token_ids)
+            if self.position_table is not None:
+                x = x + F.embedding(step.positions, self.position_table)
+            if self.pre_decoder_layernorm is not None:
+                _, x = self.pre_decoder_layernorm(x)
+        else:
+            x = torch.empty(num_tokens, self.config.hidden, dtype=self.dtype, device=self.device)
+            self.comm.receive_forward(x)
+        attention_step = AttentionStep.of(
+            step.positions,
+            step.places,
+            step.decodes,
+            step.segments,
+            self.slopes,
+            self.frequencies,
+            self.dtype,
+            self.has_flash,
+        )
+        delta = None
+        for index, layer in enumerate(self.layers):
+            x, delta = layer.forward(x, delta, attention_step, cache.keys[index], cache.values[index])
+        if delta is not None:
+            x = x + delta
+        if not parallel.is_last_stage:
+            self.comm.send_forward(x)
+            return None
+        return x
+
+    def logits(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[rows, hidden] of the last stage's hidden states → logits [rows, vocab] fp32, in `out` where it is given."""
+        return self.lm_head(x if self.final_layernorm is None else self.final_layernorm(x)[1], out)
+
+
+class Layer:
+    """A transformer layer; where it normalizes is the configuration's:
+
+    pre_layernorm: x + attention(ln(x)), then x + mlp(ln(x)); post_layernorm: ln(x + attention(x)), then
+    ln(x + mlp(x)). With apply_residual_connection_post_layernorm the first becomes ln(x) + attention(ln(x)), then
+    ln(x) + mlp(ln(x)).
+    """
+
+    def __init__(
+        self, config: ModelConfig, comm: Comm, weights: dict[str, torch.Tensor | Int8Matrix], is_packed: bool
+    ) -> None:
+        """weights: by their names within a layer, as `layer_specs` has them; the matrices may be int8."""
+        self.group = config.head_num // config.kv_head_num
+        self.head_dim = config.size_per_head
+        self.is_post_layernorm = config.layernorm_type == "post_layernorm"
+        self.is_residual_normed = config.apply_residual_connection_post_layernorm
+
+        def norm(name: str) -> Norm:
+            return Norm(weights[f"{name}.weight"], weights.get(f"{name}.bias"), config.layernorm_eps)
+
+        def linear(name: str, kind: Callable[..., Linear]) -> Linear:
+            weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"].flatten()
+            return kind(weight if isinstance(weight, Int8Matrix) else weight.flatten(1), bias, is_packed)
+
+        self.input_layernorm = norm("input_layernorm")
+        self.post_attention_layernorm = norm("post_attention_layernorm")
+        self.query_key_value = linear("attention.query_key_value", Linear)
+        self.dense = linear("attention.dense", partial(RowParallelLinear, comm=comm))
+        self.up = linear("mlp.dense_h_to_4h", Linear)
+        self.activation = activation(config)
+        self.down = linear("mlp.dense_4h_to_h", partial(RowParallelLinear, comm=comm))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor | None,
+        step: AttentionStep,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(x, delta), [tokens, hidden] each, which stand for their sum → the same of the next layer.
+
+        The sum is left to the norm that comes next, which adds in passing. Writes the tokens' keys and values into
+        the cache.
+        """
+        if self.is_post_layernorm:
+            _, x = self.input_layernorm(x, self.attention(x, step, keys, values))
+            return self.post_attention_layernorm(x, self.mlp(x))[1], None
+        x, normed = self.input_layernorm(x, delta)
+        x = normed if self.is_residual_normed else x
+        x, normed = self.post_attention_layernorm(x, self.attention(normed, step, keys, values))
+        return normed if self.is_residual_normed else x, self.mlp(normed)
+
+    def attention(self, x: torch.Tensor, step: AttentionStep, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """[tokens, hidden] → [tokens, hidden]"""
+        query, key, value = self._split(self.query_key_value(x))
+        if step.rotation is not None:
+            query, key = rotate(query, step.rotation), rotate(key, step.rotation)
+        store_kv(key, value, keys, values, step.places)
+        return self.dense(attend(query, key, value, keys, values, step))
+
+    def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries [tokens, heads_local, head_dim], keys and values [tokens, kv_heads_local, head_dim]."""
+        if self.group == 1:
+            return qkv.unflatten(-1, (3, -1, self.head_dim)).unbind(1)
+        grouped = qkv.unflatten(
+            -1, (-1, self.group + 2, self.head_dim)
+        )  # [tokens, kv_heads_local, group + 2, head_dim]
+        query, key, value = grouped.split([self.group, 1, 1], 2)
+        return query.flatten(1, 2), key.flatten(1, 2), value.flatten(1, 2)
+
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+        """[tokens, hidden] → [tokens, hidden]"""
+        return self.down(self.activation(self.up(x)))

@@ -1,0 +1,146 @@
+"""Choosing tokens from logits: greedy, temperature, top-k, top-p. Each row depends on its own request only.
+
+Sampling is argmax of logits / temperature + Gumbel noise over the tokens that top-k and top-p leave (the Gumbel-max
+form of drawing from their softmax). The noise of a token is a counter-based function of (random_seed, position,
+token id), so a request draws the same alone, in any batch, on any device and at any tp × pp. And unlike drawing
+from the cumulated probabilities, where rounding moves every boundary, a change in the last bits of the logits
+changes the token only where the two best are that close.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from engine.request import SamplingParams
+from executor.penalties import column
+
+# Rows with 0 < top_k ≤ this look at twice as many candidates, not at the vocabulary; fixed, so that a row's result
+# cannot depend on another row's top_k. A larger one sorts everything.
+_MAX_PARTIAL_TOP_K = 512
+_MOST_SORTED = 1 << 23  # logits that are sorted at once: each takes about 115 bytes meanwhile
+
+_GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64 (Steele, Lea, Flood 2014)
+_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+_LAST_SHIFT = 31
+
+
+def sample(
+    logits: torch.Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    top_p: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One token per row.
+
+    logits: [rows, vocab] fp32; params: one per row; positions: of the token to be chosen, in its request;
+    top_p: [rows] fp64, where decay has changed it. Returns [rows] int64 on the logits' device.
+    """
+    tokens = logits.argmax(dim=-1)
+    groups: dict[int, list[int]] = {}  # candidates to look at -> rows
+    for row, p in enumerate(params):
+        if not p.is_greedy:
+            groups.setdefault(_num_candidates(p, logits[row]), []).append(row)
+    at_once = max(1, _MOST_SORTED // logits.shape[-1])
+    parts = [(n, own[i : i + at_once]) for n, own in groups.items() for i in range(0, len(own), at_once)]
+    for num_candidates, rows in parts:
+        index = torch.tensor(rows, device=logits.device)
+        own = [params[row] for row in rows]
+        states = row_states([p.random_seed for p in own], [positions[row] for row in rows])
+        own_top_p = top_p[index] if top_p is not None else None
+        tokens[index] = _sample_rows(logits[index], own, states, num_candidates, own_top_p)
+    return tokens
+
+
+def _num_candidates(params: SamplingParams, logits: torch.Tensor) -> int:
+    """How many of a row's likeliest tokens must be sorted: 0 where nothing is cut off. logits: [vocab]."""
+    vocab_size = logits.shape[-1]
+    partial = min(2 * _MAX_PARTIAL_TOP_K, vocab_size)
+    top_p = params.top_p  # the largest that it becomes
+    if params.top_p_decay < 1:
+        top_p = max(params.top_p, params.top_p_min)
+    elif params.top_k == 0 and params.top_p in (0, 1):
+        return 0
+    if 0 < params.top_k <= _MAX_PARTIAL_TOP_K:
+        return partial
+    if params.top_k == 0 and logits.device.type == "cpu":  # on a GPU the answer would cost more than the sort
+        scaled = logits.double() / params.temperature
+        mass = (scaled.topk(partial, sorted=False).values - scaled.logsumexp(dim=-1)).exp().sum()
+        if mass > top_p + 1e-9:  # the nucleus ends inside
+            return partial
+    return vocab_size
+
+
+def _sample_rows(
+    logits: torch.Tensor,
+    params: list[SamplingParams],
+    states: np.ndarray,
+    num_candidates: int,
+    decayed_top_p: torch.Tensor | None,
+) -> torch.Tensor:
+    device = logits.device
+    row_state = column(states.view(np.int64), torch.int64, device)
+    temperature = column([p.temperature for p in params], torch.float64, device)
+    if num_candidates == 0:
+        token_ids = torch.arange(logits.shape[-1], device=device)
+        return (logits / temperature + gumbel(row_state, token_ids)).argmax(dim=-1)
+    whole = (logits / temperature).logsumexp(dim=-1, keepdim=True)  # [rows, 1] fp64
+    logits, token_ids = _descending(logits, num_candidates)
+    top_k = column([p.top_k or num_candidates for p in params], torch.int64, device)
+    top_p = column([p.top_p or 1.0 for p in params], torch.float64, device)
+    if decayed_top_p is not None:
+        top_p = decayed_top_p[:, None].masked_fill(column([p.top_p == 0 for p in params], torch.bool, device), 1.0)
+    rank = torch.arange(num_candidates, device=device)
+    scaled = (logits / temperature).masked_fill(rank >= top_k, float("-inf"))  # [rows, candidates] fp64
+    # The nucleus ends with the first candidate whose cumulated mass reaches top_p: of the top k's mass where they
+    # are cut to k, of all tokens' where they are not (the candidates then need not be all).
+    is_cut = column([p.top_k > 0 for p in params], torch.bool, device)
+    whole = torch.where(is_cut, scaled.logsumexp(dim=-1, keepdim=True), whole)
+    mass_before = (scaled - whole).exp().cumsum(dim=-1).roll(1, dims=-1)
+    scaled = scaled.masked_fill((rank > 0) & (mass_before >= top_p), float("-inf"))
+    chosen = (scaled + gumbel(row_state, token_ids)).argmax(dim=-1, keepdim=True)
+    return token_ids.gather(-1, chosen).squeeze(-1)
+
+
+def _descending(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` largest logits of each row and their ids, largest first, equal ones by id."""
+    if count == logits.shape[-1]:
+        return logits.sort(dim=-1, descending=True, stable=True)
+    _, token_ids = logits.topk(count, dim=-1, sorted=False)
+    token_ids = token_ids.sort(dim=-1).values
+    values, order = logits.gather(-1, token_ids).sort(dim=-1, descending=True, stable=True)
+    return values, token_ids.gather(-1, order)
+
+
+def row_states(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
+    """[rows] uint64: the generator's state for each (random_seed, position)."""
+    with np.errstate(over="ignore"):
+        state = _mix(np.asarray(seeds, dtype=np.uint64) + np.uint64(_GOLDEN))
+        return _mix(state + np.uint64(_GOLDEN) * (np.asarray(positions, dtype=np.uint64) + np.uint64(1)))
+
+
+def gumbel(row_state: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """[rows, 1] int64 states, token ids [tokens] or [rows, tokens] → standard Gumbel noise [rows, tokens] fp64."""
+    bits = _mix(row_state + _signed(_GOLDEN) * (token_ids + 1))
+    uniform = (((bits >> 11) & (2**53 - 1)).double() + 0.5) * 2.0**-53  # in (0, 1)
+    return -torch.log(-torch.log(uniform))
+
+
+def _mix(z: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+    """SplitMix64's output function, on numpy's uint64 or on torch's int64, whose products wrap to the same bits."""
+    for shift, factor in _MIX:
+        z = (z ^ _shifted(z, shift)) * (_signed(factor) if isinstance(z, torch.Tensor) else np.uint64(factor))
+    return z ^ _shifted(z, _LAST_SHIFT)
+
+
+def _shifted(z: np.ndarray | torch.Tensor, shift: int) -> np.ndarray | torch.Tensor:
+    """z >> shift with zeros from the left: torch's shift of a negative number brings ones."""
+    if isinstance(z, torch.Tensor):
+        return (z >> shift) & (2 ** (64 - shift) - 1)
+    return z >> np.uint64(shift)
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value

@@ -1,0 +1,182 @@
+"""From a converted folder to an executor: which executor, device and number format, and why."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine.config import EngineConfig, ParallelConfig
+from engine.world import World
+from executor.collectives import Comm
+from executor.model import GPT, check_supported
+from executor.runner import TorchExecutor, computation_dtype
+from weights.model_config import ModelConfig
+from weights.reader import ShardReader
+
+if TYPE_CHECKING:
+    from engine.engine import Executor
+
+_LOG = logging.getLogger("engine")
+
+# Head sizes that FasterTransformer's decoder attention is built for (decoder_masked_multihead_attention.cu).
+_FT_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 144, 160, 192, 224, 256)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs the model, and the reason for it (logged)."""
+
+    engine: str
+    reason: str
+    device: torch.device
+    dtype: torch.dtype
+
+
+def choose(engine_config: EngineConfig, model_config: ModelConfig, lib_path: Path, local_rank: int) -> Choice:
+    """Pick engine, device and dtype. Raises ValueError or RuntimeError where a wish cannot be met."""
+    device = _choose_device(engine_config.device, local_rank)
+    dtype = computation_dtype(engine_config.data_type, device)
+    engine, reason = engine_config.engine, "chosen by --engine"
+    if engine == "auto":
+        missing = _why_not_fastertransformer(model_config, lib_path, device)
+        engine = "torch" if missing else "fastertransformer"
+        reason = missing or f"{lib_path} is there"
+    positions = model_config.max_pos_seq_len
+    if model_config.has_positional_encoding and engine_config.max_seq_len > positions:
+        raise ValueError(f"max_seq_len is {engine_config.max_seq_len}; the model has {positions} positions")
+    if engine == "torch":
+        check_supported(model_config)
+    elif not lib_path.is_file():
+        raise ValueError(f"lib_path is {lib_path}, and there is no such file")
+    elif lacking := _what_fastertransformer_lacks(model_config):
+        raise ValueError(lacking)
+    elif (model_config.activation_type, model_config.gelu_form) == ("gelu", "erf"):
+        _LOG.warning("gelu_form is erf, and FasterTransformer computes the tanh form: results differ slightly")
+    return Choice(engine, reason, device, dtype)
+
+
+def connect(world: World, parallel: ParallelConfig, choice: Choice) -> Comm | None:
+    """Join the tp and pp groups: all ranks meet here. None for FasterTransformer's op, which does so by itself."""
+    if choice.device.type == "cuda":
+        torch.cuda.set_device(choice.device)
+    return Comm(world, parallel, choice.device) if choice.engine == "torch" else None
+
+
+def load(
+    folder: Path,
+    model_config: ModelConfig,
+    engine_config: EngineConfig,
+    parallel: ParallelConfig,
+    world: World,
+    comm: Comm | None,
+    choice: Choice,
+    lib_path: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Executor:
+    """Load this rank's weights into its executor.
+
+    Raises ValueError or RuntimeError where that fails, which may be on one rank only: the ranks must agree that all
+    went well before they meet in the executor's `prepare`.
+    """
+    if choice.device.type == "cpu":
+        torch.set_num_threads(claim_cores(world.local_size))
+    if comm is None:
+        from executor.fastertransformer import FasterTransformerExecutor
+
+        return FasterTransformerExecutor(
+            folder, model_config, engine_config, parallel, choice.device, choice.dtype, lib_path, progress
+        )
+    reader = ShardReader(folder, model_config, parallel.tp_rank, choice.dtype)
+    counter = _Counter(GPT.num_load_steps(model_config, comm), progress)
+    return TorchExecutor(reader, engine_config, comm, choice.device, world.local_size, counter)
+
+
+class _Counter:
+    """Turns the loader's bare ticks into (done, total)."""
+
+    def __init__(self, total: int, report: Callable[[int, int], None]) -> None:
+        self.done = 0
+        self.total = total
+        self.report = report
+
+    def __call__(self) -> None:
+        self.done += 1
+        self.report(self.done, self.total)
+
+
+def claim_cores(local_size: int) -> int:
+    """The number of threads for this rank: OMP_NUM_THREADS, else SLURM_CPUS_PER_TASK under srun, else its share.
+
+    mpirun binds each rank to one core where there are few ranks, which would leave the others idle and put Triton on
+    the same core; that binding is lifted. What taskset, numactl or Slurm set is the user's wish and stays.
+    OMP_THREAD_LIMIT is a ceiling: with more threads than it allows, oneDNN's packed linear gives wrong results.
+    """
+    threads = _wished_threads() or _share_of_cores(local_size)
+    return min(threads, _positive("OMP_THREAD_LIMIT") or threads)
+
+
+def _wished_threads() -> int:
+    is_under_mpirun = "OMPI_COMM_WORLD_SIZE" in os.environ
+    return _positive("OMP_NUM_THREADS") or (0 if is_under_mpirun else _positive("SLURM_CPUS_PER_TASK"))
+
+
+def _share_of_cores(local_size: int) -> int:
+    is_bound_by_mpirun = "OMPI_COMM_WORLD_SIZE" in os.environ and "SLURM_JOB_ID" not in os.environ
+    share = max(1, (os.cpu_count() or 1) // local_size)
+    if is_bound_by_mpirun and len(os.sched_getaffinity(0)) < share:
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))  # the kernel keeps what the container allows
+        return max(1, len(os.sched_getaffinity(0)) // local_size)
+    return max(1, min(share, len(os.sched_getaffinity(0))))
+
+
+def _positive(variable: str) -> int:
+    """An environment variable's whole number; 0 where it is absent or no number."""
+    value = os.environ.get(variable, "")
+    return int(value) if value.isdigit() else 0
+
+
+def _choose_device(wish: str, local_rank: int) -> torch.device:
+    count = torch.cuda.device_count() if wish != "cpu" else 0
+    if wish == "cuda" and count == 0:
+        raise RuntimeError("device is cuda, and torch sees no GPU")
+    if count == 0:
+        return torch.device("cpu")
+    if local_rank >= count:
+        raise RuntimeError(
+            f"rank {local_rank} of this node has no GPU of its own: torch sees {count}; start one rank per GPU"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _why_not_fastertransformer(config: ModelConfig, lib_path: Path, device: torch.device) -> str | None:
+    if not lib_path.is_file():
+        return f"no FasterTransformer library at {lib_path}"
+    if device.type != "cuda":
+        return "FasterTransformer needs a GPU"
+    if config.size_per_head not in _FT_HEAD_SIZES:
+        return f"FasterTransformer has no kernel for size_per_head {config.size_per_head}"
+    return _what_fastertransformer_lacks(config)
+
+
+def _what_fastertransformer_lacks(config: ModelConfig) -> str | None:
+    """A sentence naming the key of what its op, or our driver of it, does not compute; None: it computes this model."""
+    if config.apply_residual_connection_post_layernorm:
+        return "apply_residual_connection_post_layernorm is True; FasterTransformer computes False only"
+    for key, known in (
+        ("normalization_type", ("layernorm",)),
+        ("activation_type", ("gelu", "relu")),
+        ("kv_head_num", (config.head_num,)),
+        ("rotary_embedding", (0,)),
+    ):
+        if getattr(config, key) not in known:
+            computed = " and ".join(map(str, known))
+            return f"{key} is {getattr(config, key)}; FasterTransformer's GPT computes {computed} only"
+    if config.has_adapters:
+        return "has_adapters is True; the fastertransformer engine loads no adapters"
+    return None

@@ -1,0 +1,148 @@
+"""Layers against their definition in numpy; how many collectives a forward pass makes, and the bias once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine.config import ParallelConfig
+from executor.attention import AttentionStep, attend
+from executor.kv_cache import KVCache
+from executor.layers import Linear, LMHead, RowParallelLinear, VocabEmbedding, can_pack
+from executor.model import GPT, StepInput
+from weights.model_config import ModelConfig
+from weights.reader import ShardReader
+
+CPU = torch.device("cpu")
+
+
+class CountingComm:
+    """A fake of Comm for one rank of a group: counts the calls and returns the rank's own part."""
+
+    def __init__(self, parallel: ParallelConfig) -> None:
+        self.parallel = parallel
+        self.calls: list[str] = []
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.calls.append("all_reduce")
+        return tensor
+
+    def all_gather_last(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.calls.append("all_gather")
+        return torch.cat([tensor] * self.parallel.tp, dim=-1)
+
+    def send_forward(self, tensor: torch.Tensor) -> None:
+        self.calls.append("send")
+
+    def receive_forward(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.calls.append("receive")
+        return tensor.zero_()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 70])
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_is_x_w_plus_b(rows: int, is_packed: bool, dtype: torch.dtype) -> None:
+    if is_packed and not can_pack(dtype, CPU):
+        pytest.skip(f"oneDNN cannot pack {dtype} here")
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((rows, 48), (48, 33), (33,)))
+    for b in (bias, None):
+        exact = x.double().numpy() @ weight.double().numpy() + (0 if b is None else b.double().numpy())
+        ours = Linear(weight, b, is_packed)(x).double().numpy()
+        assert np.linalg.norm(ours - exact) / np.linalg.norm(exact) < (1e-6 if dtype == torch.float32 else 5e-3)
+
+
+def test_row_parallel_shards_add_up_with_the_bias_once() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, weight, bias = torch.randn(5, 12, generator=generator), torch.randn(12, 7), torch.randn(7)
+    parts = []
+    for rank in range(4):
+        comm = CountingComm(ParallelConfig(4, 1, rank))
+        shard = slice(3 * rank, 3 * rank + 3)
+        parts.append(RowParallelLinear(weight[shard], bias, False, comm)(x[:, shard]))
+        assert comm.calls == ["all_reduce"]
+    torch.testing.assert_close(sum(parts), x @ weight + bias)
+
+
+def test_vocabulary_shards_add_up_and_padding_is_cut() -> None:
+    table = torch.randn(10, 6)  # 10 rows over 4 ranks: 3, 3, 3 and 1 with 2 rows of padding
+    padded = torch.cat([table, torch.zeros(2, 6)])
+    token_ids = torch.tensor([0, 9, 3, 5, 5, 8])
+    shards = [padded[3 * r : 3 * r + 3] for r in range(4)]
+    parts = [
+        VocabEmbedding(rows, 3 * r, CountingComm(ParallelConfig(4, 1, r)))(token_ids) for r, rows in enumerate(shards)
+    ]
+    torch.testing.assert_close(sum(parts), table[token_ids])
+    head = LMHead(padded, 10, False, CountingComm(ParallelConfig()))
+    hidden = torch.randn(2, 6)
+    torch.testing.assert_close(head(hidden), hidden @ table.t())
+
+
+def attention_by_definition(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """[length, heads, dim] queries, the last of [kv_len, heads, dim]: softmax(q kᵀ / √dim) v, causal, in fp64."""
+    out = np.empty_like(q)
+    first = len(k) - len(q)
+    for i in range(len(q)):
+        for h in range(q.shape[1]):
+            scores = k[: first + i + 1, h] @ q[i, h] / np.sqrt(q.shape[2])
+            weights = np.exp(scores - scores.max())
+            out[i, h] = (weights / weights.sum()) @ v[: first + i + 1, h]
+    return out
+
+
+@pytest.mark.parametrize("is_scattered", [False, True])
+def test_attention_of_a_ragged_batch(is_scattered: bool) -> None:
+    """A decode, a whole prompt and the second piece of a prompt in one batch, each over its own tokens only."""
+    rng = np.random.default_rng(0)
+    cache = KVCache(1, 12, 4, 2, 8, torch.float32, CPU)
+    kv_lens, lengths = [9, 5, 14], [1, 5, 6]
+    blocks = [[7, 0, 11], [3, 1], [10, 2, 9, 4]] if is_scattered else [[0, 1, 2], [3, 4], [5, 6, 7, 8]]
+    queries, expected, segments, row = [], [], [], 0
+    for slot, (kv_len, length) in enumerate(zip(kv_lens, lengths, strict=True)):
+        k, v = rng.standard_normal((2, kv_len, 2, 8))
+        q = rng.standard_normal((length, 2, 8))
+        cache.assign(slot, blocks[slot])
+        places = cache.places(slot, 0, kv_len)
+        cache.keys[0][places], cache.values[0][places] = torch.tensor(k).float(), torch.tensor(v).float()
+        segments.append(cache.segment(slot, row, kv_len - length, length))
+        queries.append(q)
+        expected.append(attention_by_definition(q, k, v).reshape(length, 16))
+        row += length
+    assert isinstance(segments[0].places, slice) != is_scattered
+    nowhere = torch.zeros(row, dtype=torch.int64)
+    step = AttentionStep.of(nowhere, nowhere, None, segments, None, torch.empty(0), torch.float32)
+    own = (torch.tensor(np.concatenate(queries)).float(), nowhere, nowhere)  # on a CPU all is read from the cache
+    ours = attend(*own, cache.keys[0], cache.values[0], step)
+    np.testing.assert_allclose(ours.numpy(), np.concatenate(expected), atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "expected"),
+    [
+        (ParallelConfig(2, 1, 0), {"all_reduce": 1 + 2 * 4, "all_gather": 1}),  # embedding, two a layer; LM head
+        (ParallelConfig(2, 2, 0), {"all_reduce": 1 + 2 * 2, "send": 1}),
+        (ParallelConfig(2, 2, 3), {"all_reduce": 2 * 2, "receive": 1, "all_gather": 1}),
+    ],
+    ids=["whole", "first stage", "last stage"],
+)
+def test_number_of_collectives(
+    parallel: ParallelConfig, expected: dict[str, int], converted: Callable[[int], Path]
+) -> None:
+    folder = converted(2)
+    config = ModelConfig.read(folder / "config.ini")
+    comm = CountingComm(parallel)
+    reader = ShardReader(folder, config, parallel.tp_rank, torch.float32)
+    model = GPT(comm, reader, CPU, lambda: None)
+    cache = KVCache(len(parallel.layers(4)), 4, 4, 2, 16, torch.float32, CPU)
+    cache.assign(0, [0, 1])
+    ids = torch.tensor([5, 6, 7])
+    places = torch.from_numpy(cache.places(0, 0, 3))
+    x = model.forward(StepInput(ids, torch.arange(3), places, [cache.segment(0, 0, 0, 3)]), cache)
+    if x is not None:
+        model.logits(x[2:])
+    assert {name: comm.calls.count(name) for name in comm.calls} == expected
