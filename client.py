@@ -31,7 +31,7 @@ from cli.parameters import PARAMETERS, Prompt, number, parameters_of, read_promp
 from cli.terminal import complain, sign_of_life
 
 if TYPE_CHECKING:  # what needs numpy is imported late: --help comes at once
-    from cli.output import Journal
+    from cli.output import ResultWriter
     from cli.transport import Asker
 
 
@@ -40,12 +40,12 @@ def main() -> int:
     flags = parse_flags()
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        from cli.output import Journal
+        from cli.output import ResultWriter
 
         try:
             _check_plot(flags)
             prompts = read_prompts(flags)
-            journal = Journal(flags) if flags.output else None
+            journal = ResultWriter(flags) if flags.output else None
         except ValueError as error:
             complain(str(error))
             return 2
@@ -151,7 +151,7 @@ def _url(text: str) -> str:
     return f"{scheme}://{match[2]}:{match[3] or {'http': 8000, 'grpc': 8001}[scheme]}"
 
 
-async def run(flags: argparse.Namespace, prompts: list[Prompt], journal: Journal | None) -> int:
+async def run(flags: argparse.Namespace, prompts: list[Prompt], journal: ResultWriter | None) -> int:
     """Do what the flags say, to the end or to a signal; the exit code."""
     from cli import transport as wire
 
@@ -178,7 +178,7 @@ async def run(flags: argparse.Namespace, prompts: list[Prompt], journal: Journal
     return work.result() if is_done else 128 + signalled.result()
 
 
-async def _work(flags: argparse.Namespace, prompts: list[Prompt], asker: Asker, journal: Journal | None) -> int:
+async def _work(flags: argparse.Namespace, prompts: list[Prompt], asker: Asker, journal: ResultWriter | None) -> int:
     from cli import bench as load
     from cli import output as answers
     from cli import transport as wire

@@ -20,7 +20,7 @@ from engine.request import CANCELLED, SHUTDOWN, EngineBusy, Output, Request
 from helpers import one_line
 from serving.text import TextStream, whole_text
 from serving.triton import inputs
-from serving.triton.inputs import Ask, Parser
+from serving.triton.inputs import GenerationRequest, Parser
 
 _LOG = logging.getLogger("gpt")
 # A stream's pause after each piece, per other stream: PyTriton and Triton take about this long for one of all
@@ -93,7 +93,7 @@ class GPTModel:
         self.parser = parser
         self._by_id: dict[str, Request] = {}  # those that run and have a request_id
         self._lock = threading.Lock()  # each of Triton's models has a loop in a thread of its own
-        self._bells: dict[asyncio.AbstractEventLoop, _Bell] = {}
+        self._bells: dict[asyncio.AbstractEventLoop, LoopNotifier] = {}
         self._num_streams = 0
 
     async def infer(self, requests: list[Any]) -> list[dict[str, np.ndarray]]:
@@ -135,7 +135,7 @@ class GPTModel:
                 _check_not_shut_down(ask.request)
         return self._arrays(asks, [self._texts(ask) for ask in asks])
 
-    async def _pieces(self, ask: Ask) -> AsyncIterator[dict[str, np.ndarray]]:
+    async def _pieces(self, ask: GenerationRequest) -> AsyncIterator[dict[str, np.ndarray]]:
         request = ask.request
         text = TextStream(self.parser.tokenizer, request.prompt_ids, **_text_options(ask))
         num_seen = num_sent = 0
@@ -159,18 +159,18 @@ class GPTModel:
         last = _unbatched(self._arrays([ask], [[piece]]))
         yield last | _token_arrays(ask, request.outputs, slice(num_sent, None))
 
-    async def _parse(self, arrays: dict[str, np.ndarray]) -> list[Ask]:
+    async def _parse(self, arrays: dict[str, np.ndarray]) -> list[GenerationRequest]:
         asks = await asyncio.to_thread(self.parser.parse, arrays)  # a long text must not keep other requests waiting
         if any(ask.with_log_probs for ask in asks) and not self.engine.has_token_log_probs:
             raise ValueError("is_return_log_probs is set; the FasterTransformer engine has cum_log_probs only")
         return asks
 
     @contextlib.contextmanager
-    def _running(self, asks: Sequence[Ask], only_ends: bool) -> Iterator[list[asyncio.Event]]:
+    def _running(self, asks: Sequence[GenerationRequest], only_ends: bool) -> Iterator[list[asyncio.Event]]:
         """Run requests; inside, an event per request tells of news (or only of its end). Leaving ends what runs."""
         loop = asyncio.get_running_loop()
         with self._lock:
-            bell = self._bells.setdefault(loop, _Bell(loop))
+            bell = self._bells.setdefault(loop, LoopNotifier(loop))
         news = [asyncio.Event() for _ in asks]
         for ask, changed in zip(asks, news, strict=True):
             ask.request.on_update = _Listener(bell, changed, only_ends)
@@ -188,7 +188,7 @@ class GPTModel:
                 if not ask.request.is_finished:  # the client went away
                     self.engine.cancel(ask.request)
 
-    def _submit(self, asks: Sequence[Ask]) -> None:
+    def _submit(self, asks: Sequence[GenerationRequest]) -> None:
         """Submit requests and know those by their ids that have one: a stop finds them only where the engine does."""
         ids = [ask.request_id for ask in asks if ask.request_id]
         with self._lock:
@@ -212,7 +212,7 @@ class GPTModel:
             "finish_reason": _bytes([[CANCELLED]] * rows),
         }
 
-    def _arrays(self, asks: Sequence[Ask], texts: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
+    def _arrays(self, asks: Sequence[GenerationRequest], texts: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
         """[rows, beams or samples, …] arrays; texts: one for each output.
 
         Rows with fewer beams, tokens or alternatives than others are padded: with empty text, end_id, 0.
@@ -250,7 +250,7 @@ class GPTModel:
             arrays["next_token_logits"] = np.array(rows, dtype=np.float32)
         return arrays
 
-    def _texts(self, ask: Ask) -> list[str]:
+    def _texts(self, ask: GenerationRequest) -> list[str]:
         """The whole text of each output."""
         request, options = ask.request, _text_options(ask)
         return [
@@ -261,7 +261,7 @@ class GPTModel:
         ]
 
 
-class _Bell:
+class LoopNotifier:
     """Wakes an event loop once for all the news that come before it looks: waking costs more than the news."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -286,7 +286,7 @@ class _Bell:
 class _Listener:
     """A request's on_update."""
 
-    def __init__(self, bell: _Bell, event: asyncio.Event, only_ends: bool) -> None:
+    def __init__(self, bell: LoopNotifier, event: asyncio.Event, only_ends: bool) -> None:
         self._bell = bell
         self._event = event
         self._only_ends = only_ends
@@ -317,7 +317,7 @@ def _check_not_shut_down(request: Request) -> None:
         raise EngineBusy("the server stopped before the request was finished")
 
 
-def _text_options(ask: Ask) -> dict[str, Any]:
+def _text_options(ask: GenerationRequest) -> dict[str, Any]:
     return {
         "with_prompt": ask.with_prompt,
         "skip_special_tokens": ask.skip_special_tokens,
@@ -331,7 +331,7 @@ def _without_end(output_ids: list[int], end_id: int | None) -> list[int]:
     return output_ids[:-1] if output_ids and output_ids[-1] == end_id else output_ids
 
 
-def _token_arrays(ask: Ask, outputs: Sequence[Output], part: slice) -> dict[str, np.ndarray]:
+def _token_arrays(ask: GenerationRequest, outputs: Sequence[Output], part: slice) -> dict[str, np.ndarray]:
     """What there is per generated token, of a part of them: [beams or samples, tokens, …]."""
     request = ask.request
     arrays = {"output_ids": _padded([o.token_ids[part] for o in outputs], np.int32, request.end_id or 0)}
@@ -379,5 +379,5 @@ def _unbatched(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: array[0] for name, array in arrays.items()}
 
 
-def _requests(asks: Sequence[Ask]) -> list[Request]:
+def _requests(asks: Sequence[GenerationRequest]) -> list[Request]:
     return [ask.request for ask in asks]

@@ -31,7 +31,7 @@ from engine.flags import add_flags, flag, from_flags
 from engine.startup import make_engine
 from engine.watchdog import Watchdog
 from engine.world import World
-from executor.startup import Choice, choose, connect, load
+from executor.startup import Backend, connect, load, pick_backend
 from helpers import ProgressLine, find_checkpoint, model_key, one_line, setup_logging
 from serving.triton.frontend import TritonFlags, TritonFrontend, TritonModel
 from weights.model_config import ModelConfig
@@ -132,7 +132,7 @@ def _serve(
     """Start up together, then run rank 0's loop or follow it. Start-up errors end all ranks with code 1."""
     start = _Start(model_flags, engine_config, triton_flags, world)
     meetings = (start.connect, start.prepare)  # an error in one must end the others, which wait for this rank
-    for stage in (start.check, start.find_weights, start.choose, start.connect, start.load, start.prepare):
+    for stage in (start.check, start.find_weights, start.pick_backend, start.connect, start.load, start.prepare):
         error = _attempt(stage, model_flags.verbose)
         if error is not None and stage in meetings and world.size > 1:
             _LOG.error("%s", error)
@@ -175,7 +175,7 @@ class _Start:
         self.world = world
         self.lib_path = Path(model_flags.lib_path)
         self.parallel: ParallelConfig
-        self.choice: Choice
+        self.backend: Backend
 
     def check(self) -> None:
         """What every rank can tell by itself, the same on each."""
@@ -238,15 +238,15 @@ class _Start:
         _LOG.info("weights are in %s after %.1f s", folder, time.monotonic() - started)
         return folder
 
-    def choose(self) -> None:
+    def pick_backend(self) -> None:
         """Which engine, device and number format; rank 0 also reads the tokenizer."""
-        self.choice = choose(self.engine_config, self.model_config, self.lib_path, self.world.local_rank)
+        self.backend = pick_backend(self.engine_config, self.model_config, self.lib_path, self.world.local_rank)
         if self.world.rank == 0:
             self.tokenizer = _load_tokenizer(self.folder)
 
     def connect(self) -> None:
         """Join the ranks' groups."""
-        self.comm = connect(self.world, self.parallel, self.choice)
+        self.comm = connect(self.world, self.parallel, self.backend)
 
     def load(self) -> None:
         """This rank's shards."""
@@ -257,7 +257,7 @@ class _Start:
             self.parallel,
             self.world,
             self.comm,
-            self.choice,
+            self.backend,
             self.lib_path,
             _LoadProgress(),
         )
@@ -338,16 +338,16 @@ def _lead(start: _Start, triton_flags: TritonFlags, started: float) -> int:
 
 
 def _log_ready(start: _Start, frontend: TritonFrontend, seconds: float) -> None:
-    choice = start.choice
+    backend = start.backend
     _LOG.info(
         "ready: model %s, engine %s (%s), tp %d × pp %d, %s on %s, %s, pid %d, after %.1f s",
         start.triton_name,
-        choice.engine,
-        choice.reason,
+        backend.engine,
+        backend.reason,
         start.flags.tp,
         start.flags.pp,
-        str(choice.dtype).removeprefix("torch."),
-        choice.device.type,
+        str(backend.dtype).removeprefix("torch."),
+        backend.device.type,
         " and ".join(frontend.urls),
         os.getpid(),
         seconds,

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import SHAPES, RandomReader, claim_device, model_config, report
 from engine.config import EngineConfig, ParallelConfig
 from engine.engine import Engine
-from engine.plan import Admission, Chunk, Plan
+from engine.plan import Chunk, NewSequences, Plan
 from engine.request import Request, SamplingParams
 from engine.startup import make_engine
 from engine.watchdog import Watchdog
@@ -134,7 +134,7 @@ def generate(engine: Engine, prompts: list[list[int]], output_len: int) -> tuple
 def read(executor: TorchExecutor, text: list[int], output_len: int) -> np.ndarray:
     """[output_len, vocab]: the logits of the text's last tokens, each seeing those before it."""
     blocks = list(range(-(-len(text) // executor.cache.block_size)))
-    admission = Admission([0], text, SamplingParams(1), None, [blocks])
+    admission = NewSequences([0], text, SamplingParams(1), None, [blocks])
     places = range(len(text) - 1 - output_len, len(text) - 1)
     x = executor.hidden(Plan([Chunk(0, 0, len(text), [0])], [admission]))
     return executor.model.logits(x[list(places)]).cpu().numpy()
@@ -152,7 +152,7 @@ def show(flags: argparse.Namespace, plain: Measured, int8: Measured) -> None:
     print(f"{flags.model}: int8_mode 1 beside 0 in {dtype}, {len(choices)} tokens of {len(plain.texts)} texts")
     print(f"logits' relative error: mean {errors.mean():.2e}, max {errors.max():.2e}")
     loss = f"; where not, its logit is {spread[spread > 0].mean():.3f} lower" if spread.any() else ""
-    print(f"the same greedy choice: {agreement:.2%}{loss}")
+    print(f"the same greedy backend: {agreement:.2%}{loss}")
     batches = sorted(plain.token_ms)
     print(f"{'':>6} {'weights MB':>11}" + "".join(f"{f'ms/token, batch {batch}':>20}" for batch in batches))
     for name, model in (("0", plain), ("1", int8)):

@@ -26,7 +26,7 @@ from cli.terminal import complain, complaint, sign_of_life
 from cli.transport import Asker, Failure, as_text, make_inputs
 
 
-async def answer(flags: argparse.Namespace, prompts: list[Prompt], asker: Asker, journal: Journal | None) -> int:
+async def answer(flags: argparse.Namespace, prompts: list[Prompt], asker: Asker, journal: ResultWriter | None) -> int:
     """Ask for all prompts, --concurrency at once; the exit code."""
     screen = Screen(flags, len(prompts)) if flags.stream or not journal else None
     on_piece = screen.show_piece if screen and flags.stream else lambda index, response: None
@@ -166,7 +166,7 @@ class Screen:
                 signal.raise_signal(signal.SIGINT)
 
 
-class Journal:
+class ResultWriter:
     """--output: each answer is appended as soon as it is there; at the end the file is put into the prompts' order."""
 
     def __init__(self, flags: argparse.Namespace) -> None:

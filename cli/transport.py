@@ -80,7 +80,7 @@ class HttpConnection:
         return {output["name"]: result.as_numpy(output["name"]) for output in result.get_response()["outputs"]}
 
     async def stream(self, model: str, inputs: dict[str, np.ndarray], on_response: OnResponse) -> None:
-        """Ask; `on_response` gets the arrays of each response as it comes. Raises what the libraries raise."""
+        """Send; `on_response` gets the arrays of each response as it comes. Raises what the libraries raise."""
         body = {name: [as_text(value) for value in array.tolist()] for name, array in inputs.items()}
         data = json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogateescape")
         num_alternatives = int(inputs["num_log_probs"][0]) if "num_log_probs" in inputs else 1

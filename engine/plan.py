@@ -10,7 +10,7 @@ from engine.request import SamplingParams, Token
 
 
 @dataclass(frozen=True)
-class Admission:
+class NewSequences:
     """A request that enters its slots, one per sample or beam: everything that ranks must know of it, once.
 
     block_ids: per slot. The first slot's hold the prompt and what follows; the others' hold only what follows: they
@@ -37,7 +37,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Reorder:
+class BeamReorder:
     """Before a step: slots[i] goes on from parents[i]'s first `length` tokens, with token_ids[i] and scores[i]."""
 
     slots: list[int]
@@ -52,8 +52,8 @@ class Plan:
     """One step of the whole job, the same on every rank: chunks that decode come first, then prompts."""
 
     chunks: list[Chunk]
-    admissions: list[Admission] = field(default_factory=list)
-    reorders: list[Reorder] = field(default_factory=list)
+    new_sequences: list[NewSequences] = field(default_factory=list)
+    beam_reorders: list[BeamReorder] = field(default_factory=list)
 
     @property
     def num_steps(self) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from engine.beam import Beams, BeamSearch
 from engine.blocks import BlockAllocator
-from engine.plan import Admission, Chunk, Plan, Reorder, StepOutput
+from engine.plan import BeamReorder, Chunk, NewSequences, Plan, StepOutput
 from engine.request import SHUTDOWN, Output, Request, Token
 
 
@@ -28,7 +28,7 @@ def check_length(request: Request, limit: int, what: str) -> None:
 
 
 @dataclass(eq=False)
-class _Branch:
+class Sequence:
     """One sequence of a request: a sample, or the place of a beam."""
 
     slot: int
@@ -38,9 +38,9 @@ class _Branch:
 
 
 @dataclass(eq=False)
-class _Running:
+class SequenceGroup:
     request: Request
-    branches: list[_Branch]  # those that have not ended; all of them for beams
+    branches: list[Sequence]  # those that have not ended; all of them for beams
     beam_search: BeamSearch | None
     beams: Beams | None = None  # where its beams go on from
     num_prompt_planned: int = 0  # prompt tokens whose keys and values some plan computes
@@ -58,11 +58,11 @@ class _Running:
 
 
 @dataclass(frozen=True)
-class _Expected:
+class PendingOutput:
     """A part of a plan on its way: whose tokens, and what else, will come back for it."""
 
-    running: _Running
-    branches: list[_Branch]  # one per token
+    running: SequenceGroup
+    branches: list[Sequence]  # one per token
     has_candidates: bool
     has_prompt_log_probs: bool
     has_logits: bool
@@ -87,9 +87,9 @@ class Scheduler:
         self.block_size = block_size
         self.blocks = BlockAllocator(num_blocks)
         self.waiting: deque[Request] = deque()
-        self._running: list[_Running] = []  # in order of admission
+        self._running: list[SequenceGroup] = []  # in order of admission
         self._free_slots = list(reversed(range(max_batch_size)))
-        self._in_flight: deque[list[_Expected]] = deque()  # per plan
+        self._in_flight: deque[list[PendingOutput]] = deque()  # per plan
 
     @property
     def has_work(self) -> bool:
@@ -117,7 +117,7 @@ class Scheduler:
     def schedule(self) -> Plan | None:
         """The next step, or None where there is nothing to compute."""
         plan = Plan([], self._admit())
-        expected: list[_Expected] = []
+        expected: list[PendingOutput] = []
         budget = self.max_step_tokens
         decodes = [r for r in self._running if r.is_decoding]
         prefills = [r for r in self._running if not r.is_decoding]
@@ -184,8 +184,8 @@ class Scheduler:
         for request in [running.request for running in self._running] + list(self.waiting):
             self.cancel(request, SHUTDOWN)
 
-    def _admit(self) -> list[Admission]:
-        admissions = []
+    def _admit(self) -> list[NewSequences]:
+        new_sequences = []
         while self.waiting and self.waiting[0].sampling.width <= len(self._free_slots):
             request = self.waiting[0]
             needed = self._blocks_needed(request)
@@ -199,20 +199,20 @@ class Scheduler:
             beam_search = BeamSearch(request) if sampling.beam_width > 1 else None
             outputs = [Output() for _ in slots] if beam_search else request.outputs
             branches = [
-                _Branch(slot, ids if index == 0 else self.blocks.share(shared) + ids, output)
+                Sequence(slot, ids if index == 0 else self.blocks.share(shared) + ids, output)
                 for index, (slot, ids, output) in enumerate(zip(slots, block_ids, outputs, strict=True))
             ]
-            self._running.append(_Running(request, branches, beam_search))
+            self._running.append(SequenceGroup(request, branches, beam_search))
             banned = request.words.always_banned if request.words is not None else []
-            admissions.append(Admission(slots, request.prompt_ids, sampling, request.end_id, block_ids, banned))
-        return admissions
+            new_sequences.append(NewSequences(slots, request.prompt_ids, sampling, request.end_id, block_ids, banned))
+        return new_sequences
 
-    def _plan_prompt(self, running: _Running, budget: int, plan: Plan, expected: list[_Expected]) -> int:
+    def _plan_prompt(self, running: SequenceGroup, budget: int, plan: Plan, expected: list[PendingOutput]) -> int:
         """Plan the next piece of a prompt; returns its tokens."""
         request, start = running.request, running.num_prompt_planned
         length = min(len(request.prompt_ids) - start, budget)
         running.num_prompt_planned += length
-        branches: list[_Branch] = []
+        branches: list[Sequence] = []
         if running.is_decoding:
             branches = running.branches if running.beam_search is None else running.branches[:1]
         sampling = request.sampling
@@ -220,7 +220,7 @@ class Scheduler:
         banned = _banned(request, []) if slots else []
         plan.chunks.append(Chunk(running.branches[0].slot, start, length, slots, banned))
         is_beam = bool(slots) and running.beam_search is not None
-        part = _Expected(
+        part = PendingOutput(
             running, list(branches), is_beam, sampling.prompt_log_probs, sampling.next_token_logits and bool(slots)
         )
         if slots or sampling.prompt_log_probs:
@@ -230,7 +230,7 @@ class Scheduler:
                 branch.num_sampled += 1
         return length
 
-    def _plan_decode(self, running: _Running, plan: Plan, expected: list[_Expected]) -> int:
+    def _plan_decode(self, running: SequenceGroup, plan: Plan, expected: list[PendingOutput]) -> int:
         """Plan one more token of each of a request's sequences; returns how many."""
         request = running.request
         prompt_len = len(request.prompt_ids)
@@ -241,7 +241,7 @@ class Scheduler:
             slots = [branch.slot for branch in branches]
             parents = [all_slots[parent] for parent in beams.parents]
             start = prompt_len + branches[0].num_sampled - 1
-            plan.reorders.append(Reorder(slots, parents, start, beams.token_ids, beams.scores))
+            plan.beam_reorders.append(BeamReorder(slots, parents, start, beams.token_ids, beams.scores))
             outputs = [output.token_ids for _, output in running.beam_search.running]
         else:
             branches = [b for b in running.branches if b.num_sampled < request.sampling.max_new_tokens]
@@ -252,10 +252,10 @@ class Scheduler:
         for branch in running.branches if running.beam_search is not None else branches:
             branch.num_sampled += 1
         if branches:
-            expected.append(_Expected(running, branches, running.beam_search is not None, False, False))
+            expected.append(PendingOutput(running, branches, running.beam_search is not None, False, False))
         return len(branches)
 
-    def _append(self, running: _Running, branch: _Branch, token: Token) -> None:
+    def _append(self, running: SequenceGroup, branch: Sequence, token: Token) -> None:
         if branch.output.finish_reason is not None:  # ended while this step was on its way
             return
         branch.output.append(token)
@@ -264,12 +264,12 @@ class Scheduler:
             branch.output.finish_reason = reason
             self._leave(running, branch)
 
-    def _end_beams(self, running: _Running) -> None:
+    def _end_beams(self, running: SequenceGroup) -> None:
         running.request.outputs = running.beam_search.results()
         for branch in list(running.branches):
             self._leave(running, branch)
 
-    def _leave(self, running: _Running, branch: _Branch) -> None:
+    def _leave(self, running: SequenceGroup, branch: Sequence) -> None:
         running.branches.remove(branch)
         self._free_slots.append(branch.slot)
         self.blocks.free(branch.block_ids)

@@ -29,7 +29,7 @@ _ONLY_VALUES: dict[str, tuple[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Row:
+class RequestRow:
     """One row of a batch: a prompt with the parameters of one sample, or of one beam search."""
 
     prompt_ids: list[int]
@@ -41,7 +41,7 @@ class Row:
 class Batch:
     """Rows that run together, from first to last token, the same on every rank."""
 
-    rows: list[Row]
+    rows: list[RequestRow]
 
     @property
     def beam_width(self) -> int:
@@ -219,9 +219,9 @@ def _penalty(params: SamplingParams) -> str | None:
     return "presence_penalty" if params.presence_penalty != 0 else None
 
 
-def _rows(request: Request) -> list[Row]:
+def _rows(request: Request) -> list[RequestRow]:
     samples = [request.sampling.for_sample(index) for index in range(request.sampling.n)]
-    return [Row(request.prompt_ids, params, request.bad_word_ids) for params in samples]
+    return [RequestRow(request.prompt_ids, params, request.bad_word_ids) for params in samples]
 
 
 def _cut(request: Request, sequence: Output, output: Output) -> None:

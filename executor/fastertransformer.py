@@ -22,7 +22,7 @@ from weights.reader import ShardReader
 from weights.table import layer_specs, outer_specs
 
 if TYPE_CHECKING:
-    from engine.static import Batch, Row
+    from engine.static import Batch, RequestRow
 
 # A layer's matrices among its twelve weights: those that int8_mode 1 quantizes.
 _MATRICES = (2, 4, 8, 10)
@@ -237,7 +237,7 @@ def _column(values: Sequence[Any], dtype: torch.dtype, *default: Any) -> torch.T
     return torch.tensor(values, dtype=dtype)
 
 
-def _bad_words(rows: Sequence[Row]) -> torch.Tensor | None:
+def _bad_words(rows: Sequence[RequestRow]) -> torch.Tensor | None:
     """[rows, 2, len] int32: the words' tokens, one word behind the other, then where each ends, padded with -1."""
     tokens = [[token_id for word in row.bad_word_ids for token_id in word] for row in rows]
     ends = [list(accumulate(map(len, row.bad_word_ids))) for row in rows]

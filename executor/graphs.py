@@ -1,6 +1,6 @@
 """Decode steps as CUDA graphs: one launch for a step of up to so many sequences, where each kernel took its own.
 
-Owns the graphs and the memory they read and write. A graph looks up its tokens and their places on the device, so
+Owns the graphs and the memory they read and write. A graph looks up its tokens and their kv_locs on the device, so
 that a step needs its slots and positions only; rows that fill it up belong to a slot of nobody's.
 """
 
@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from executor.kv_cache import Decodes, KVCache
+from executor.kv_cache import DecodeMetadata, KVCache
 from executor.model import GPT, StepInput
 
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -20,7 +20,7 @@ _LOG = logging.getLogger("engine")
 
 
 def num_bytes(num_slots: int, max_seq_len: int, vocab_size: int, dtype: torch.dtype) -> int:
-    """About what the graphs of so many sequences, and the table of places, take of a GPU's memory."""
+    """About what the graphs of so many sequences, and the table of kv_locs, take of a GPU's memory."""
     wide = 4 + 4  # the logits, and as much while their logsumexp is computed
     parts = 3 * dtype.itemsize  # as they are computed; gathered over the ranks; put side by side
     return _SMALL_THINGS + num_slots * max_seq_len * 4 + _sizes(num_slots)[-1] * vocab_size * (wide + parts)
@@ -113,9 +113,9 @@ class DecodeGraphs:
 
     def _step(self, size: int) -> torch.Tensor:
         slots, positions = self._inputs_of(size)[:, :size]
-        places = self._cache.table[slots, positions].long()
-        decodes = Decodes(self._cache.table, slots, positions, self._counters)
-        x = self._model.forward(StepInput(self._tokens[slots, positions], positions, places, [], decodes), self._cache)
+        kv_locs = self._cache.table[slots, positions].long()
+        decodes = DecodeMetadata(self._cache.table, slots, positions, self._counters)
+        x = self._model.forward(StepInput(self._tokens[slots, positions], positions, kv_locs, [], decodes), self._cache)
         logits = self._model.logits(x, out=self._logits[:size])
         log_probs, token_ids = logits.max(dim=-1)
         log_probs = log_probs - logits.logsumexp(dim=-1)

@@ -10,24 +10,24 @@ import torch
 
 
 @dataclass(frozen=True)
-class Segment:
-    """One request's part of a step: rows [first_row, first_row + length) of the batch, and its cache places.
+class PrefillChunk:
+    """One request's part of a step: rows [first_row, first_row + length) of the batch, and its cache kv_locs.
 
-    `places` are the positions of its tokens [0, kv_len) in the flat cache: a slice where its blocks follow
+    `kv_locs` are the positions of its tokens [0, kv_len) in the flat cache: a slice where its blocks follow
     one another (read without a copy), otherwise an index tensor.
     """
 
     first_row: int
     length: int
     kv_len: int
-    places: slice | torch.Tensor
+    kv_locs: slice | torch.Tensor
 
     @property
     def start(self) -> int:
         return self.kv_len - self.length
 
 
-class Decodes(NamedTuple):
+class DecodeMetadata(NamedTuple):
     """Rows of one new token each, as kernels.decode_attention takes them."""
 
     table: torch.Tensor  # [slots, max_seq_len] int32
@@ -40,7 +40,7 @@ class KVCache:
     """Keys and values, flat: [num_blocks · block_size + 1, kv_heads_local, head_dim] for each layer of the stage.
 
     The last place is nobody's: rows that only fill a batch up write there. With `num_slots`, `table`
-    [slots + 1, max_seq_len] int32 has every slot's places for kernels, and in its last row that place.
+    [slots + 1, max_seq_len] int32 has every slot's kv_locs for kernels, and in its last row that place.
     """
 
     def __init__(
@@ -92,38 +92,38 @@ class KVCache:
         """
         histories = [self._places[parent][:length].copy() for parent in parents]
         for slot, history in zip(slots, histories, strict=True):
-            places = self._places[slot]
-            places[:length] = history
-            self._set(slot, places)
+            kv_locs = self._places[slot]
+            kv_locs[:length] = history
+            self._set(slot, kv_locs)
         if self.table is not None:
             index = torch.tensor([slots, parents]).to(self.device, non_blocking=True)
             self.table[index[0], :length] = self.table[index[1], :length]
 
-    def places(self, slot: int, start: int, length: int) -> np.ndarray:
+    def kv_locs(self, slot: int, start: int, length: int) -> np.ndarray:
         """The flat cache positions of the slot's tokens [start, start + length)."""
         return self._places[slot][start : start + length]
 
-    def segment(self, slot: int, first_row: int, start: int, length: int) -> Segment:
+    def chunk(self, slot: int, first_row: int, start: int, length: int) -> PrefillChunk:
         """Describe a slot's tokens [start, start + length), which are the batch's rows from `first_row`."""
         kv_len = start + length
-        places = self._places[slot][:kv_len]
+        kv_locs = self._places[slot][:kv_len]
         if kv_len <= self._run_len[slot]:
-            return Segment(first_row, length, kv_len, slice(int(places[0]), int(places[0]) + kv_len))
-        return Segment(first_row, length, kv_len, torch.from_numpy(places).to(self.device))
+            return PrefillChunk(first_row, length, kv_len, slice(int(kv_locs[0]), int(kv_locs[0]) + kv_len))
+        return PrefillChunk(first_row, length, kv_len, torch.from_numpy(kv_locs).to(self.device))
 
     def _places_in(self, block_ids: list[int]) -> np.ndarray:
         first = np.asarray(block_ids, dtype=np.int64) * self.block_size
         return (first[:, None] + np.arange(self.block_size)).ravel()
 
-    def _set(self, slot: int, places: np.ndarray) -> None:
-        breaks = np.flatnonzero(np.diff(places) != 1)
-        self._places[slot] = places
-        self._run_len[slot] = int(breaks[0]) + 1 if len(breaks) else len(places)
+    def _set(self, slot: int, kv_locs: np.ndarray) -> None:
+        breaks = np.flatnonzero(np.diff(kv_locs) != 1)
+        self._places[slot] = kv_locs
+        self._run_len[slot] = int(breaks[0]) + 1 if len(breaks) else len(kv_locs)
 
     def _upload(self, slot: int) -> None:
         if self.table is not None:
-            places = self._places[slot]
-            count = min(len(places), self.table.shape[1])
-            self.table[slot, :count] = torch.from_numpy(places[:count].astype(np.int32)).to(
+            kv_locs = self._places[slot]
+            count = min(len(kv_locs), self.table.shape[1])
+            self.table[slot, :count] = torch.from_numpy(kv_locs[:count].astype(np.int32)).to(
                 self.device, non_blocking=True
             )

@@ -15,9 +15,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from executor.attention import AttentionStep, alibi_slopes, attend, has_flash, rotate, rotation_frequencies
+from executor.attention import AttentionStep, alibi_slopes, attend, has_flash, rotary_inv_freq, rotate
 from executor.collectives import Comm
-from executor.kv_cache import Decodes, KVCache, Segment
+from executor.kv_cache import DecodeMetadata, KVCache, PrefillChunk
 from executor.layers import Linear, LMHead, Norm, RowParallelLinear, VocabEmbedding, can_pack
 from executor.quantization import Int8Matrix, Quantizer
 from kernels.store_kv import store_kv
@@ -54,9 +54,9 @@ class StepInput:
 
     token_ids: torch.Tensor  # [tokens] int64
     positions: torch.Tensor  # [tokens] int64, in each token's own request
-    places: torch.Tensor  # [tokens] int64, where the token's keys and values go in the flat cache
-    segments: list[Segment]
-    decodes: Decodes | None = None  # the first rows, before the segments'
+    kv_locs: torch.Tensor  # [tokens] int64, where the token's keys and values go in the flat cache
+    chunks: list[PrefillChunk]
+    decodes: DecodeMetadata | None = None  # the first rows, before the chunks'
 
 
 class GPT:
@@ -84,7 +84,7 @@ class GPT:
         self.slopes = None  # ALiBi's, [heads_local]
         if config.use_attention_linear_bias:
             self.slopes = alibi_slopes(config.head_num).chunk(parallel.tp)[parallel.tp_rank].to(device)
-        self.frequencies = rotation_frequencies(config).to(device)  # [rotary_embedding / 2]
+        self.inv_freq = rotary_inv_freq(config).to(device)  # [rotary_embedding / 2]
         self.has_flash = has_flash(config.size_per_head, reader.dtype, device)
         vocab_local = -(-config.vocab_size // parallel.tp)
         first_id = parallel.tp_rank * vocab_local
@@ -153,11 +153,11 @@ class GPT:
             self.comm.receive_forward(x)
         attention_step = AttentionStep.of(
             step.positions,
-            step.places,
+            step.kv_locs,
             step.decodes,
-            step.segments,
+            step.chunks,
             self.slopes,
-            self.frequencies,
+            self.inv_freq,
             self.dtype,
             self.has_flash,
         )
@@ -232,9 +232,9 @@ class Layer:
     def attention(self, x: torch.Tensor, step: AttentionStep, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] → [tokens, hidden]"""
         query, key, value = self._split(self.query_key_value(x))
-        if step.rotation is not None:
-            query, key = rotate(query, step.rotation), rotate(key, step.rotation)
-        store_kv(key, value, keys, values, step.places)
+        if step.cos_sin is not None:
+            query, key = rotate(query, step.cos_sin), rotate(key, step.cos_sin)
+        store_kv(key, value, keys, values, step.kv_locs)
         return self.dense(attend(query, key, value, keys, values, step))
 
     def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import torch
 
 from engine.beam import Candidate
-from engine.plan import Admission, Plan, StepOutput
+from engine.plan import NewSequences, Plan, StepOutput
 from engine.request import SamplingParams, Token
-from executor.penalties import Row, ban, current_top_p, penalize
+from executor.penalties import SamplingRow, ban, current_top_p, penalize
 from executor.sampler import sample
 
 _ROWS_AT_ONCE = 256  # of a prompt's log-probabilities: their logits are large
@@ -23,7 +23,7 @@ _ROWS_AT_ONCE = 256  # of a prompt's log-probabilities: their logits are large
 class Admitted:
     """Whose a slot is, and the parameters of its own sample."""
 
-    admission: Admission
+    admission: NewSequences
     params: SamplingParams
     always_banned: torch.Tensor | None = None  # the admission's banned_ids, on the device
 
@@ -51,7 +51,7 @@ class Scored:
 class Layout:
     """What a plan's tensor holds. Rows are in the order of the plan's chunks and their sampled slots."""
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[SamplingRow] = field(default_factory=list)
     token_index: list[int] = field(default_factory=list)  # per row: the step token whose logits it has
     beams: list[BeamRows] = field(default_factory=list)
     scored: list[Scored] = field(default_factory=list)
@@ -79,7 +79,9 @@ class Layout:
             previous = admission
             for slot in chunk.sampled_slots:
                 own = admitted[slot]
-                row = Row(slot, own.params, admission.end_id, prompt_len, end, chunk.banned_ids, own.always_banned)
+                row = SamplingRow(
+                    slot, own.params, admission.end_id, prompt_len, end, chunk.banned_ids, own.always_banned
+                )
                 layout.rows.append(row)
                 layout.token_index.append(first - 1)
         return layout
@@ -147,7 +149,7 @@ def choose(
     return torch.cat(parts) if parts else logits.new_empty(0, dtype=torch.float64)
 
 
-def _alternatives(rows: Sequence[Row], logits: torch.Tensor, whole: torch.Tensor) -> list[torch.Tensor]:
+def _alternatives(rows: Sequence[SamplingRow], logits: torch.Tensor, whole: torch.Tensor) -> list[torch.Tensor]:
     """Per row that asked: the ids of its num_log_probs likeliest tokens, then their log-probabilities."""
     parts = []
     for i, row in enumerate(rows):
@@ -159,7 +161,7 @@ def _alternatives(rows: Sequence[Row], logits: torch.Tensor, whole: torch.Tensor
 
 def _beam_candidates(
     beam: BeamRows,
-    rows: Sequence[Row],
+    rows: Sequence[SamplingRow],
     logits: torch.Tensor,
     penalized: torch.Tensor,
     whole: torch.Tensor,

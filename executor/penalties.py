@@ -15,7 +15,7 @@ from engine.request import SamplingParams
 
 
 @dataclass(frozen=True)
-class Row:
+class SamplingRow:
     """A row of logits: whose it is, and where in its request the token stands that they choose."""
 
     slot: int
@@ -38,7 +38,7 @@ class Row:
         return params.is_greedy and not (is_changed or params.num_log_probs or self.num_generated < params.min_length)
 
 
-def penalize(logits: torch.Tensor, rows: Sequence[Row], tokens: torch.Tensor) -> torch.Tensor:
+def penalize(logits: torch.Tensor, rows: Sequence[SamplingRow], tokens: torch.Tensor) -> torch.Tensor:
     """Apply repetition, presence and frequency penalties.
 
     logits: [rows, vocab] fp32, left as they are; tokens: [slots, max_seq_len] int64, what each slot has so far.
@@ -68,7 +68,7 @@ def penalize(logits: torch.Tensor, rows: Sequence[Row], tokens: torch.Tensor) ->
     return logits.index_copy(0, column(index, torch.int64, device)[:, 0], values)
 
 
-def ban(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+def ban(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     """-inf for banned tokens, and for the end token before min_length; the argument itself where there are none."""
     index, ids = [], []
     for i, row in enumerate(rows):
@@ -87,7 +87,7 @@ def ban(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
     return logits.index_put_(places, logits.new_tensor(float("-inf")))
 
 
-def current_top_p(rows: Sequence[Row], tokens: torch.Tensor) -> torch.Tensor:
+def current_top_p(rows: Sequence[SamplingRow], tokens: torch.Tensor) -> torch.Tensor:
     """[rows] fp64: each row's top_p after decay. tokens: [slots, max_seq_len], what each slot has so far."""
     params = [row.params for row in rows]
     device = tokens.device

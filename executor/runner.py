@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from engine.config import EngineConfig
-from engine.plan import Admission, Plan, Reorder, StepOutput
+from engine.plan import BeamReorder, NewSequences, Plan, StepOutput
 from executor.collectives import Comm
 from executor.graphs import DecodeGraphs, max_rows, num_bytes
-from executor.kv_cache import Decodes, KVCache
+from executor.kv_cache import DecodeMetadata, KVCache
 from executor.model import GPT, StepInput
 from executor.output_layout import Admitted, Layout, choose
 from kernels import runs_on
@@ -163,12 +163,12 @@ class TorchExecutor:
             self._tokens[self._tensor(slots), self._tensor(positions)] = values[: len(slots)].long()
 
     def _update(self, plan: Plan) -> None:
-        for admission in plan.admissions:
+        for admission in plan.new_sequences:
             self._admit(admission)
-        for reorder in plan.reorders:
+        for reorder in plan.beam_reorders:
             self._reorder(reorder)
 
-    def _admit(self, admission: Admission) -> None:
+    def _admit(self, admission: NewSequences) -> None:
         slots, prompt_len = admission.slots, len(admission.prompt_ids)
         banned = self._tensor(admission.banned_ids) if admission.banned_ids else None
         self._tokens[self._tensor(slots), :prompt_len] = self._tensor(admission.prompt_ids)
@@ -179,7 +179,7 @@ class TorchExecutor:
             else:
                 self.cache.fork(slot, slots[0], prompt_len, block_ids)
 
-    def _reorder(self, reorder: Reorder) -> None:
+    def _reorder(self, reorder: BeamReorder) -> None:
         slots, length = self._tensor(reorder.slots), reorder.length
         self._tokens[slots, :length] = self._tokens[self._tensor(reorder.parents), :length]
         self._tokens[slots, length] = self._tensor(reorder.token_ids)
@@ -194,16 +194,16 @@ class TorchExecutor:
         for chunk in plan.chunks:
             slots.append(np.full(chunk.length, chunk.slot))
             positions.append(np.arange(chunk.start, chunk.start + chunk.length))
-            places.append(self.cache.places(chunk.slot, chunk.start, chunk.length))
+            places.append(self.cache.kv_locs(chunk.slot, chunk.start, chunk.length))
             if row >= num_decodes:
-                segments.append(self.cache.segment(chunk.slot, row, chunk.start, chunk.length))
+                segments.append(self.cache.chunk(chunk.slot, row, chunk.start, chunk.length))
             row += chunk.length
         own_positions = self._tensor(np.concatenate(positions))
         own_slots = self._tensor(np.concatenate(slots))
         decodes = None
         if num_decodes:
             first = own_slots[:num_decodes], own_positions[:num_decodes]
-            decodes = Decodes(self.cache.table, *first, self._counters)
+            decodes = DecodeMetadata(self.cache.table, *first, self._counters)
         token_ids = self._tokens[own_slots, own_positions]
         return StepInput(token_ids, own_positions, self._tensor(np.concatenate(places)), segments, decodes)
 

@@ -29,7 +29,7 @@ _FT_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 144, 160, 192, 224, 256)
 
 
 @dataclass(frozen=True)
-class Choice:
+class Backend:
     """What runs the model, and the reason for it (logged)."""
 
     engine: str
@@ -38,7 +38,7 @@ class Choice:
     dtype: torch.dtype
 
 
-def choose(engine_config: EngineConfig, model_config: ModelConfig, lib_path: Path, local_rank: int) -> Choice:
+def pick_backend(engine_config: EngineConfig, model_config: ModelConfig, lib_path: Path, local_rank: int) -> Backend:
     """Pick engine, device and dtype. Raises ValueError or RuntimeError where a wish cannot be met."""
     device = _choose_device(engine_config.device, local_rank)
     dtype = computation_dtype(engine_config.data_type, device)
@@ -58,14 +58,14 @@ def choose(engine_config: EngineConfig, model_config: ModelConfig, lib_path: Pat
         raise ValueError(lacking)
     elif (model_config.activation_type, model_config.gelu_form) == ("gelu", "erf"):
         _LOG.warning("gelu_form is erf, and FasterTransformer computes the tanh form: results differ slightly")
-    return Choice(engine, reason, device, dtype)
+    return Backend(engine, reason, device, dtype)
 
 
-def connect(world: World, parallel: ParallelConfig, choice: Choice) -> Comm | None:
+def connect(world: World, parallel: ParallelConfig, backend: Backend) -> Comm | None:
     """Join the tp and pp groups: all ranks meet here. None for FasterTransformer's op, which does so by itself."""
-    if choice.device.type == "cuda":
-        torch.cuda.set_device(choice.device)
-    return Comm(world, parallel, choice.device) if choice.engine == "torch" else None
+    if backend.device.type == "cuda":
+        torch.cuda.set_device(backend.device)
+    return Comm(world, parallel, backend.device) if backend.engine == "torch" else None
 
 
 def load(
@@ -75,7 +75,7 @@ def load(
     parallel: ParallelConfig,
     world: World,
     comm: Comm | None,
-    choice: Choice,
+    backend: Backend,
     lib_path: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Executor:
@@ -84,17 +84,17 @@ def load(
     Raises ValueError or RuntimeError where that fails, which may be on one rank only: the ranks must agree that all
     went well before they meet in the executor's `prepare`.
     """
-    if choice.device.type == "cpu":
+    if backend.device.type == "cpu":
         torch.set_num_threads(claim_cores(world.local_size))
     if comm is None:
         from executor.fastertransformer import FasterTransformerExecutor
 
         return FasterTransformerExecutor(
-            folder, model_config, engine_config, parallel, choice.device, choice.dtype, lib_path, progress
+            folder, model_config, engine_config, parallel, backend.device, backend.dtype, lib_path, progress
         )
-    reader = ShardReader(folder, model_config, parallel.tp_rank, choice.dtype)
+    reader = ShardReader(folder, model_config, parallel.tp_rank, backend.dtype)
     counter = _Counter(GPT.num_load_steps(model_config, comm), progress)
-    return TorchExecutor(reader, engine_config, comm, choice.device, world.local_size, counter)
+    return TorchExecutor(reader, engine_config, comm, backend.device, world.local_size, counter)
 
 
 class _Counter:

@@ -39,9 +39,9 @@ def reference(
     out = torch.empty_like(query)
     group = query.shape[1] // keys.shape[1]
     for row, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
-        places = table[slot, : position + 1].long()
-        k = keys[places].float().repeat_interleave(group, 1)  # [kv_len, heads, head_dim]
-        v = values[places].float().repeat_interleave(group, 1)
+        kv_locs = table[slot, : position + 1].long()
+        k = keys[kv_locs].float().repeat_interleave(group, 1)  # [kv_len, heads, head_dim]
+        v = values[kv_locs].float().repeat_interleave(group, 1)
         scores = torch.einsum("hd,khd->hk", query[row].float(), k) * query.shape[-1] ** -0.5
         if slopes is not None:
             scores += slopes[:, None] * (torch.arange(position + 1, device=query.device) - position)
@@ -61,7 +61,7 @@ def decode_attention(
 ) -> torch.Tensor:
     """softmax(q · kᵀ / √head_dim + slope · (key's position − query's)) · v, one query per sequence.
 
-    query: [rows, heads, head_dim], strided in all axes but the last; keys, values: [places, kv_heads, head_dim]
+    query: [rows, heads, head_dim], strided in all axes but the last; keys, values: [kv_locs, kv_heads, head_dim]
     contiguous; table: [slots, length] int32 contiguous, where each slot's tokens lie; slots, positions: [rows] int64
     contiguous, each query's own; counters: of `make_counters` for as many rows and heads; slopes: [heads] fp32. Returns
     [rows, heads, head_dim] as query. Sums are in fp32, and their order depends on rows, heads and positions only.
@@ -180,8 +180,8 @@ if triton is not None:
                 maxima = tl.load(lines + head_dim, cache_modifier=".cg")
                 shares = tl.exp(maxima - tl.max(maxima, 0))  # of an empty part 0: its maximum is -inf
                 weight_sum = tl.sum(shares * tl.load(lines + head_dim + 1, cache_modifier=".cg"), 0)
-                places = lines[:, None] + d[None, :]
-                parts = tl.load(places, mask=is_dim[None, :], other=0.0, cache_modifier=".cg")
+                kv_locs = lines[:, None] + d[None, :]
+                parts = tl.load(kv_locs, mask=is_dim[None, :], other=0.0, cache_modifier=".cg")
                 sums = tl.sum(shares[:, None] * parts, 0)
                 tl.store(counters + line, 0)
         if is_last:

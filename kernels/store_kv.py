@@ -17,29 +17,29 @@ except ImportError:  # a CPU-only torch comes without it
 
 
 def reference(
-    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, places: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, kv_locs: torch.Tensor
 ) -> None:
     """The same in plain torch, on any device."""
-    keys[places] = key
-    values[places] = value
+    keys[kv_locs] = key
+    values[kv_locs] = value
 
 
 def store_kv(
-    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, places: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, kv_locs: torch.Tensor
 ) -> None:
-    """Write key and value, [tokens, heads, head_dim], to keys and values, [places, heads, head_dim], at the places.
+    """Write key and value, [tokens, heads, head_dim], to keys and values, [kv_locs, heads, head_dim], at the kv_locs.
 
-    places: [tokens] int64; key and value may be strided in all axes but the last, keys and values are contiguous.
+    kv_locs: [tokens] int64; key and value may be strided in all axes but the last, keys and values are contiguous.
     """
     if not runs_on(key.device):
-        return reference(key, value, keys, values, places)
+        return reference(key, value, keys, values, kv_locs)
     tokens, heads, head_dim = key.shape
     _kernel[(tokens,)](
         key,
         value,
         keys,
         values,
-        places,
+        kv_locs,
         key.stride(0),
         key.stride(1),
         value.stride(0),
@@ -59,7 +59,7 @@ if triton is not None:
         value,
         keys,
         values,
-        places,
+        kv_locs,
         key_stride,
         key_head_stride,
         value_stride,
@@ -73,7 +73,7 @@ if triton is not None:
         offsets = tl.arange(0, block)
         is_element = offsets < size
         head, element = offsets // head_dim, offsets % head_dim
-        place = tl.load(places + token) * size + offsets
+        place = tl.load(kv_locs + token) * size + offsets
         k = tl.load(key + token * key_stride + head * key_head_stride + element, mask=is_element)
         tl.store(keys + place, k, mask=is_element)
         v = tl.load(value + token * value_stride + head * value_head_stride + element, mask=is_element)

@@ -1,4 +1,4 @@
-"""Triton's input tensors, and what is made of them: `Ask`, one prompt with its options, checked and tokenized.
+"""Triton's input tensors → `GenerationRequest`: one prompt with its options, checked and tokenized.
 
 It knows the tokenizer and the tensors' names; it never sees Triton, the engine's loop or the answer.
 """
@@ -71,7 +71,7 @@ _MIN_BYTES_PER_TOKEN = 64  # that a text may have: tokenizers drop some, of whit
 
 
 @dataclass(frozen=True)
-class Ask:
+class GenerationRequest:
     """One prompt: what the engine gets, and how the answer is to look."""
 
     request: Request
@@ -109,8 +109,8 @@ class Parser:
             raise ValueError("stop is set; every row of such a request must have it, and a request_id")
         return [_text(arrays["request_id"][row].reshape(-1)[0], "request_id") for row in range(len(arrays["stop"]))]
 
-    def parse(self, arrays: dict[str, np.ndarray]) -> list[Ask]:
-        """One Ask per row. Raises ValueError, in one sentence, for the first thing that is wrong."""
+    def parse(self, arrays: dict[str, np.ndarray]) -> list[GenerationRequest]:
+        """One GenerationRequest per row. Raises ValueError, in one sentence, for the first thing that is wrong."""
         num_rows = _num_rows(arrays)
         asks = [self._parse_row(_Values(arrays, row), row) for row in range(num_rows)]
         samplings = [ask.request.sampling for ask in asks]
@@ -127,7 +127,7 @@ class Parser:
             )
         return asks
 
-    def _parse_row(self, values: _Values, row: int) -> Ask:
+    def _parse_row(self, values: _Values, row: int) -> GenerationRequest:
         sampling = self._sampling(values)
         prompt_ids = self._prompt_ids(values, row)
         end_id = self._token_id("end_id", values.one("end_id", self.end_id))
@@ -145,7 +145,7 @@ class Parser:
             words=words,
             bad_word_ids=self._bad_word_ids(bad_words),
         )
-        return Ask(
+        return GenerationRequest(
             request,
             stop_words,
             keep_stop_word=values.one("include_stop_words_in_output", False),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import client
-from cli.output import Journal
+from cli.output import ResultWriter
 from tests.support.launch import ROOT, free_ports
 from tests.support.standin_server import StandinServer, standin, wait_for, write
 
@@ -82,7 +82,7 @@ def test_a_full_disk_ends_it_in_one_sentence(
         raise OSError(28, "No space left on device")
 
     server.model.token_s = 0.05
-    monkeypatch.setattr(Journal, "add", full)
+    monkeypatch.setattr(ResultWriter, "add", full)
     path = write(tmp_path / "p.jsonl", {"prompt": "a", "output_len": 1}, {"prompt": "b", "output_len": 10000})
     code, _, err = server.ask("--prompts-file", path, "--output", str(tmp_path / "o"))
     assert (code, err) == (1, "client.py: [Errno 28] No space left on device\n")

@@ -66,7 +66,7 @@ def test_requests_join_between_steps_and_decodes_come_first() -> None:
     s.add(request(4, 2))
     plan = s.schedule()
     assert plan.chunks == [Chunk(0, 3, 1, [0]), Chunk(1, 0, 4, [1])]
-    assert [a.slots for a in plan.admissions] == [[1]]
+    assert [a.slots for a in plan.new_sequences] == [[1]]
 
 
 def test_a_short_request_leaves_at_once_and_its_slot_is_used_again() -> None:
@@ -78,7 +78,7 @@ def test_a_short_request_leaves_at_once_and_its_slot_is_used_again() -> None:
     s.commit(output(s.schedule(), 1))
     assert updates == ["length"]
     plan = s.schedule()
-    assert [a.slots for a in plan.admissions] == [[1]]
+    assert [a.slots for a in plan.new_sequences] == [[1]]
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2])
@@ -117,7 +117,7 @@ def test_a_request_waits_for_blocks_and_none_is_lost() -> None:
     s.add(first)
     s.add(second)
     plan = s.schedule()
-    assert len(plan.admissions) == 1
+    assert len(plan.new_sequences) == 1
     s.commit(output(plan, 1))
     run(s)
     assert (len(first.output_ids), len(second.output_ids)) == (7, 7)
@@ -179,7 +179,7 @@ def test_samples_share_the_blocks_of_their_prompt_and_leave_one_by_one() -> None
     s.add(r)
     plan = s.schedule()
     assert plan.chunks == [Chunk(0, 0, 10, [0, 1, 2])]
-    assert [len(ids) for ids in plan.admissions[0].block_ids] == [5, 2, 2]  # 18 tokens; 8 tokens of their own
+    assert [len(ids) for ids in plan.new_sequences[0].block_ids] == [5, 2, 2]  # 18 tokens; 8 tokens of their own
     assert s.blocks.num_free == 31
     s.commit(output(plan, 1, END, 3))
     assert [o.finish_reason for o in r.outputs] == [None, END_ID, None]
@@ -224,7 +224,7 @@ def test_a_request_with_bad_words_is_planned_once_its_last_token_is_known() -> N
     s = scheduler()
     s.add(Request([1, 2], SamplingParams(3), END, words=Words()))
     plan = s.schedule()
-    assert (plan.admissions[0].banned_ids, plan.chunks[0].banned_ids) == ([7], [0])
+    assert (plan.new_sequences[0].banned_ids, plan.chunks[0].banned_ids) == ([7], [0])
     assert s.schedule() is None
     s.commit(output(plan, 5))
     assert s.schedule().chunks[0].banned_ids == [1]

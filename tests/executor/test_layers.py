@@ -102,20 +102,20 @@ def test_attention_of_a_ragged_batch(is_scattered: bool) -> None:
     cache = KVCache(1, 12, 4, 2, 8, torch.float32, CPU)
     kv_lens, lengths = [9, 5, 14], [1, 5, 6]
     blocks = [[7, 0, 11], [3, 1], [10, 2, 9, 4]] if is_scattered else [[0, 1, 2], [3, 4], [5, 6, 7, 8]]
-    queries, expected, segments, row = [], [], [], 0
+    queries, expected, chunks, row = [], [], [], 0
     for slot, (kv_len, length) in enumerate(zip(kv_lens, lengths, strict=True)):
         k, v = rng.standard_normal((2, kv_len, 2, 8))
         q = rng.standard_normal((length, 2, 8))
         cache.assign(slot, blocks[slot])
-        places = cache.places(slot, 0, kv_len)
-        cache.keys[0][places], cache.values[0][places] = torch.tensor(k).float(), torch.tensor(v).float()
-        segments.append(cache.segment(slot, row, kv_len - length, length))
+        kv_locs = cache.kv_locs(slot, 0, kv_len)
+        cache.keys[0][kv_locs], cache.values[0][kv_locs] = torch.tensor(k).float(), torch.tensor(v).float()
+        chunks.append(cache.chunk(slot, row, kv_len - length, length))
         queries.append(q)
         expected.append(attention_by_definition(q, k, v).reshape(length, 16))
         row += length
-    assert isinstance(segments[0].places, slice) != is_scattered
+    assert isinstance(chunks[0].kv_locs, slice) != is_scattered
     nowhere = torch.zeros(row, dtype=torch.int64)
-    step = AttentionStep.of(nowhere, nowhere, None, segments, None, torch.empty(0), torch.float32)
+    step = AttentionStep.of(nowhere, nowhere, None, chunks, None, torch.empty(0), torch.float32)
     own = (torch.tensor(np.concatenate(queries)).float(), nowhere, nowhere)  # on a CPU all is read from the cache
     ours = attend(*own, cache.keys[0], cache.values[0], step)
     np.testing.assert_allclose(ours.numpy(), np.concatenate(expected), atol=2e-6)
@@ -141,8 +141,8 @@ def test_number_of_collectives(
     cache = KVCache(len(parallel.layers(4)), 4, 4, 2, 16, torch.float32, CPU)
     cache.assign(0, [0, 1])
     ids = torch.tensor([5, 6, 7])
-    places = torch.from_numpy(cache.places(0, 0, 3))
-    x = model.forward(StepInput(ids, torch.arange(3), places, [cache.segment(0, 0, 0, 3)]), cache)
+    kv_locs = torch.from_numpy(cache.kv_locs(0, 0, 3))
+    x = model.forward(StepInput(ids, torch.arange(3), kv_locs, [cache.chunk(0, 0, 0, 3)]), cache)
     if x is not None:
         model.logits(x[2:])
     assert {name: comm.calls.count(name) for name in comm.calls} == expected

@@ -16,7 +16,7 @@ import transformers
 from convert import convert
 from engine.config import EngineConfig, ParallelConfig
 from engine.request import SamplingParams
-from executor.startup import choose
+from executor.startup import pick_backend
 from tests.support.checkpoints import make_bloom, make_gpt2, make_opt
 from tests.support.engines import finish, hf_greedy, make_engine, request, save_logits
 from tests.support.launch import first_outputs, greedy_items, run_engine, run_logits
@@ -159,16 +159,16 @@ def test_auto_takes_what_can_run_the_model(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     (tmp_path / "lib.so").touch()
-    choice = choose(EngineConfig(), config, tmp_path / "lib.so", 0)
-    assert choice.dtype == torch.bfloat16
-    assert expected in (choice.engine, choice.reason)
-    assert (choice.engine == "torch") == (expected == choice.reason)
+    backend = pick_backend(EngineConfig(), config, tmp_path / "lib.so", 0)
+    assert backend.dtype == torch.bfloat16
+    assert expected in (backend.engine, backend.reason)
+    assert (backend.engine == "torch") == (expected == backend.reason)
 
 
 def test_auto_is_fp16_on_gpus_without_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert choose(EngineConfig(), SMALL, tmp_path / "none", 0).dtype == torch.float16
+    assert pick_backend(EngineConfig(), SMALL, tmp_path / "none", 0).dtype == torch.float16
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_auto_is_fp16_on_gpus_without_bf16(tmp_path: Path, monkeypatch: pytest.M
 def test_engine_that_cannot_is_refused(engine: str, config: ModelConfig, sentence: str, tmp_path: Path) -> None:
     (tmp_path / "lib.so").touch()
     with pytest.raises(ValueError) as caught:
-        choose(EngineConfig(engine=engine, device="cpu"), config, tmp_path / "lib.so", 0)
+        pick_backend(EngineConfig(engine=engine, device="cpu"), config, tmp_path / "lib.so", 0)
     assert str(caught.value) == sentence
 
 
@@ -200,14 +200,14 @@ def test_fastertransformers_other_gelu_is_logged(
 ) -> None:
     (tmp_path / "lib.so").touch()
     config = replace(SMALL, activation_type=activation, gelu_form="erf")
-    choose(EngineConfig(engine="fastertransformer", device="cpu"), config, tmp_path / "lib.so", 0)
+    pick_backend(EngineConfig(engine="fastertransformer", device="cpu"), config, tmp_path / "lib.so", 0)
     assert ("gelu_form is erf, and FasterTransformer computes the tanh form" in caplog.text) == warns
 
 
 def test_length_beyond_the_positions_is_refused() -> None:
     with pytest.raises(ValueError, match="max_seq_len is 65; the model has 64 positions"):
-        choose(EngineConfig(device="cpu", max_seq_len=65), SMALL, Path("none"), 0)
-    choose(EngineConfig(device="cpu", max_seq_len=65_000), BLOOM_LIKE, Path("none"), 0)
+        pick_backend(EngineConfig(device="cpu", max_seq_len=65), SMALL, Path("none"), 0)
+    pick_backend(EngineConfig(device="cpu", max_seq_len=65_000), BLOOM_LIKE, Path("none"), 0)
 
 
 @pytest.mark.parametrize(

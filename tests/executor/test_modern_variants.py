@@ -16,7 +16,7 @@ from convert import convert
 from engine.config import EngineConfig, ParallelConfig
 from engine.request import SamplingParams
 from executor.attention import rotate, rotation_frequencies
-from executor.startup import choose
+from executor.startup import pick_backend
 from tests.executor.test_quantization import write_dequantized
 from tests.readers.test_megatron import edit_content
 from tests.readers.test_nemo import edit_state, weight_files
@@ -250,9 +250,9 @@ def test_fastertransformer_refuses_by_name(change: dict[str, Any], sentence: str
     library.touch()
     config = ModelConfig(4, 32, 2, 100, 98, 99, max_pos_seq_len=64, **change)
     with pytest.raises(ValueError) as caught:
-        choose(EngineConfig(engine="fastertransformer"), config, library, 0)
+        pick_backend(EngineConfig(engine="fastertransformer"), config, library, 0)
     assert str(caught.value).startswith(sentence)
-    assert choose(EngineConfig(), config, library, 0).engine == "torch"
+    assert pick_backend(EngineConfig(), config, library, 0).engine == "torch"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from scipy.stats import chisquare
 
 from engine.request import SamplingParams
-from executor.penalties import Row, ban, current_top_p, penalize
+from executor.penalties import SamplingRow, ban, current_top_p, penalize
 from executor.sampler import sample
 
 DRAWS = 20_000
@@ -46,8 +46,8 @@ def by_definition(params: SamplingParams, banned: list[int]) -> np.ndarray:
     return cut
 
 
-def row(params: SamplingParams, slot: int = 0, banned: list[int] | None = None) -> Row:
-    return Row(slot, params, END_ID, len(PROMPT), len(PROMPT) + len(OUTPUT), banned or [])
+def row(params: SamplingParams, slot: int = 0, banned: list[int] | None = None) -> SamplingRow:
+    return SamplingRow(slot, params, END_ID, len(PROMPT), len(PROMPT) + len(OUTPUT), banned or [])
 
 
 def history(num_slots: int = 1) -> torch.Tensor:
@@ -112,7 +112,8 @@ def test_rows_of_any_length_share_a_batch_and_neutral_ones_are_untouched() -> No
     logits = torch.randn(4, 50, generator=generator)
     kinds = [{"repetition_penalty": 1.5}, {}, {"frequency_penalty": 0.3}, {"presence_penalty": 0.2, "temperature": 3.0}]
     rows = [
-        Row(slot, SamplingParams(1, top_k=5, **kind), None, 2 + slot, 5 + 7 * slot) for slot, kind in enumerate(kinds)
+        SamplingRow(slot, SamplingParams(1, top_k=5, **kind), None, 2 + slot, 5 + 7 * slot)
+        for slot, kind in enumerate(kinds)
     ]
     together = penalize(logits, rows, tokens)
     for i, one in enumerate(rows):
@@ -125,7 +126,7 @@ def test_rows_of_any_length_share_a_batch_and_neutral_ones_are_untouched() -> No
 def test_ends_are_banned_only_where_there_is_an_end() -> None:
     logits = torch.zeros(2, VOCAB)
     params = SamplingParams(1, min_length=100)
-    rows = [row(params), Row(0, params, None, 3, 9)]
+    rows = [row(params), SamplingRow(0, params, None, 3, 9)]
     assert ban(logits, rows).isinf().sum(dim=1).tolist() == [1, 0]
     assert ban(logits, [rows[1]] * 2) is logits
 

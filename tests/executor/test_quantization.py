@@ -14,7 +14,7 @@ import torch
 
 from engine.config import EngineConfig, ParallelConfig
 from executor.quantization import CpuProduct, Int8Matrix, Quantizer, WideningProduct, product, quantize
-from executor.startup import choose
+from executor.startup import pick_backend
 from kernels import int8_linear
 from tests.support.engines import make_engine, prompts, save_logits
 from tests.support.launch import first_outputs, greedy_items, run_engine, run_logits
@@ -214,4 +214,6 @@ def test_it_differs_from_the_model_itself_by_a_percent(
 
 def test_torch_engine_is_chosen(converted: Callable[[int], Path]) -> None:
     config = ModelConfig.read(converted(1) / "config.ini")
-    assert choose(EngineConfig(engine="torch", device="cpu", int8_mode=1), config, Path("none"), 0).engine == "torch"
+    assert (
+        pick_backend(EngineConfig(engine="torch", device="cpu", int8_mode=1), config, Path("none"), 0).engine == "torch"
+    )

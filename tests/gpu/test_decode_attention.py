@@ -1,4 +1,4 @@
-"""The kernel of decode steps against attention by its definition, in fp64, on the cache's own places."""
+"""The kernel of decode steps against attention by its definition, in fp64, on the cache's own kv_locs."""
 
 from __future__ import annotations
 

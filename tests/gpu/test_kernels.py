@@ -33,8 +33,8 @@ def test_add_norm(rows: int, hidden: int, dtype: torch.dtype, has_delta: bool, h
 def test_store_kv(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     qkv = torch.randn(tokens, heads, 3, head_dim, device="cuda", generator=generator).to(dtype)
-    places = torch.randperm(200, device="cuda", generator=generator)[:tokens]
+    kv_locs = torch.randperm(200, device="cuda", generator=generator)[:tokens]
     ours, theirs = ([torch.zeros(200, heads, head_dim, dtype=dtype, device="cuda") for _ in range(2)] for _ in range(2))
-    store_kv.store_kv(qkv[:, :, 1], qkv[:, :, 2], *ours, places)
-    store_kv.reference(qkv[:, :, 1], qkv[:, :, 2], *theirs, places)
+    store_kv.store_kv(qkv[:, :, 1], qkv[:, :, 2], *ours, kv_locs)
+    store_kv.reference(qkv[:, :, 1], qkv[:, :, 2], *theirs, kv_locs)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

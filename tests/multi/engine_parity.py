@@ -16,7 +16,7 @@ from engine.engine import follow
 from engine.startup import make_engine
 from engine.watchdog import Watchdog
 from engine.world import World
-from executor.startup import choose, connect, load
+from executor.startup import connect, load, pick_backend
 from tests.support.engines import save_logits
 from tests.support.traffic import VOCAB_SIZE, make_request, results, run_alone, run_crowd, vocabulary
 from weights.model_config import ModelConfig
@@ -52,9 +52,9 @@ def main() -> None:
         block_size=4,
     )
     model_config = ModelConfig.read(flags.folder / "config.ini")
-    choice = choose(limits, model_config, flags.lib_path, world.local_rank)
+    backend = pick_backend(limits, model_config, flags.lib_path, world.local_rank)
     executor = load(
-        flags.folder, model_config, limits, parallel, world, connect(world, parallel, choice), choice, flags.lib_path
+        flags.folder, model_config, limits, parallel, world, connect(world, parallel, backend), backend, flags.lib_path
     )
     executor.prepare()
     items = json.loads(flags.requests.read_text())

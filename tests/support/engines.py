@@ -11,12 +11,12 @@ from transformers import GPT2LMHeadModel
 from engine import startup
 from engine.config import EngineConfig, ParallelConfig
 from engine.engine import Engine
-from engine.plan import Admission, Chunk, Plan
+from engine.plan import Chunk, NewSequences, Plan
 from engine.request import Request, SamplingParams
 from engine.watchdog import Watchdog
 from engine.world import World
 from executor.runner import TorchExecutor
-from executor.startup import choose, connect, load
+from executor.startup import connect, load, pick_backend
 from weights.model_config import ModelConfig
 
 NEW_TOKENS = 64
@@ -39,15 +39,15 @@ def make_engine(folder: Path, **limits: object) -> Engine:
     world = World()
     config = ModelConfig.read(folder / "config.ini")
     settings = EngineConfig(device="cpu", **limits)
-    choice = choose(settings, config, Path("none"), 0)
+    backend = pick_backend(settings, config, Path("none"), 0)
     executor = load(
         folder,
         config,
         settings,
         ParallelConfig(),
         world,
-        connect(world, ParallelConfig(), choice),
-        choice,
+        connect(world, ParallelConfig(), backend),
+        backend,
         Path("none"),
     )
     executor.prepare()
@@ -110,8 +110,10 @@ def save_logits(executor: TorchExecutor, parallel: ParallelConfig, prompts: list
         pieces = [Chunk(0, 0, middle)] if middle else []
         pieces.append(Chunk(0, middle, len(prompt_ids) - middle, [0]))
         for piece in pieces:
-            admissions = [Admission([0], prompt_ids, SamplingParams(1), None, [blocks])] if piece.start == 0 else []
-            logits = executor.forward(Plan([piece], admissions))
+            new_sequences = (
+                [NewSequences([0], prompt_ids, SamplingParams(1), None, [blocks])] if piece.start == 0 else []
+            )
+            logits = executor.forward(Plan([piece], new_sequences))
         if logits is not None:
             rows.append(logits[0].cpu().numpy())
     if parallel.is_last_stage and parallel.tp_rank == 0:
