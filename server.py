@@ -319,7 +319,7 @@ def _lead(start: _Start, triton_flags: TritonFlags, started: float) -> int:
                 TritonModel(f"{name}_streaming", model.stream, INPUTS, OUTPUTS, decoupled=True),
             ]
         )
-        engine.warm_up(start.model_config.end_id)
+        engine.warm_up()
         _on_signals(_SecondSignal(lambda number: _drain(number, engine, triton_flags.drain_timeout), frontend.kill))
         threading.Thread(target=_watch_triton, args=(frontend, engine, is_over, failures), daemon=True).start()
         _log_ready(start, frontend, time.monotonic() - started)

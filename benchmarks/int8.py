@@ -121,7 +121,7 @@ def used_mb(device: torch.device) -> float:
 
 def generate(engine: Engine, prompts: list[list[int]], output_len: int) -> tuple[list[list[int]], float]:
     """Greedy continuations, and the median seconds of a step that adds a token to each."""
-    requests = [Request(prompt, SamplingParams(output_len), None, lambda request: None) for prompt in prompts]
+    requests = [Request(prompt, SamplingParams(output_len), (), lambda request: None) for prompt in prompts]
     for request in requests:
         engine.submit(request)
     times = [time.perf_counter()]
@@ -134,9 +134,9 @@ def generate(engine: Engine, prompts: list[list[int]], output_len: int) -> tuple
 def read(executor: TorchExecutor, text: list[int], output_len: int) -> np.ndarray:
     """[output_len, vocab]: the logits of the text's last tokens, each seeing those before it."""
     blocks = list(range(-(-len(text) // executor.cache.block_size)))
-    admission = NewSequences([0], text, SamplingParams(1), None, [blocks])
+    new = NewSequences([0], text, SamplingParams(1), (), [blocks])
     places = range(len(text) - 1 - output_len, len(text) - 1)
-    x = executor.hidden(Plan([Chunk(0, 0, len(text), [0])], [admission]))
+    x = executor.hidden(Plan(chunks=[Chunk(0, 0, len(text), [0])], new_sequences=[new]))
     return executor.model.logits(x[list(places)]).cpu().numpy()
 
 

@@ -122,7 +122,7 @@ def _time_engine(engine: Engine, prompts: np.ndarray, output_len: int) -> tuple[
         if len(request.output_ids) == 1:
             first_tokens.append(time.perf_counter())
 
-    requests = [Request(ids.tolist(), sampling, None, on_update) for ids in prompts]
+    requests = [Request(ids.tolist(), sampling, (), on_update) for ids in prompts]
     started = time.perf_counter()
     for request in requests:
         engine.submit(request)

@@ -67,7 +67,7 @@ def time_engine(engine: Engine, prompt_ids: list[int], output_len: int) -> float
             finished.set()
 
     started = time.perf_counter()
-    engine.submit(Request(prompt_ids, SamplingParams(output_len), None, on_update))
+    engine.submit(Request(prompt_ids, SamplingParams(output_len), (), on_update))
     finished.wait()
     return time.perf_counter() - started
 

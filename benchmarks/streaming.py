@@ -78,7 +78,7 @@ def time_per_token(engine: Engine, streams: int, input_len: int, output_len: int
     rng = np.random.default_rng(0)
     engine.submit(
         *(
-            Request(rng.integers(0, 256, input_len).tolist(), SamplingParams(output_len), None, listener(times))
+            Request(rng.integers(0, 256, input_len).tolist(), SamplingParams(output_len), (), listener(times))
             for times in arrivals
         )
     )

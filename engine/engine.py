@@ -111,13 +111,13 @@ class Engine:
         """End a submitted request soon, with what it has; one that has ended stays as it is."""
         self._inbox.put((request, CANCELLED))
 
-    def warm_up(self, end_id: int) -> None:
+    def warm_up(self) -> None:
         """Run a prompt and a decode step, so that the first user does not pay for what is done once.
 
         The prompt has two tokens where that is possible: the step of a single one is like a decode step.
         """
         prompt_ids = [0] * max(1, min(2, self.scheduler.max_seq_len - 2))
-        request = Request(prompt_ids, SamplingParams(2), end_id)
+        request = Request(prompt_ids, SamplingParams(2))
         self.scheduler.add(request)
         while not request.is_finished:
             self.step()

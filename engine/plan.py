@@ -5,77 +5,92 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from engine.beam import Candidate
-from engine.request import SamplingParams, Token
+from engine.request import SamplingParams
 
 
 @dataclass(frozen=True)
 class NewSequences:
-    """A request that enters its slots, one per sample or beam: everything that ranks must know of it, once.
+    """A request that enters its slots, one per sample or beam: all that the ranks need of it, sent once.
 
-    block_ids: per slot. The first slot's hold the prompt and what follows; the others' hold only what follows: they
-    read the prompt where the first one has it.
+    block_ids: per slot. The first slot's blocks hold the prompt and the tokens after it. The others' hold only the
+    tokens after it: they read the prompt from the first one's.
     """
 
-    slots: list[int]
+    seq_slots: list[int]
     prompt_ids: list[int]
     sampling: SamplingParams
-    end_id: int | None
+    end_ids: tuple[int, ...]
     block_ids: list[list[int]]
     banned_ids: list[int] = field(default_factory=list)  # in every step
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A slot's tokens [start, start + length) in one step, and the slots that get a token from the last of them."""
+    """Tokens [start, start + length) of a slot, and the slots that get a token sampled after the last of them."""
 
-    slot: int
+    seq_slot: int
     start: int
     length: int
     sampled_slots: list[int] = field(default_factory=list)
-    banned_ids: list[int] = field(default_factory=list)  # in this step, besides the admission's
 
 
 @dataclass(frozen=True)
 class BeamReorder:
-    """Before a step: slots[i] goes on from parents[i]'s first `length` tokens, with token_ids[i] and scores[i]."""
+    """Before a step: seq_slots[i] continues the first `length` tokens of parents[i] with token_ids[i], scores[i]."""
 
-    slots: list[int]
+    seq_slots: list[int]
     parents: list[int]
     length: int
     token_ids: list[int]
     scores: list[float]
 
 
+def _no_rows() -> np.ndarray:
+    return np.empty(0, dtype=np.int32)
+
+
 @dataclass(frozen=True)
 class Plan:
-    """One step of the whole job, the same on every rank: chunks that decode come first, then prompts."""
+    """One step of the whole job, the same on every rank.
 
-    chunks: list[Chunk]
+    A decode row computes one token, at decode_positions[row] of decode_slots[row], and samples the next one. Both are
+    [rows] arrays of small integers, so that a plan of some hundred rows travels in one broadcast. Chunks hold
+    everything else: pieces of prompts, or any number of tokens that are known and not computed yet.
+    """
+
+    decode_slots: np.ndarray = field(default_factory=_no_rows)
+    decode_positions: np.ndarray = field(default_factory=_no_rows)
+    chunks: list[Chunk] = field(default_factory=list)
     new_sequences: list[NewSequences] = field(default_factory=list)
     beam_reorders: list[BeamReorder] = field(default_factory=list)
+    banned_ids: dict[int, list[int]] = field(default_factory=dict)  # seq_slot → ids, in this step
 
     @property
     def num_steps(self) -> int:
-        """Forward passes that this plan stands for (the watchdog's limit grows with it)."""
+        """Forward passes of this plan (the watchdog's limit grows with it)."""
         return 1
 
     @property
-    def is_decode(self) -> bool:
-        """Whether every chunk is one token of one sequence, from which one token follows."""
-        return bool(self.chunks) and all(c.length == 1 and c.sampled_slots == [c.slot] for c in self.chunks)
+    def num_tokens(self) -> int:
+        """Tokens whose keys and values this plan computes."""
+        return len(self.decode_slots) + sum(chunk.length for chunk in self.chunks)
 
     @property
     def num_sequences(self) -> int:
         """Sequences that get a token."""
-        return sum(len(chunk.sampled_slots) for chunk in self.chunks)
+        return len(self.decode_slots) + sum(len(chunk.sampled_slots) for chunk in self.chunks)
 
 
 @dataclass
 class StepOutput:
-    """What a plan gave, in the order of its chunks."""
+    """What a plan gave. Rows are the decode rows, then each chunk's sampled slots."""
 
-    tokens: list[Token]  # one per sampled slot; a beam's is of no account
+    token_ids: list[int]  # per row; not used for beams
+    log_probs: list[float]  # per row
+    alternatives: dict[int, tuple[tuple[int, float], ...]] = field(default_factory=dict)  # row → (id, log-prob) pairs
     candidates: list[list[Candidate]] = field(default_factory=list)  # per beam search
     prompt_log_probs: list[list[float]] = field(default_factory=list)  # per chunk of a prompt that asked for them
     next_token_logits: list[Sequence[float]] = field(default_factory=list)  # per prompt that ended and asked

@@ -155,21 +155,21 @@ class Output:
 
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
-    alternatives: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    alternatives: list[tuple[tuple[int, float], ...]] = field(default_factory=list)  # per token, if asked for
     cum_log_prob: float = 0.0
     finish_reason: str | None = None
 
-    def append(self, token: Token) -> None:
-        """Take one more token."""
-        self.log_probs.append(token.log_prob)
-        self.alternatives.append(token.alternatives)
-        self.cum_log_prob += token.log_prob
-        self.token_ids.append(token.token_id)  # last: who reads meanwhile goes by the number of tokens
+    def append(self, token_id: int, log_prob: float) -> None:
+        """Take one more token; its alternatives, if any, are there already."""
+        self.log_probs.append(log_prob)
+        self.cum_log_prob += log_prob
+        self.token_ids.append(token_id)  # last: a concurrent reader goes by the number of tokens
 
     def extended(self, token: Token) -> Output:
         """A copy with one more token."""
-        copy = Output(self.token_ids[:], self.log_probs[:], self.alternatives[:], self.cum_log_prob)
-        copy.append(token)
+        alternatives = [*self.alternatives, token.alternatives] if token.alternatives else self.alternatives
+        copy = Output(self.token_ids[:], self.log_probs[:], alternatives[:], self.cum_log_prob)
+        copy.append(token.token_id, token.log_prob)
         return copy
 
 
@@ -179,12 +179,12 @@ class Request:
 
     `on_update` is called from the engine's thread whenever the outputs have grown or ended, so it must be quick and
     must not raise. Another thread may read the outputs meanwhile: lists grow by appending, and a finish_reason is set
-    after the last token is there. end_id None: no token ends the text.
+    after the last token is there. end_ids: each of them ends the text.
     """
 
     prompt_ids: list[int]
     sampling: SamplingParams
-    end_id: int | None
+    end_ids: tuple[int, ...] = ()
     on_update: Callable[[Request], None] = lambda request: None
     words: Words | None = None
     bad_word_ids: list[list[int]] = field(default_factory=list)  # as tokens, for an executor that knows no text
@@ -207,8 +207,8 @@ class Request:
         return self.outputs[0].finish_reason
 
     def reason_to_end(self, output_ids: list[int]) -> str | None:
-        """Why a sequence ends with its last token; end_id stays that token, as with FasterTransformer's op."""
-        if output_ids[-1] == self.end_id:
+        """Why a sequence ends with its last token; an end token stays in it, as with FasterTransformer's op."""
+        if output_ids[-1] in self.end_ids:
             return END_ID
         if self.words is not None and self.words.has_stop and self.words.stops(output_ids):
             return STOP

@@ -1,20 +1,23 @@
-"""Rank 0's decisions: who runs, in which slots, with which blocks, and what one step computes.
+"""Rank 0's decisions: which requests run, in which slots, with which blocks, and what one step computes.
 
-The scheduler plans; it never sees a tensor. `schedule` may be called again before the last plan's tokens are
-known (`commit`): it counts on one token per running sequence and plan, and the device feeds that token to the next
-step by itself. A sequence that turns out to have ended (end_id) then costs one token that is thrown away. Beams and
-bad words are decided here, token by token, so their requests sit out a plan that is made too early for that.
+Stateless towards tensors: a plan holds numbers. Scheduling uses one quantity per sequence, `num_computed`: a step
+computes some of the tokens between it and `num_tokens`. `schedule` may run again before `commit` gets the last plan's
+tokens: it counts on one token per running sequence and plan, and the device feeds that token to the next step. A
+sequence that turns out to have ended then costs one token, which is dropped. The host decides on beams and bad words
+token by token, so their requests skip a plan that is made too early.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 
-from engine.beam import Beams, BeamSearch
+import numpy as np
+
+from engine.beam import BeamSearch
 from engine.blocks import BlockAllocator
 from engine.plan import BeamReorder, Chunk, NewSequences, Plan, StepOutput
-from engine.request import SHUTDOWN, Output, Request, Token
+from engine.request import SHUTDOWN, Output, Request
+from engine.sequence import PendingOutput, Sequence, SequenceGroup
 
 
 def check_length(request: Request, limit: int, what: str) -> None:
@@ -27,53 +30,45 @@ def check_length(request: Request, limit: int, what: str) -> None:
         )
 
 
-@dataclass(eq=False)
-class Sequence:
-    """One sequence of a request: a sample, or the place of a beam."""
+class _Draft:
+    """A plan while it is made: its decode rows as lists, and who gets the output."""
 
-    slot: int
-    block_ids: list[int]
-    output: Output
-    num_sampled: int = 0  # tokens that some plan samples, whether known by now or not
+    def __init__(self) -> None:
+        self.seq_slots: list[int] = []
+        self.positions: list[int] = []
+        self.chunks: list[Chunk] = []
+        self.beam_reorders: list[BeamReorder] = []
+        self.banned_ids: dict[int, list[int]] = {}
+        self.decoding: list[Sequence | None] = []
+        self.pending = PendingOutput([])  # its sequences: of the chunks, until the plan is finished
 
+    def add_decode(self, sequence: Sequence, position: int) -> None:
+        """Compute the sequence's token at the position, and sample the next one."""
+        self.seq_slots.append(sequence.seq_slot)
+        self.positions.append(position)
+        self.decoding.append(sequence if sequence.group.beam_search is None else None)
 
-@dataclass(eq=False)
-class SequenceGroup:
-    request: Request
-    branches: list[Sequence]  # those that have not ended; all of them for beams
-    beam_search: BeamSearch | None
-    beams: Beams | None = None  # where its beams go on from
-    num_prompt_planned: int = 0  # prompt tokens whose keys and values some plan computes
-    num_in_flight: int = 0  # plans on their way that hold a part of it
+    def ban(self, sequence: Sequence, output_ids: list[int]) -> None:
+        banned = _banned(sequence.group.request, output_ids)
+        if banned:
+            self.banned_ids[sequence.seq_slot] = banned
 
-    @property
-    def is_decoding(self) -> bool:
-        return self.num_prompt_planned == len(self.request.prompt_ids)
-
-    @property
-    def must_wait(self) -> bool:
-        """Whether the next step can only be planned once the last one's tokens are known."""
-        words = self.request.words
-        return self.num_in_flight > 0 and (self.beam_search is not None or (words is not None and words.has_bad))
-
-
-@dataclass(frozen=True)
-class PendingOutput:
-    """A part of a plan on its way: whose tokens, and what else, will come back for it."""
-
-    running: SequenceGroup
-    branches: list[Sequence]  # one per token
-    has_candidates: bool
-    has_prompt_log_probs: bool
-    has_logits: bool
+    def finish(self, new_sequences: list[NewSequences], slot_type: np.dtype) -> tuple[Plan, PendingOutput] | None:
+        if not self.seq_slots and not self.chunks:
+            return None
+        slots = np.array(self.seq_slots, dtype=slot_type)
+        positions = np.array(self.positions, dtype=np.int32)
+        self.pending.sequences[:0] = self.decoding
+        plan = Plan(slots, positions, self.chunks, new_sequences, self.beam_reorders, self.banned_ids)
+        return plan, self.pending
 
 
 class Scheduler:
     """In-flight batching: requests join and leave between any two steps, first come, first served.
 
-    A request enters when its slots are free and all blocks that it can ever need are: it is never preempted,
-    and what runs always ends. Each step decodes every running sequence, and spends what is left of
-    `max_step_tokens` on prompts, in pieces where they are long.
+    A request enters when its slots are free, and all blocks that it can ever need: it is never preempted, and every
+    running request ends. Each step decodes every running sequence, and spends the rest of `max_step_tokens` on
+    prompts, in chunks where they are long.
     """
 
     has_token_log_probs = True
@@ -87,9 +82,11 @@ class Scheduler:
         self.block_size = block_size
         self.blocks = BlockAllocator(num_blocks)
         self.waiting: deque[Request] = deque()
-        self._running: list[SequenceGroup] = []  # in order of admission
+        self._running: dict[Request, SequenceGroup] = {}  # in order of admission
+        self._slot_type = np.min_scalar_type(max_batch_size)  # slots travel in as few bytes as they need
+        self._slot_type = np.min_scalar_type(max_batch_size)  # slots travel in as few bytes as they need
         self._free_slots = list(reversed(range(max_batch_size)))
-        self._in_flight: deque[list[PendingOutput]] = deque()  # per plan
+        self._pending: deque[PendingOutput] = deque()  # per plan on its way
 
     @property
     def has_work(self) -> bool:
@@ -116,163 +113,209 @@ class Scheduler:
 
     def schedule(self) -> Plan | None:
         """The next step, or None where there is nothing to compute."""
-        plan = Plan([], self._admit())
-        expected: list[PendingOutput] = []
-        budget = self.max_step_tokens
-        decodes = [r for r in self._running if r.is_decoding]
-        prefills = [r for r in self._running if not r.is_decoding]
-        for running in decodes:
-            if not running.must_wait:
-                budget -= self._plan_decode(running, plan, expected)
-        for running in prefills:
+        new_sequences = self._admit()
+        draft = _Draft()
+        seq_slots, positions, decoding = draft.seq_slots, draft.positions, draft.decoding
+        prefilling = []
+        for group in self._running.values():
+            if group.is_prefilling:
+                prefilling.append(group)
+            elif not group.is_stepwise:
+                for sequence in group.sequences:
+                    if sequence.num_tokens < group.max_tokens:  # add_decode in line: the loop is hot
+                        seq_slots.append(sequence.seq_slot)
+                        positions.append(sequence.num_computed)
+                        decoding.append(sequence)
+                        sequence.num_computed += 1
+                        sequence.num_tokens += 1
+            elif group.num_in_flight == 0:
+                self._plan_stepwise(group, draft)
+        budget = self.max_step_tokens - len(draft.seq_slots)
+        for group in prefilling:
             if budget == 0:
                 break
-            budget -= self._plan_prompt(running, budget, plan, expected)
-        if not plan.chunks:
+            budget -= self._plan_chunk(group, budget, draft)
+        finished = draft.finish(new_sequences, self._slot_type)
+        if finished is None:
             return None
-        for part in expected:
-            part.running.num_in_flight += 1
-        self._in_flight.append(expected)
+        plan, pending = finished
+        self._pending.append(pending)
         return plan
 
     def commit(self, step: StepOutput) -> None:
-        """Take what the oldest plan not yet committed gave."""
-        tokens, candidates = iter(step.tokens), iter(step.candidates)
-        prompt_log_probs, logits = iter(step.prompt_log_probs), iter(step.next_token_logits)
-        for part in self._in_flight.popleft():
-            running, request = part.running, part.running.request
-            running.num_in_flight -= 1
-            own_tokens = [next(tokens) for _ in part.branches]
-            own_candidates = next(candidates) if part.has_candidates else None
-            own_log_probs = next(prompt_log_probs) if part.has_prompt_log_probs else []
-            own_logits = next(logits) if part.has_logits else None
-            if request.is_finished:  # ended while this step was on its way
-                continue
-            request.prompt_log_probs += own_log_probs
-            if own_logits is not None:
-                request.next_token_logits = own_logits
-            if own_candidates is not None:
-                running.beams = running.beam_search.advance(own_candidates)
-                if running.beams is None:
-                    self._end_beams(running)
-            else:
-                for branch, token in zip(part.branches, own_tokens, strict=True):
-                    self._append(running, branch, token)
-            if not running.branches:
-                self._running.remove(running)
-                request.is_finished = True
-            if part.branches:
-                request.on_update(request)
+        """Take the output of the oldest plan that is not committed yet."""
+        pending = self._pending.popleft()
+        for group in pending.stepwise_groups:
+            group.num_in_flight -= 1
+        for request, log_probs in zip(pending.scored_prompts, step.prompt_log_probs, strict=True):
+            if not request.is_finished:
+                request.prompt_log_probs += log_probs
+        for request, logits in zip(pending.first_logits, step.next_token_logits, strict=True):
+            if not request.is_finished:
+                request.next_token_logits = logits
+        for row, alternatives in step.alternatives.items():
+            sequence = pending.sequences[row]
+            if sequence is not None and sequence.output.finish_reason is None:
+                sequence.output.alternatives.append(alternatives)
+        updated = self._append(pending.sequences, step)
+        for group, candidates in zip(pending.beam_groups, step.candidates, strict=True):
+            if not group.request.is_finished:
+                group.beams = group.beam_search.advance(candidates)
+                if group.beams is None:
+                    self._end_beams(group)
+                updated.append(group.request)
+        for request in updated:
+            request.on_update(request)
 
     def cancel(self, request: Request, reason: str) -> None:
         """End a request, waiting or running, with what it has; one that has ended, or never came, stays as it is."""
-        running = next((r for r in self._running if r.request is request), None)
-        if running is None:
+        group = self._running.get(request)
+        if group is None:
             if request not in self.waiting:
                 return
             self.waiting.remove(request)
         else:
-            self._running.remove(running)
-            if running.beam_search is not None:
-                request.outputs = running.beam_search.results()
-            for branch in list(running.branches):
-                self._leave(running, branch)
+            if group.beam_search is not None:
+                request.outputs = group.beam_search.results()
+            self._leave_all(group)
         request.end(reason)
 
     def abort_all(self) -> None:
-        """End every request; in-flight tokens are dropped when they come."""
-        for request in [running.request for running in self._running] + list(self.waiting):
+        """End every request; tokens on their way are dropped when they come."""
+        for request in [*self._running, *self.waiting]:
             self.cancel(request, SHUTDOWN)
 
     def _admit(self) -> list[NewSequences]:
-        new_sequences = []
+        admitted = []
         while self.waiting and self.waiting[0].sampling.width <= len(self._free_slots):
             request = self.waiting[0]
             needed = self._blocks_needed(request)
             if sum(needed) > self.blocks.num_free:
                 break
             self.waiting.popleft()
-            block_ids = [self.blocks.allocate(count) for count in needed]
-            shared = block_ids[0][: self._blocks_for(len(request.prompt_ids))]
-            slots = [self._free_slots.pop() for _ in needed]
-            sampling = request.sampling
-            beam_search = BeamSearch(request) if sampling.beam_width > 1 else None
-            outputs = [Output() for _ in slots] if beam_search else request.outputs
-            branches = [
-                Sequence(slot, ids if index == 0 else self.blocks.share(shared) + ids, output)
-                for index, (slot, ids, output) in enumerate(zip(slots, block_ids, outputs, strict=True))
-            ]
-            self._running.append(SequenceGroup(request, branches, beam_search))
-            banned = request.words.always_banned if request.words is not None else []
-            new_sequences.append(NewSequences(slots, request.prompt_ids, sampling, request.end_id, block_ids, banned))
-        return new_sequences
+            admitted.append(self._start(request, needed))
+        return admitted
 
-    def _plan_prompt(self, running: SequenceGroup, budget: int, plan: Plan, expected: list[PendingOutput]) -> int:
-        """Plan the next piece of a prompt; returns its tokens."""
-        request, start = running.request, running.num_prompt_planned
-        length = min(len(request.prompt_ids) - start, budget)
-        running.num_prompt_planned += length
-        branches: list[Sequence] = []
-        if running.is_decoding:
-            branches = running.branches if running.beam_search is None else running.branches[:1]
-        sampling = request.sampling
-        slots = [branch.slot for branch in branches]
-        banned = _banned(request, []) if slots else []
-        plan.chunks.append(Chunk(running.branches[0].slot, start, length, slots, banned))
-        is_beam = bool(slots) and running.beam_search is not None
-        part = PendingOutput(
-            running, list(branches), is_beam, sampling.prompt_log_probs, sampling.next_token_logits and bool(slots)
-        )
-        if slots or sampling.prompt_log_probs:
-            expected.append(part)
-        if slots:
-            for branch in running.branches:
-                branch.num_sampled += 1
+    def _start(self, request: Request, needed: list[int]) -> NewSequences:
+        """Give a request its slots and blocks; needed: per sequence, as `_blocks_needed` counts them."""
+        sampling, words, prompt_len = request.sampling, request.words, len(request.prompt_ids)
+        block_ids = [self.blocks.allocate(count) for count in needed]
+        shared = block_ids[0][: self._blocks_for(prompt_len)]
+        slots = [self._free_slots.pop() for _ in needed]
+        beam_search = BeamSearch(request) if sampling.beam_width > 1 else None
+        group = SequenceGroup(request, prompt_len + sampling.max_new_tokens, beam_search)
+        group.is_stepwise = beam_search is not None or (words is not None and words.has_bad)
+        outputs = [Output() for _ in slots] if beam_search else request.outputs
+        for index, (slot, ids, output) in enumerate(zip(slots, block_ids, outputs, strict=True)):
+            own_ids = ids if index == 0 else self.blocks.share(shared) + ids
+            group.sequences.append(Sequence(group, slot, own_ids, output, prompt_len))
+        self._running[request] = group
+        banned = words.always_banned if words is not None else []
+        return NewSequences(slots, request.prompt_ids, sampling, request.end_ids, block_ids, banned)
+
+    def _plan_chunk(self, group: SequenceGroup, budget: int, draft: _Draft) -> int:
+        """Plan the next piece of a prompt, at most `budget` tokens; returns how many."""
+        request, sampling, leader = group.request, group.request.sampling, group.sequences[0]
+        start = leader.num_computed
+        length = min(leader.num_tokens - start, budget)
+        leader.num_computed += length
+        is_last = leader.num_computed == leader.num_tokens
+        is_beam = group.beam_search is not None
+        sampled = [] if not is_last else [leader] if is_beam else group.sequences
+        wants_more = sampling.width > 1 or sampling.prompt_log_probs or sampling.next_token_logits
+        if length == 1 and is_last and not wants_more:
+            draft.add_decode(leader, start)
+        else:
+            draft.chunks.append(Chunk(leader.seq_slot, start, length, [sequence.seq_slot for sequence in sampled]))
+            draft.pending.sequences += [None] if is_beam and is_last else sampled
+            if sampling.prompt_log_probs:
+                draft.pending.scored_prompts.append(request)
+            if is_last and sampling.next_token_logits:
+                draft.pending.first_logits.append(request)
+        if is_last:
+            self._start_decoding(group, sampled, draft)
         return length
 
-    def _plan_decode(self, running: SequenceGroup, plan: Plan, expected: list[PendingOutput]) -> int:
-        """Plan one more token of each of a request's sequences; returns how many."""
-        request = running.request
-        prompt_len = len(request.prompt_ids)
-        if running.beam_search is not None:
-            beams = running.beams
-            branches = running.branches[: len(beams.parents)]
-            all_slots = [branch.slot for branch in running.branches]
-            slots = [branch.slot for branch in branches]
-            parents = [all_slots[parent] for parent in beams.parents]
-            start = prompt_len + branches[0].num_sampled - 1
-            plan.beam_reorders.append(BeamReorder(slots, parents, start, beams.token_ids, beams.scores))
-            outputs = [output.token_ids for _, output in running.beam_search.running]
+    def _start_decoding(self, group: SequenceGroup, sampled: list[Sequence], draft: _Draft) -> None:
+        group.is_prefilling = False
+        for sequence in sampled:
+            draft.ban(sequence, [])
+        for sequence in group.sequences:
+            sequence.num_computed = sequence.num_tokens
+            sequence.num_tokens += 1
+        self._expect(group, draft)
+
+    def _plan_stepwise(self, group: SequenceGroup, draft: _Draft) -> None:
+        """Plan one more token of each sequence of a group that the host decides on token by token."""
+        if group.beam_search is not None:
+            beams = group.beams
+            slots = [sequence.seq_slot for sequence in group.sequences]
+            parents = [slots[parent] for parent in beams.parents]
+            sequences = group.sequences[: len(parents)]
+            start = sequences[0].num_computed
+            reorder = BeamReorder(slots[: len(parents)], parents, start, beams.token_ids, beams.scores)
+            draft.beam_reorders.append(reorder)
+            outputs = [output.token_ids for _, output in group.beam_search.running]
+            advanced = group.sequences
         else:
-            branches = [b for b in running.branches if b.num_sampled < request.sampling.max_new_tokens]
-            outputs = [branch.output.token_ids for branch in branches]
-        for branch, output_ids in zip(branches, outputs, strict=True):
-            start = prompt_len + branch.num_sampled - 1
-            plan.chunks.append(Chunk(branch.slot, start, 1, [branch.slot], _banned(request, output_ids)))
-        for branch in running.branches if running.beam_search is not None else branches:
-            branch.num_sampled += 1
-        if branches:
-            expected.append(PendingOutput(running, branches, running.beam_search is not None, False, False))
-        return len(branches)
+            sequences = advanced = [s for s in group.sequences if s.num_tokens < group.max_tokens]
+            outputs = [sequence.output.token_ids for sequence in sequences]
+        for sequence, output_ids in zip(sequences, outputs, strict=True):
+            draft.add_decode(sequence, sequence.num_computed)
+            draft.ban(sequence, output_ids)
+        for sequence in advanced:
+            sequence.num_computed += 1
+            sequence.num_tokens += 1
+        if sequences:
+            self._expect(group, draft)
 
-    def _append(self, running: SequenceGroup, branch: Sequence, token: Token) -> None:
-        if branch.output.finish_reason is not None:  # ended while this step was on its way
-            return
-        branch.output.append(token)
-        reason = running.request.reason_to_end(branch.output.token_ids)
-        if reason is not None:
-            branch.output.finish_reason = reason
-            self._leave(running, branch)
+    def _expect(self, group: SequenceGroup, draft: _Draft) -> None:
+        """Note that the draft samples for a group."""
+        if group.is_stepwise:
+            group.num_in_flight += 1
+            draft.pending.stepwise_groups.append(group)
+        if group.beam_search is not None:
+            draft.pending.beam_groups.append(group)
 
-    def _end_beams(self, running: SequenceGroup) -> None:
-        running.request.outputs = running.beam_search.results()
-        for branch in list(running.branches):
-            self._leave(running, branch)
+    def _append(self, sequences: list[Sequence | None], step: StepOutput) -> list[Request]:
+        """Give each sequence its token; returns the requests that have news, in order."""
+        updated: list[Request] = []
+        last: Request | None = None
+        for sequence, token_id, log_prob in zip(sequences, step.token_ids, step.log_probs, strict=True):
+            if sequence is None:
+                continue
+            output = sequence.output
+            if output.finish_reason is not None:  # ended while this step was on its way
+                continue
+            request = sequence.group.request
+            output.append(token_id, log_prob)
+            reason = request.reason_to_end(output.token_ids)
+            if reason is not None:
+                output.finish_reason = reason
+                self._leave(sequence)
+                request.is_finished = not sequence.group.sequences
+            if request is not last:
+                updated.append(request)
+                last = request
+        return updated
 
-    def _leave(self, running: SequenceGroup, branch: Sequence) -> None:
-        running.branches.remove(branch)
-        self._free_slots.append(branch.slot)
-        self.blocks.free(branch.block_ids)
+    def _end_beams(self, group: SequenceGroup) -> None:
+        group.request.outputs = group.beam_search.results()
+        self._leave_all(group)
+        group.request.is_finished = True
+
+    def _leave_all(self, group: SequenceGroup) -> None:
+        for sequence in list(group.sequences):
+            self._leave(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Free a sequence's slot and blocks; its group leaves with the last one."""
+        group = sequence.group
+        group.sequences.remove(sequence)
+        self._free_slots.append(sequence.seq_slot)
+        self.blocks.free(sequence.block_ids)
+        if not group.sequences:
+            del self._running[group.request]
 
     def _blocks_needed(self, request: Request) -> list[int]:
         """Blocks that each of a request's sequences takes for itself."""

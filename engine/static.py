@@ -88,11 +88,12 @@ class StaticScheduler:
                     f"{name} is {_shown(getattr(params, field))}; with the FasterTransformer engine it must be "
                     f"{_shown(value)}"
                 )
-        if request.end_id is None:
+        if not request.end_ids:
             raise ValueError("ignore_eos is true; with the FasterTransformer engine it must be false")
-        if request.end_id != self.end_id:
+        if request.end_ids != (self.end_id,):
+            shown = ", ".join(map(str, request.end_ids))
             raise ValueError(
-                f"end_id is {request.end_id}; with the FasterTransformer engine it must be the model's, {self.end_id}"
+                f"end_id is {shown}; with the FasterTransformer engine it must be the model's, {self.end_id}"
             )
         if params.top_k > _MAX_TOP_K and not params.is_greedy:
             raise ValueError(
@@ -236,7 +237,7 @@ def _cut(request: Request, sequence: Output, output: Output) -> None:
         if reason is not None:
             break
     assert reason is not None, (len(sequence.token_ids), request.sampling.max_new_tokens)
-    is_whole = output.token_ids[-1] == request.end_id or len(output.token_ids) == len(sequence.token_ids)
+    is_whole = output.token_ids[-1] in request.end_ids or len(output.token_ids) == len(sequence.token_ids)
     output.cum_log_prob = sequence.cum_log_prob if is_whole else math.nan
     output.finish_reason = reason
 

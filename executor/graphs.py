@@ -1,7 +1,7 @@
-"""Decode steps as CUDA graphs: one launch for a step of up to so many sequences, where each kernel took its own.
+"""Decode steps as CUDA graphs: one launch for the kernels of a step.
 
-Owns the graphs and the memory they read and write. A graph looks up its tokens and their kv_locs on the device, so
-that a step needs its slots and positions only; rows that fill it up belong to a slot of nobody's.
+Owns the graphs and the memory that they read and write. A graph reads tokens, positions and KV locations from the
+slots' state, so a step needs its slots only. Padding rows use the dummy slot.
 """
 
 from __future__ import annotations
@@ -9,21 +9,23 @@ from __future__ import annotations
 import logging
 import time
 
+import numpy as np
 import torch
 
 from executor.kv_cache import DecodeMetadata, KVCache
 from executor.model import GPT, StepInput
+from executor.slots import SlotState
 
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _SMALL_THINGS = 256 << 20  # bytes of all that `num_bytes` does not count one by one
 _LOG = logging.getLogger("engine")
 
 
-def num_bytes(num_slots: int, max_seq_len: int, vocab_size: int, dtype: torch.dtype) -> int:
-    """About what the graphs of so many sequences, and the table of kv_locs, take of a GPU's memory."""
+def num_bytes(num_slots: int, vocab_size: int, dtype: torch.dtype) -> int:
+    """Bytes of a GPU's memory that the graphs of `num_slots` sequences take, nearly."""
     wide = 4 + 4  # the logits, and as much while their logsumexp is computed
     parts = 3 * dtype.itemsize  # as they are computed; gathered over the ranks; put side by side
-    return _SMALL_THINGS + num_slots * max_seq_len * 4 + _sizes(num_slots)[-1] * vocab_size * (wide + parts)
+    return _SMALL_THINGS + _sizes(num_slots)[-1] * vocab_size * (wide + parts)
 
 
 def _sizes(num_slots: int) -> list[int]:
@@ -33,30 +35,27 @@ def _sizes(num_slots: int) -> list[int]:
 
 
 def max_rows(num_slots: int) -> int:
-    """The most rows that any step has, those of nobody included."""
+    """The most rows that any step has, padding rows included."""
     return max(num_slots, _sizes(num_slots)[-1])
 
 
 class DecodeGraphs:
     """One graph for each batch size, captured when this is made: every rank must make it."""
 
-    def __init__(self, model: GPT, cache: KVCache, tokens: torch.Tensor, counters: torch.Tensor) -> None:
-        """tokens: [slots + 1, max_seq_len] int64, what each slot has so far; graphs read it and write to it.
+    def __init__(self, model: GPT, cache: KVCache, slots: SlotState, counters: torch.Tensor) -> None:
+        """slots: graphs read and write it. counters: of kernels.decode_attention, for `max_rows` of as many slots.
 
-        counters: of kernels.decode_attention, for `max_rows` of as many slots. Raises RuntimeError where a graph
-        cannot be made.
+        Raises RuntimeError where a graph cannot be made.
         """
         self._model = model
         self._cache = cache
-        self._tokens = tokens
-        self._nobody = len(tokens) - 1
+        self._slots = slots
         self._counters = counters
-        self._sizes = _sizes(self._nobody)
+        self._sizes = _sizes(slots.dummy_slot)
         self.most = self._sizes[-1]
-        # Slots and positions of a step, one after the other, so that one copy brings both.
-        self._inputs = torch.zeros(2 * max(2, self.most), dtype=torch.int64, device=tokens.device)
-        # One for all graphs: a buffer each would add up to gigabytes with a large vocabulary.
-        self._logits = torch.empty(self.most, model.config.vocab_size, dtype=torch.float32, device=tokens.device)
+        self._inputs = torch.zeros(self.most, dtype=torch.int64, device=slots.device)  # the slots of a step
+        # One for all graphs: a buffer for each would add up to gigabytes with a large vocabulary.
+        self._logits = torch.empty(self.most, model.config.vocab_size, dtype=torch.float32, device=slots.device)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         started = time.monotonic()
         try:
@@ -68,39 +67,32 @@ class DecodeGraphs:
 
     def close(self) -> None:
         """Free the graphs: NCCL would wait for ever to leave a group whose operations one of them holds."""
-        torch.cuda.synchronize(self._tokens.device)
+        torch.cuda.synchronize(self._slots.device)
         for graph, _ in self._graphs.values():
             graph.reset()
         self._graphs.clear()
 
-    def run(self, slots: list[int], positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the tokens at the positions [rows], one per slot, at most `most`, and what follows each.
+    def run(self, seq_slots: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the next token of each slot [rows], at most `most`, and the logits after it.
 
         Returns ([2 · rows] fp64: each row's likeliest token, then its log-probability; logits [rows, vocab] fp32). The
-        likeliest token is written to `tokens` at the position that follows. Both are overwritten by the next step.
+        likeliest token goes into the slots' state, as their next one. The next step overwrites both results.
         """
-        rows = len(slots)
+        rows = len(seq_slots)
         size = next(size for size in self._sizes if size >= rows)
-        inputs = self._inputs_of(size)
-        fill = inputs.shape[1] - rows
-        own = torch.tensor([slots + [self._nobody] * fill, positions + [0] * fill])
-        inputs.copy_(own, non_blocking=True)
+        padded = np.full(size, self._slots.dummy_slot, dtype=np.int64)
+        padded[:rows] = seq_slots
+        self._inputs[:size].copy_(torch.from_numpy(padded), non_blocking=True)
         graph, values = self._graphs[size]
         graph.replay()
         return values[:, :rows].flatten(), self._logits[:rows]
-
-    def _inputs_of(self, size: int) -> torch.Tensor:
-        """[2, size] int64, slots and positions; of an even size, as kernels are compiled anew for odd addresses."""
-        width = max(2, size)
-        return self._inputs[: 2 * width].view(2, width)
 
     def _capture(self) -> None:
         stream, pool = torch.cuda.Stream(), None
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for size in reversed(self._sizes):  # the largest first: the others fit into its memory
-                self._inputs_of(size)[0] = self._nobody
-                self._inputs_of(size)[1] = 0
+                self._inputs[:size] = self._slots.dummy_slot
                 self._step(size)  # compiles, and makes what must not be made while capturing
                 torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
@@ -112,13 +104,13 @@ class DecodeGraphs:
         torch.cuda.current_stream().wait_stream(stream)
 
     def _step(self, size: int) -> torch.Tensor:
-        slots, positions = self._inputs_of(size)[:, :size]
-        kv_locs = self._cache.table[slots, positions].long()
-        decodes = DecodeMetadata(self._cache.table, slots, positions, self._counters)
-        x = self._model.forward(StepInput(self._tokens[slots, positions], positions, kv_locs, [], decodes), self._cache)
-        logits = self._model.logits(x, out=self._logits[:size])
+        slots, seq_slots = self._slots, self._inputs[:size]
+        positions = slots.positions[seq_slots]
+        kv_locs = slots.kv_loc_table[seq_slots, positions].long()
+        decodes = DecodeMetadata(slots.kv_loc_table, seq_slots, positions, self._counters)
+        step = StepInput(slots.token_ids[seq_slots, positions], positions, kv_locs, [], decodes)
+        logits = self._model.logits(self._model.forward(step, self._cache), out=self._logits[:size])
         log_probs, token_ids = logits.max(dim=-1)
         log_probs = log_probs - logits.logsumexp(dim=-1)
-        following = (positions + 1).clamp_max(self._tokens.shape[1] - 1)
-        self._tokens[slots, following] = token_ids
+        slots.append(seq_slots, positions + slots.advance[seq_slots], token_ids)
         return torch.stack([token_ids.double(), log_probs.double()])

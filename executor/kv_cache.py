@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 
@@ -39,8 +38,7 @@ class DecodeMetadata(NamedTuple):
 class KVCache:
     """Keys and values, flat: [num_blocks · block_size + 1, kv_heads_local, head_dim] for each layer of the stage.
 
-    The last place is nobody's: rows that only fill a batch up write there. With `num_slots`, `table`
-    [slots + 1, max_seq_len] int32 has every slot's kv_locs for kernels, and in its last row that place.
+    The last location is the dummy slot's: padding rows write there.
     """
 
     def __init__(
@@ -52,20 +50,12 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
-        num_slots: int = 0,
-        max_seq_len: int = 0,
     ) -> None:
         shape = (num_blocks * block_size + 1, kv_heads_local, head_dim)
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.block_size = block_size
         self.device = device
-        self.table = None
-        if num_slots:
-            size = (num_slots + 1, max_seq_len)
-            self.table = torch.full(size, num_blocks * block_size, dtype=torch.int32, device=device)
-        self._places: dict[int, np.ndarray] = {}  # slot -> flat cache position of each of its tokens
-        self._run_len: dict[int, int] = {}  # slot -> how many of its first positions follow one another
 
     @staticmethod
     def bytes_per_block(
@@ -73,57 +63,3 @@ class KVCache:
     ) -> int:
         """Bytes of one block over all layers of the stage."""
         return 2 * num_layers * block_size * kv_heads_local * head_dim * dtype.itemsize
-
-    def assign(self, slot: int, block_ids: list[int]) -> None:
-        """Give a slot its blocks; whatever it had before is forgotten."""
-        self._set(slot, self._places_in(block_ids))
-        self._upload(slot)
-
-    def fork(self, slot: int, parent: int, length: int, block_ids: list[int]) -> None:
-        """Let a slot read the first `length` tokens where `parent` has them; its own blocks hold what follows."""
-        self._set(slot, np.concatenate([self._places[parent][:length], self._places_in(block_ids)]))
-        self._upload(slot)
-
-    def reorder(self, slots: list[int], parents: list[int], length: int) -> None:
-        """Let each slot go on from the first `length` tokens of its parent, in place of its own.
-
-        Nothing is copied but indices: a slot writes each token to a place of its own, which no other slot ever
-        writes, so what beams share stays as it is (FasterTransformer's cache_indirection does the same).
-        """
-        histories = [self._places[parent][:length].copy() for parent in parents]
-        for slot, history in zip(slots, histories, strict=True):
-            kv_locs = self._places[slot]
-            kv_locs[:length] = history
-            self._set(slot, kv_locs)
-        if self.table is not None:
-            index = torch.tensor([slots, parents]).to(self.device, non_blocking=True)
-            self.table[index[0], :length] = self.table[index[1], :length]
-
-    def kv_locs(self, slot: int, start: int, length: int) -> np.ndarray:
-        """The flat cache positions of the slot's tokens [start, start + length)."""
-        return self._places[slot][start : start + length]
-
-    def chunk(self, slot: int, first_row: int, start: int, length: int) -> PrefillChunk:
-        """Describe a slot's tokens [start, start + length), which are the batch's rows from `first_row`."""
-        kv_len = start + length
-        kv_locs = self._places[slot][:kv_len]
-        if kv_len <= self._run_len[slot]:
-            return PrefillChunk(first_row, length, kv_len, slice(int(kv_locs[0]), int(kv_locs[0]) + kv_len))
-        return PrefillChunk(first_row, length, kv_len, torch.from_numpy(kv_locs).to(self.device))
-
-    def _places_in(self, block_ids: list[int]) -> np.ndarray:
-        first = np.asarray(block_ids, dtype=np.int64) * self.block_size
-        return (first[:, None] + np.arange(self.block_size)).ravel()
-
-    def _set(self, slot: int, kv_locs: np.ndarray) -> None:
-        breaks = np.flatnonzero(np.diff(kv_locs) != 1)
-        self._places[slot] = kv_locs
-        self._run_len[slot] = int(breaks[0]) + 1 if len(breaks) else len(kv_locs)
-
-    def _upload(self, slot: int) -> None:
-        if self.table is not None:
-            kv_locs = self._places[slot]
-            count = min(len(kv_locs), self.table.shape[1])
-            self.table[slot, :count] = torch.from_numpy(kv_locs[:count].astype(np.int32)).to(
-                self.device, non_blocking=True
-            )

@@ -1,25 +1,26 @@
-"""The torch executor: turns plans into tensors, runs the stage, samples. One per rank.
+"""The torch executor: turns plans into tensors, runs the stage, chooses tokens. One per rank.
 
-It knows slots, tokens and blocks from the plans it is given, and never the scheduler.
+Knows slots, tokens and blocks from plans, and never the scheduler.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from itertools import takewhile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from engine.config import EngineConfig
-from engine.plan import BeamReorder, NewSequences, Plan, StepOutput
+from engine.plan import Plan, StepOutput
 from executor.collectives import Comm
 from executor.graphs import DecodeGraphs, max_rows, num_bytes
 from executor.kv_cache import DecodeMetadata, KVCache
 from executor.model import GPT, StepInput
-from executor.output_layout import Admitted, Layout, choose
+from executor.output_layout import OutputLayout
+from executor.slots import SlotState
+from executor.token_choice import sample_tokens
 from kernels import runs_on
 from kernels.decode_attention import make_counters
 from weights.reader import TORCH_DTYPES, ShardReader
@@ -30,7 +31,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 class StepResult:
     """What one step gave, perhaps still on its way from the device."""
 
-    def __init__(self, values: torch.Tensor, layout: Layout) -> None:
+    def __init__(self, values: torch.Tensor, layout: OutputLayout) -> None:
         self._layout = layout
         self._event = None
         if values.device.type == "cuda":
@@ -49,7 +50,7 @@ class StepResult:
 
 
 class TorchExecutor:
-    """Holds a stage's weights, its key-value cache (once `prepare` is called) and the slots' state; executes plans."""
+    """Executes plans. Holds a stage's weights and, once `prepare` is called, its KV cache and its slots' state."""
 
     def __init__(
         self,
@@ -71,17 +72,13 @@ class TorchExecutor:
         self.max_seq_len = engine_config.max_seq_len or reader.config.max_pos_seq_len
         self.max_step_tokens = engine_config.max_step_tokens or (512 if device.type == "cpu" else 8192)
         self.num_blocks = 0
-        self._admitted: dict[int, Admitted] = {}  # per slot
-        num_slots = engine_config.max_batch_size
         self._counters: torch.Tensor | None = None  # kernels.decode_attention's, on a GPU
         self._graphs: DecodeGraphs | None = None
-        # The last row is nobody's, as the cache's last place.
-        self._tokens = torch.zeros(num_slots + 1, self.max_seq_len, dtype=torch.int64, device=device)
-        self._beam_scores = torch.zeros(num_slots, device=device)
 
     def prepare(self) -> None:
-        """Allocate the key-value cache, as large on every rank as the rank with the least memory can."""
+        """Allocate the KV cache, as large on every rank as the rank with the least memory can."""
         config, limits, comm = self.model.config, self._limits, self.comm
+        num_slots, max_seq_len = limits.max_batch_size, self.max_seq_len
         shape = dict(
             num_layers=len(comm.parallel.layers(config.num_layer)),
             block_size=limits.block_size,
@@ -89,23 +86,23 @@ class TorchExecutor:
             head_dim=config.size_per_head,
             dtype=self.model.dtype,
         )
-        most = limits.max_batch_size * -(-self.max_seq_len // limits.block_size)
-        memory = _memory_left(self.device, self._local_size)
-        slots = {}
-        if runs_on(self.device):  # decoding rows go through the kernels, and steps of them through graphs
-            slots = dict(num_slots=limits.max_batch_size, max_seq_len=self.max_seq_len)
-            memory -= num_bytes(**slots, vocab_size=config.vocab_size, dtype=self.model.dtype)
+        most = num_slots * -(-max_seq_len // limits.block_size)
+        memory = _memory_left(self.device, self._local_size) - SlotState.num_bytes(num_slots, max_seq_len)
+        has_kernels = runs_on(self.device)  # then decode rows go through them, and steps of them through graphs
+        if has_kernels:
+            memory -= num_bytes(num_slots, config.vocab_size, self.model.dtype)
         memory = max(0, memory) * limits.kv_cache_fraction
         self.num_blocks = comm.min_over_ranks(min(most, int(memory / KVCache.bytes_per_block(**shape))))
         if self.num_blocks < 1:
             raise RuntimeError(f"no memory is left on {self.device} for a key-value cache; use more ranks")
-        self.cache = KVCache(num_blocks=self.num_blocks, device=self.device, **shape, **slots)
-        if slots:
+        self.cache = KVCache(num_blocks=self.num_blocks, device=self.device, **shape)
+        self.slots = SlotState(num_slots, max_seq_len, limits.block_size, self.num_blocks, self.device)
+        if has_kernels:
             heads_local = config.head_num // comm.parallel.tp
-            self._counters = make_counters(max_rows(limits.max_batch_size), heads_local, self.device)
+            self._counters = make_counters(max_rows(num_slots), heads_local, self.device)
             if comm.parallel.pp == 1 and not limits.enforce_eager:
                 with torch.inference_mode():
-                    self._graphs = DecodeGraphs(self.model, self.cache, self._tokens, self._counters)
+                    self._graphs = DecodeGraphs(self.model, self.cache, self.slots, self._counters)
 
     def close(self) -> None:
         """Free what must go before the ranks leave their groups."""
@@ -114,17 +111,19 @@ class TorchExecutor:
 
     @torch.inference_mode()
     def execute(self, plan: Plan) -> StepResult | None:
-        """Compute one plan. Returns what it gives on rank 0, None elsewhere."""
+        """Compute one plan. Returns its output on rank 0, None elsewhere."""
         parallel = self.comm.parallel
-        if self._graphs is not None and plan.is_decode and len(plan.chunks) <= self._graphs.most:
-            return self._replay(plan)
-        x = self.hidden(plan)
+        graphs = self._graphs
+        if graphs is not None and not plan.chunks and len(plan.decode_slots) <= graphs.most:
+            return self._replay(plan, graphs)
+        hidden = self.hidden(plan)
         if not (parallel.is_first_stage or parallel.is_last_stage):
             return None
-        layout = Layout.of(plan, self._admitted, self.model.config.vocab_size)
-        if x is not None:
-            logits = self.model.logits(x[self._tensor(layout.token_index)]) if layout.rows else x.new_empty(0)
-            values = choose(layout, logits, self._tokens, self._beam_scores, lambda part: self.model.logits(x[part]))
+        layout = OutputLayout.of(plan, self.slots, self.model.config.vocab_size)
+        if hidden is not None:
+            sampled = hidden[self.slots.tensor(layout.token_index)]
+            logits = self.model.logits(sampled) if len(layout.rows) else hidden.new_empty(0)
+            values = sample_tokens(layout, logits, lambda part: self.model.logits(hidden[part]))
         else:
             values = torch.empty(sum(layout.sizes), dtype=torch.float64, device=self.device)
         if len(values):
@@ -138,77 +137,57 @@ class TorchExecutor:
         self._update(plan)
         return self.model.forward(self._input(plan), self.cache)
 
-    @torch.inference_mode()
-    def forward(self, plan: Plan) -> torch.Tensor | None:
-        """One pass over the plan's tokens: on the last stage, logits [sampled rows, vocab] fp32."""
-        x = self.hidden(plan)
-        if x is None:
-            return None
-        layout = Layout.of(plan, self._admitted, self.model.config.vocab_size)
-        return self.model.logits(x[self._tensor(layout.token_index)])
-
-    def _replay(self, plan: Plan) -> StepResult | None:
-        """A step of decodes only, through a graph; rows that want more than the likeliest token choose anew."""
+    def _replay(self, plan: Plan, graphs: DecodeGraphs) -> StepResult | None:
+        """A step of decode rows only, through a graph; rows that want more than the likeliest token choose again."""
         self._update(plan)
-        layout = Layout.of(plan, self._admitted, self.model.config.vocab_size)
-        values, logits = self._graphs.run([c.slot for c in plan.chunks], [c.start for c in plan.chunks])
+        layout = OutputLayout.of(plan, self.slots, self.model.config.vocab_size)
+        values, logits = graphs.run(plan.decode_slots)
         if not layout.is_plain:
-            values = choose(layout, logits, self._tokens, self._beam_scores, lambda part: logits[:0])
+            values = sample_tokens(layout, logits, lambda part: logits[:0])
             self._keep_tokens(layout, values)
         return StepResult(values, layout) if self.comm.parallel.rank == 0 else None
 
-    def _keep_tokens(self, layout: Layout, values: torch.Tensor) -> None:
-        if layout.rows:
-            slots, positions = zip(*((row.slot, row.position) for row in layout.rows), strict=True)
-            self._tokens[self._tensor(slots), self._tensor(positions)] = values[: len(slots)].long()
+    def _keep_tokens(self, layout: OutputLayout, values: torch.Tensor) -> None:
+        rows = layout.rows
+        if len(rows):
+            slots, positions = rows.on_device
+            self.slots.append(slots, positions, values[: len(rows)].long())
 
     def _update(self, plan: Plan) -> None:
-        for admission in plan.new_sequences:
-            self._admit(admission)
+        self.slots.start(plan.new_sequences)
         for reorder in plan.beam_reorders:
-            self._reorder(reorder)
-
-    def _admit(self, admission: NewSequences) -> None:
-        slots, prompt_len = admission.slots, len(admission.prompt_ids)
-        banned = self._tensor(admission.banned_ids) if admission.banned_ids else None
-        self._tokens[self._tensor(slots), :prompt_len] = self._tensor(admission.prompt_ids)
-        for index, (slot, block_ids) in enumerate(zip(slots, admission.block_ids, strict=True)):
-            self._admitted[slot] = Admitted(admission, admission.sampling.for_sample(index), banned)
-            if index == 0:
-                self.cache.assign(slot, block_ids)
-            else:
-                self.cache.fork(slot, slots[0], prompt_len, block_ids)
-
-    def _reorder(self, reorder: BeamReorder) -> None:
-        slots, length = self._tensor(reorder.slots), reorder.length
-        self._tokens[slots, :length] = self._tokens[self._tensor(reorder.parents), :length]
-        self._tokens[slots, length] = self._tensor(reorder.token_ids)
-        self._beam_scores[slots] = torch.tensor(reorder.scores, dtype=torch.float32).to(self.device)
-        self.cache.reorder(reorder.slots, reorder.parents, length)
+            self.slots.reorder(reorder)
 
     def _input(self, plan: Plan) -> StepInput:
-        slots, positions, places, segments = [], [], [], []
-        num_decodes = row = 0
-        if self._counters is not None:
-            num_decodes = sum(1 for _ in takewhile(lambda chunk: chunk.length == 1, plan.chunks))
-        for chunk in plan.chunks:
-            slots.append(np.full(chunk.length, chunk.slot))
-            positions.append(np.arange(chunk.start, chunk.start + chunk.length))
-            places.append(self.cache.kv_locs(chunk.slot, chunk.start, chunk.length))
-            if row >= num_decodes:
-                segments.append(self.cache.chunk(chunk.slot, row, chunk.start, chunk.length))
+        num_decodes, chunks = len(plan.decode_slots), plan.chunks
+        ranges = [np.arange(chunk.start, chunk.start + chunk.length) for chunk in chunks]
+        chunk_slots = np.repeat([chunk.seq_slot for chunk in chunks], [chunk.length for chunk in chunks]).astype(int)
+        slots = np.concatenate([plan.decode_slots.astype(int), chunk_slots])
+        positions = np.concatenate([plan.decode_positions, *ranges])
+        seq_slots, token_positions = self.slots.tensor(np.stack([slots, positions]))
+        decodes, parts = None, []
+        if self._counters is not None and num_decodes:
+            table = self.slots.kv_loc_table
+            first = seq_slots[:num_decodes], token_positions[:num_decodes]
+            decodes = DecodeMetadata(table, *first, self._counters)
+        else:
+            decode_rows = zip(plan.decode_slots.tolist(), plan.decode_positions.tolist(), strict=True)
+            parts = [self.slots.chunk(slot, row, position, 1) for row, (slot, position) in enumerate(decode_rows)]
+        row = num_decodes
+        for chunk in chunks:
+            parts.append(self.slots.chunk(chunk.seq_slot, row, chunk.start, chunk.length))
             row += chunk.length
-        own_positions = self._tensor(np.concatenate(positions))
-        own_slots = self._tensor(np.concatenate(slots))
-        decodes = None
-        if num_decodes:
-            first = own_slots[:num_decodes], own_positions[:num_decodes]
-            decodes = DecodeMetadata(self.cache.table, *first, self._counters)
-        token_ids = self._tokens[own_slots, own_positions]
-        return StepInput(token_ids, own_positions, self._tensor(np.concatenate(places)), segments, decodes)
+        self._leave_prompts(plan)
+        token_ids = self.slots.token_ids[seq_slots, token_positions]
+        kv_locs = self.slots.kv_loc_table[seq_slots, token_positions].long()
+        return StepInput(token_ids, token_positions, kv_locs, parts, decodes)
 
-    def _tensor(self, values: np.ndarray | Sequence[int]) -> torch.Tensor:
-        return torch.as_tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
+    def _leave_prompts(self, plan: Plan) -> None:
+        """Set the positions of sequences whose chunk samples nothing: the next step goes on after it."""
+        ends = [(chunk.seq_slot, chunk.start + chunk.length) for chunk in plan.chunks if not chunk.sampled_slots]
+        if ends:
+            slots, positions = self.slots.tensor(np.array(ends).T)
+            self.slots.positions[slots] = positions
 
 
 def _memory_left(device: torch.device, local_size: int) -> int:

@@ -9,13 +9,12 @@ changes the token only where the two best are that close.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
 from engine.request import SamplingParams
-from executor.penalties import column
+from executor.sampling_rows import SamplingRows
+from executor.slots import Parameter, as_int64
 
 # Rows with 0 < top_k ≤ this look at twice as many candidates, not at the vocabulary; fixed, so that a row's result
 # cannot depend on another row's top_k. A larger one sorts everything.
@@ -27,30 +26,22 @@ _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 _LAST_SHIFT = 31
 
 
-def sample(
-    logits: torch.Tensor,
-    params: Sequence[SamplingParams],
-    positions: Sequence[int],
-    top_p: torch.Tensor | None = None,
-) -> torch.Tensor:
+def sample(logits: torch.Tensor, rows: SamplingRows, top_p: torch.Tensor | None = None) -> torch.Tensor:
     """One token per row.
 
-    logits: [rows, vocab] fp32; params: one per row; positions: of the token to be chosen, in its request;
-    top_p: [rows] fp64, where decay has changed it. Returns [rows] int64 on the logits' device.
+    logits: [rows, vocab] fp32; top_p: [rows] fp64, where decay has changed it. Returns [rows] int64 on the logits'
+    device.
     """
     tokens = logits.argmax(dim=-1)
-    groups: dict[int, list[int]] = {}  # candidates to look at -> rows
-    for row, p in enumerate(params):
-        if not p.is_greedy:
-            groups.setdefault(_num_candidates(p, logits[row]), []).append(row)
+    groups: dict[int, list[int]] = {}  # candidates to look at → rows
+    for row in np.flatnonzero(~rows.state.is_greedy[rows.seq_slots]).tolist():
+        groups.setdefault(_num_candidates(rows.requests[row].params, logits[row]), []).append(row)
     at_once = max(1, _MOST_SORTED // logits.shape[-1])
     parts = [(n, own[i : i + at_once]) for n, own in groups.items() for i in range(0, len(own), at_once)]
-    for num_candidates, rows in parts:
-        index = torch.tensor(rows, device=logits.device)
-        own = [params[row] for row in rows]
-        states = row_states([p.random_seed for p in own], [positions[row] for row in rows])
+    for num_candidates, own_rows in parts:
+        index = torch.tensor(own_rows, device=logits.device)
         own_top_p = top_p[index] if top_p is not None else None
-        tokens[index] = _sample_rows(logits[index], own, states, num_candidates, own_top_p)
+        tokens[index] = _sample_rows(logits[index], rows.part(np.array(own_rows)), num_candidates, own_top_p)
     return tokens
 
 
@@ -74,31 +65,29 @@ def _num_candidates(params: SamplingParams, logits: torch.Tensor) -> int:
 
 
 def _sample_rows(
-    logits: torch.Tensor,
-    params: list[SamplingParams],
-    states: np.ndarray,
-    num_candidates: int,
-    decayed_top_p: torch.Tensor | None,
+    logits: torch.Tensor, rows: SamplingRows, num_candidates: int, decayed_top_p: torch.Tensor | None
 ) -> torch.Tensor:
     device = logits.device
-    row_state = column(states.view(np.int64), torch.int64, device)
-    temperature = column([p.temperature for p in params], torch.float64, device)
+    slots, positions = rows.on_device
+    row_state = row_states(rows.state.seeds[slots], positions)[:, None]
+    temperature = rows.column(Parameter.TEMPERATURE)
     if num_candidates == 0:
         token_ids = torch.arange(logits.shape[-1], device=device)
         return (logits / temperature + gumbel(row_state, token_ids)).argmax(dim=-1)
-    whole = (logits / temperature).logsumexp(dim=-1, keepdim=True)  # [rows, 1] fp64
+    logsumexp = (logits / temperature).logsumexp(dim=-1, keepdim=True)  # [rows, 1] fp64
     logits, token_ids = _descending(logits, num_candidates)
-    top_k = column([p.top_k or num_candidates for p in params], torch.int64, device)
-    top_p = column([p.top_p or 1.0 for p in params], torch.float64, device)
-    if decayed_top_p is not None:
-        top_p = decayed_top_p[:, None].masked_fill(column([p.top_p == 0 for p in params], torch.bool, device), 1.0)
+    top_k = rows.column(Parameter.TOP_K, torch.int64)
+    is_cut = top_k > 0
+    own_top_p = rows.column(Parameter.TOP_P)
+    top_p = own_top_p if decayed_top_p is None else decayed_top_p[:, None]
+    top_p = top_p.masked_fill(own_top_p == 0, 1.0)
     rank = torch.arange(num_candidates, device=device)
-    scaled = (logits / temperature).masked_fill(rank >= top_k, float("-inf"))  # [rows, candidates] fp64
-    # The nucleus ends with the first candidate whose cumulated mass reaches top_p: of the top k's mass where they
-    # are cut to k, of all tokens' where they are not (the candidates then need not be all).
-    is_cut = column([p.top_k > 0 for p in params], torch.bool, device)
-    whole = torch.where(is_cut, scaled.logsumexp(dim=-1, keepdim=True), whole)
-    mass_before = (scaled - whole).exp().cumsum(dim=-1).roll(1, dims=-1)
+    is_beyond = is_cut & (rank >= top_k)
+    scaled = (logits / temperature).masked_fill(is_beyond, float("-inf"))  # [rows, candidates] fp64
+    # The nucleus ends with the first candidate whose cumulated mass reaches top_p: of the top k's mass if they are
+    # cut to k, of all tokens' if not (the candidates then need not be all).
+    logsumexp = torch.where(is_cut, scaled.logsumexp(dim=-1, keepdim=True), logsumexp)
+    mass_before = (scaled - logsumexp).exp().cumsum(dim=-1).roll(1, dims=-1)
     scaled = scaled.masked_fill((rank > 0) & (mass_before >= top_p), float("-inf"))
     chosen = (scaled + gumbel(row_state, token_ids)).argmax(dim=-1, keepdim=True)
     return token_ids.gather(-1, chosen).squeeze(-1)
@@ -114,33 +103,26 @@ def _descending(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.T
     return values, token_ids.gather(-1, order)
 
 
-def row_states(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
-    """[rows] uint64: the generator's state for each (random_seed, position)."""
-    with np.errstate(over="ignore"):
-        state = _mix(np.asarray(seeds, dtype=np.uint64) + np.uint64(_GOLDEN))
-        return _mix(state + np.uint64(_GOLDEN) * (np.asarray(positions, dtype=np.uint64) + np.uint64(1)))
+def row_states(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """[rows] int64: the bits of the generator's state for each (random_seed, position), both [rows] int64."""
+    state = _mix(seeds + as_int64(_GOLDEN))
+    return _mix(state + as_int64(_GOLDEN) * (positions + 1))
 
 
 def gumbel(row_state: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     """[rows, 1] int64 states, token ids [tokens] or [rows, tokens] → standard Gumbel noise [rows, tokens] fp64."""
-    bits = _mix(row_state + _signed(_GOLDEN) * (token_ids + 1))
+    bits = _mix(row_state + as_int64(_GOLDEN) * (token_ids + 1))
     uniform = (((bits >> 11) & (2**53 - 1)).double() + 0.5) * 2.0**-53  # in (0, 1)
     return -torch.log(-torch.log(uniform))
 
 
-def _mix(z: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
-    """SplitMix64's output function, on numpy's uint64 or on torch's int64, whose products wrap to the same bits."""
+def _mix(z: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's output function: int64 products wrap to the same bits as uint64's."""
     for shift, factor in _MIX:
-        z = (z ^ _shifted(z, shift)) * (_signed(factor) if isinstance(z, torch.Tensor) else np.uint64(factor))
+        z = (z ^ _shifted(z, shift)) * as_int64(factor)
     return z ^ _shifted(z, _LAST_SHIFT)
 
 
-def _shifted(z: np.ndarray | torch.Tensor, shift: int) -> np.ndarray | torch.Tensor:
+def _shifted(z: torch.Tensor, shift: int) -> torch.Tensor:
     """z >> shift with zeros from the left: torch's shift of a negative number brings ones."""
-    if isinstance(z, torch.Tensor):
-        return (z >> shift) & (2 ** (64 - shift) - 1)
-    return z >> np.uint64(shift)
-
-
-def _signed(value: int) -> int:
-    return value - 2**64 if value >= 2**63 else value
+    return (z >> shift) & (2 ** (64 - shift) - 1)

@@ -51,11 +51,11 @@ def test_beams_equal_hugging_face(
     model = gpt2_source[1]
     inputs = prompts(4, longest=30)
     end_ids = [302, *(frequent_token(model, ids) for ids in inputs[1:])]
-    requests = [Request(ids, sampling, end_id) for ids, end_id in zip(inputs, end_ids, strict=True)]
-    strangers = [Request(ids, SamplingParams(9 + i), 302) for i, ids in enumerate(inputs)]
+    requests = [Request(ids, sampling, (end_id,)) for ids, end_id in zip(inputs, end_ids, strict=True)]
+    strangers = [Request(ids, SamplingParams(9 + i), (302,)) for i, ids in enumerate(inputs)]
     finish(engine, [*requests[:2], *strangers, *requests[2:]])
     for request in requests:
-        expected = hf_beams(model, request.prompt_ids, sampling, request.end_id)
+        expected = hf_beams(model, request.prompt_ids, sampling, request.end_ids[0])
         got = ours(request)
         assert [tokens for tokens, _ in got] == [tokens for tokens, _ in expected]
         np.testing.assert_allclose([s for _, s in got], [s for _, s in expected], rtol=1e-4, atol=1e-4)
@@ -72,7 +72,7 @@ def test_beams_with_nothing_left_end_with_what_they_have(engine: Engine) -> None
         def banned(self, prompt_ids: list[int], output_ids: list[int]) -> list[int]:
             return []
 
-    request = Request([1, 2], SamplingParams(5, beam_width=3), 302, words=Words())
+    request = Request([1, 2], SamplingParams(5, beam_width=3), (302,), words=Words())
     finish(engine, [request])
     assert request.is_finished
     assert [output.token_ids for output in request.outputs] == [[]]
@@ -80,6 +80,6 @@ def test_beams_with_nothing_left_end_with_what_they_have(engine: Engine) -> None
 
 @pytest.mark.parametrize("len_penalty", [10.0, -10.0])
 def test_the_extremes_of_len_penalty_can_be_computed(engine: Engine, len_penalty: float) -> None:
-    request = Request(prompts(1)[0], SamplingParams(200, beam_width=3, len_penalty=len_penalty), None)
+    request = Request(prompts(1)[0], SamplingParams(200, beam_width=3, len_penalty=len_penalty))
     finish(engine, [request])
     assert [len(output.token_ids) for output in request.outputs] == [200] * 3

@@ -35,7 +35,7 @@ def test_end_id_ends_the_text_and_is_its_last_token(engine: Engine, gpt2_source:
     prompt_ids = prompts(1)[0]
     expected = hf_greedy(gpt2_source[1], prompt_ids)
     end_id = expected[10]
-    r = Request(prompt_ids, SamplingParams(NEW_TOKENS), end_id)
+    r = Request(prompt_ids, SamplingParams(NEW_TOKENS), (end_id,))
     finish(engine, [r])
     assert r.output_ids == expected[: expected.index(end_id) + 1]
     assert r.finish_reason == "end_id"

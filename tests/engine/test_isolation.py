@@ -14,10 +14,11 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from engine.request import SamplingParams
-from executor.penalties import Row, ban, current_top_p, penalize
+from executor.penalties import ban, current_top_p, penalize
 from executor.sampler import sample
 from tests.support.engines import make_engine
 from tests.support.launch import run_engine
+from tests.support.rows import Row, sampling_rows
 from tests.support.traffic import make_request, random_items, results, run_alone, run_crowd, vocabulary
 
 COUNT = 500
@@ -91,12 +92,13 @@ def is_tie(model: GPT2LMHeadModel, item: dict[str, Any], alone: dict[str, Any], 
         history = torch.tensor([item["prompt_ids"] + ours["token_ids"][:place]])
         with torch.inference_mode():
             logits = exact(history).logits[0, -1]
-        row = Row(0, params.for_sample(sample_index), item["end_id"], len(item["prompt_ids"]), history.shape[1])
+        end_ids = () if item["end_id"] is None else (item["end_id"],)
+        row = Row(params.for_sample(sample_index), end_ids, len(item["prompt_ids"]), history.shape[1])
         generator = torch.Generator().manual_seed(0)
         noise = 3e-6 * logits.abs().max() * torch.randn(200, len(logits), generator=generator)
-        rows = [row] * 200
-        moved = ban(penalize((logits + noise).float(), rows, history), rows)
-        tokens = sample(moved, [row.params] * 200, [row.position] * 200, current_top_p(rows, history))
+        rows = sampling_rows([row] * 200, history)
+        moved = ban(penalize((logits + noise).float(), rows), rows)
+        tokens = sample(moved, rows, current_top_p(rows))
         if not {ours["token_ids"][place], theirs["token_ids"][place]} <= set(tokens.tolist()):
             return False
     return True

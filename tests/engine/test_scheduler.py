@@ -9,7 +9,7 @@ import pytest
 
 from engine.blocks import BlockAllocator
 from engine.plan import Chunk, Plan, StepOutput
-from engine.request import CANCELLED, END_ID, Request, SamplingParams, Token
+from engine.request import CANCELLED, END_ID, Request, SamplingParams
 from engine.scheduler import Scheduler
 
 END = 999
@@ -19,14 +19,20 @@ def request(prompt_len: int, output_len: int, updates: list[str | None] | None =
     """`updates` gets the finish reason at each update."""
     sink = updates if updates is not None else []
     return Request(
-        list(range(prompt_len)), SamplingParams(output_len, **sampling), END, lambda r: sink.append(r.finish_reason)
+        list(range(prompt_len)), SamplingParams(output_len, **sampling), (END,), lambda r: sink.append(r.finish_reason)
     )
 
 
 def output(plan: Plan, *token_ids: int) -> StepOutput:
     """What a plan gave: these tokens, the last one again and again where they are too few."""
-    count = sum(len(chunk.sampled_slots) for chunk in plan.chunks)
-    return StepOutput([Token(token_id) for token_id in [*token_ids, *token_ids[-1:] * count][:count]])
+    count = plan.num_sequences
+    return StepOutput([*token_ids, *token_ids[-1:] * count][:count], [0.0] * count)
+
+
+def chunks(plan: Plan) -> list[Chunk]:
+    """All that a plan computes, its decode rows as chunks of one token."""
+    rows = zip(plan.decode_slots.tolist(), plan.decode_positions.tolist(), strict=True)
+    return [Chunk(slot, position, 1, [slot]) for slot, position in rows] + plan.chunks
 
 
 def scheduler(max_batch_size: int = 4, max_step_tokens: int = 16, num_blocks: int = 64) -> Scheduler:
@@ -51,7 +57,7 @@ def run(s: Scheduler, ahead: int = 0, token: int = 1, most: int = 10_000) -> lis
 def test_long_prompt_is_cut_into_pieces_and_samples_once_at_its_end() -> None:
     s = scheduler(max_step_tokens=16)
     s.add(request(40, 2))
-    assert [plan.chunks for plan in run(s)] == [
+    assert [chunks(plan) for plan in run(s)] == [
         [Chunk(0, 0, 16)],
         [Chunk(0, 16, 16)],
         [Chunk(0, 32, 8, [0])],
@@ -65,8 +71,8 @@ def test_requests_join_between_steps_and_decodes_come_first() -> None:
     s.commit(output(s.schedule(), 1))
     s.add(request(4, 2))
     plan = s.schedule()
-    assert plan.chunks == [Chunk(0, 3, 1, [0]), Chunk(1, 0, 4, [1])]
-    assert [a.slots for a in plan.new_sequences] == [[1]]
+    assert chunks(plan) == [Chunk(0, 3, 1, [0]), Chunk(1, 0, 4, [1])]
+    assert [a.seq_slots for a in plan.new_sequences] == [[1]]
 
 
 def test_a_short_request_leaves_at_once_and_its_slot_is_used_again() -> None:
@@ -78,7 +84,7 @@ def test_a_short_request_leaves_at_once_and_its_slot_is_used_again() -> None:
     s.commit(output(s.schedule(), 1))
     assert updates == ["length"]
     plan = s.schedule()
-    assert [a.slots for a in plan.new_sequences] == [[1]]
+    assert [a.seq_slots for a in plan.new_sequences] == [[1]]
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2])
@@ -91,9 +97,9 @@ def test_the_same_plans_whether_tokens_are_known_late_or_not(ahead: int) -> None
     assert [len(r.output_ids) for r in requests] == [4, 1, 6]
     computed = {}
     for plan in plans:
-        for chunk in plan.chunks:
-            assert chunk.start == computed.get(chunk.slot, 0)  # no token twice, none left out
-            computed[chunk.slot] = chunk.start + chunk.length
+        for chunk in chunks(plan):
+            assert chunk.start == computed.get(chunk.seq_slot, 0)  # no token twice, none left out
+            computed[chunk.seq_slot] = chunk.start + chunk.length
     assert sorted(computed.values()) == [1 + 3, 7, 30 + 5]  # the last token is never computed
 
 
@@ -154,8 +160,8 @@ def test_random_traffic_always_ends_with_everything_free() -> None:
     for r in requests:
         s.add(r)
     for plan in run(s, ahead=1):
-        assert sum(chunk.length for chunk in plan.chunks) <= 11
-        assert len({chunk.slot for chunk in plan.chunks}) == len(plan.chunks)
+        assert sum(chunk.length for chunk in chunks(plan)) <= 11
+        assert len({chunk.seq_slot for chunk in chunks(plan)}) == len(chunks(plan))
     assert all(len(r.output_ids) == r.sampling.max_new_tokens for r in requests)
     assert s.blocks.num_free == 30
 
@@ -178,14 +184,14 @@ def test_samples_share_the_blocks_of_their_prompt_and_leave_one_by_one() -> None
     r = request(10, 9, n=3, top_k=5)
     s.add(r)
     plan = s.schedule()
-    assert plan.chunks == [Chunk(0, 0, 10, [0, 1, 2])]
+    assert chunks(plan) == [Chunk(0, 0, 10, [0, 1, 2])]
     assert [len(ids) for ids in plan.new_sequences[0].block_ids] == [5, 2, 2]  # 18 tokens; 8 tokens of their own
     assert s.blocks.num_free == 31
     s.commit(output(plan, 1, END, 3))
     assert [o.finish_reason for o in r.outputs] == [None, END_ID, None]
     assert s.blocks.num_free == 33
     plan = s.schedule()
-    assert plan.chunks == [Chunk(0, 10, 1, [0]), Chunk(2, 10, 1, [2])]
+    assert chunks(plan) == [Chunk(0, 10, 1, [0]), Chunk(2, 10, 1, [2])]
     s.commit(output(plan, END, 4))  # the prompt's blocks are still read
     assert s.blocks.num_free == 35
     run(s)
@@ -222,12 +228,12 @@ def test_a_request_with_bad_words_is_planned_once_its_last_token_is_known() -> N
             return [len(output_ids)]
 
     s = scheduler()
-    s.add(Request([1, 2], SamplingParams(3), END, words=Words()))
+    s.add(Request([1, 2], SamplingParams(3), (END,), words=Words()))
     plan = s.schedule()
-    assert (plan.new_sequences[0].banned_ids, plan.chunks[0].banned_ids) == ([7], [0])
+    assert (plan.new_sequences[0].banned_ids, plan.banned_ids.get(0, [])) == ([7], [0])
     assert s.schedule() is None
     s.commit(output(plan, 5))
-    assert s.schedule().chunks[0].banned_ids == [1]
+    assert s.schedule().banned_ids[0] == [1]
 
 
 def test_width_is_checked_against_slots_and_blocks() -> None:

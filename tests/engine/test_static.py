@@ -32,7 +32,7 @@ class StopAt:
 def request(
     prompt_len: int = 3, output_len: int = 4, *, bad: list[list[int]] | None = None, **sampling: Any
 ) -> Request:
-    return Request([1] * prompt_len, SamplingParams(output_len, **sampling), END, bad_word_ids=bad or [])
+    return Request([1] * prompt_len, SamplingParams(output_len, **sampling), (END,), bad_word_ids=bad or [])
 
 
 def scheduler(*requests: Request, max_batch_size: int = 8) -> StaticScheduler:
@@ -225,10 +225,10 @@ def test_what_the_op_cannot_do_is_refused(options: dict[str, Any], sentence: str
 
 def test_another_end_is_refused() -> None:
     one = request()
-    one.end_id = None
+    one.end_ids = ()
     with pytest.raises(ValueError, match="^ignore_eos is true; with the FasterTransformer engine it must be false$"):
         scheduler(one)
-    one.end_id = 4
+    one.end_ids = (4,)
     with pytest.raises(ValueError, match="^end_id is 4; with the FasterTransformer engine it must be the model's, 9$"):
         scheduler(one)
 

@@ -78,7 +78,7 @@ def reference(model: GPT2LMHeadModel, request: Request) -> tuple[list[int], floa
     In numpy, and by whole forward passes; the temperature only where a presence penalty makes it tell.
     """
     params, tokens, start, total = request.sampling, list(request.prompt_ids), len(request.prompt_ids), 0.0
-    while len(tokens) - start < params.max_new_tokens and (len(tokens) == start or tokens[-1] != request.end_id):
+    while len(tokens) - start < params.max_new_tokens and (len(tokens) == start or tokens[-1] != request.end_ids[0]):
         with torch.no_grad():
             logits = model(torch.tensor([tokens])).logits[0, -1].double().numpy()
         for word in request.bad_word_ids:
@@ -90,7 +90,7 @@ def reference(model: GPT2LMHeadModel, request: Request) -> tuple[list[int], floa
         factor = np.where(logits[seen] < 0, params.repetition_penalty, 1 / params.repetition_penalty)
         logits[seen] = logits[seen] * factor - params.presence_penalty
         if len(tokens) - start < params.min_length:
-            logits[request.end_id] = -np.inf
+            logits[request.end_ids[0]] = -np.inf
         tokens.append(int(logits.argmax()))
         total += logits[tokens[-1]] - np.logaddexp.reduce(logits)
     return tokens[start:], total
@@ -189,7 +189,7 @@ def test_greedy_parameters_against_numpy(
     }
     ids[9] = ids[9][:1]  # a penalty after a single token, in a batch of its own below
     requests = [
-        Request(prompt, SamplingParams(NEW_TOKENS, **one), end_id, bad_word_ids=bad.get(i, []))
+        Request(prompt, SamplingParams(NEW_TOKENS, **one), (end_id,), bad_word_ids=bad.get(i, []))
         for i, (prompt, one) in enumerate(zip(ids, options, strict=False))
     ]
     engine = ft_engine(converted(1), library, end_id=end_id)
@@ -200,7 +200,7 @@ def test_greedy_parameters_against_numpy(
         tokens, log_prob = reference(model, request)
         assert request.output_ids == tokens, options[i]
         assert request.outputs[0].cum_log_prob == pytest.approx(log_prob, rel=1e-3), options[i]
-        plain, _ = reference(model, Request(ids[i], SamplingParams(NEW_TOKENS), end_id))
+        plain, _ = reference(model, Request(ids[i], SamplingParams(NEW_TOKENS), (end_id,)))
         assert (tokens != plain) == (i not in (6, 8)), options[i]
 
 
@@ -208,8 +208,10 @@ def test_samples_are_those_of_requests_with_their_seeds(library: Path, converted
     engine = ft_engine(converted(1), library)
     [ids] = prompts(1)
     options = dict(top_k=40, top_p=0.9, temperature=1.5)
-    together = Request(ids, SamplingParams(12, n=3, random_seed=2**64 - 2, **options), 302)
-    alone = [Request(ids, SamplingParams(12, random_seed=seed, **options), 302) for seed in (2**64 - 2, 2**64 - 1, 0)]
+    together = Request(ids, SamplingParams(12, n=3, random_seed=2**64 - 2, **options), (302,))
+    alone = [
+        Request(ids, SamplingParams(12, random_seed=seed, **options), (302,)) for seed in (2**64 - 2, 2**64 - 1, 0)
+    ]
     finish(engine, [together, *alone])
     assert [output.token_ids for output in together.outputs] == [request.output_ids for request in alone]
     assert len({tuple(output.token_ids) for output in together.outputs}) == 3
@@ -223,7 +225,7 @@ def test_beams_best_first_with_their_log_probabilities(
 ) -> None:
     engine = ft_engine(converted(1), library)
     ids = prompts(2)
-    requests = [Request(prompt, SamplingParams(10, beam_width=4), 302) for prompt in ids]
+    requests = [Request(prompt, SamplingParams(10, beam_width=4), (302,)) for prompt in ids]
     finish(engine, requests)
     assert len(engine.executor._op.calls) == 1
     for prompt, request in zip(ids, requests, strict=True):

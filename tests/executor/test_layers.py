@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from engine.config import ParallelConfig
+from engine.plan import NewSequences
+from engine.request import SamplingParams
 from executor.attention import AttentionStep, attend
 from executor.kv_cache import KVCache
 from executor.layers import Linear, LMHead, RowParallelLinear, VocabEmbedding, can_pack
 from executor.model import GPT, StepInput
+from executor.slots import SlotState
 from weights.model_config import ModelConfig
 from weights.reader import ShardReader
 
@@ -100,16 +103,17 @@ def test_attention_of_a_ragged_batch(is_scattered: bool) -> None:
     """A decode, a whole prompt and the second piece of a prompt in one batch, each over its own tokens only."""
     rng = np.random.default_rng(0)
     cache = KVCache(1, 12, 4, 2, 8, torch.float32, CPU)
+    slots = SlotState(3, 16, 4, 12, CPU)
     kv_lens, lengths = [9, 5, 14], [1, 5, 6]
     blocks = [[7, 0, 11], [3, 1], [10, 2, 9, 4]] if is_scattered else [[0, 1, 2], [3, 4], [5, 6, 7, 8]]
     queries, expected, chunks, row = [], [], [], 0
     for slot, (kv_len, length) in enumerate(zip(kv_lens, lengths, strict=True)):
         k, v = rng.standard_normal((2, kv_len, 2, 8))
         q = rng.standard_normal((length, 2, 8))
-        cache.assign(slot, blocks[slot])
-        kv_locs = cache.kv_locs(slot, 0, kv_len)
+        slots.start([NewSequences([slot], [0], SamplingParams(1), (), [blocks[slot]])])
+        kv_locs = slots.kv_loc_table[slot, :kv_len].numpy()
         cache.keys[0][kv_locs], cache.values[0][kv_locs] = torch.tensor(k).float(), torch.tensor(v).float()
-        chunks.append(cache.chunk(slot, row, kv_len - length, length))
+        chunks.append(slots.chunk(slot, row, kv_len - length, length))
         queries.append(q)
         expected.append(attention_by_definition(q, k, v).reshape(length, 16))
         row += length
@@ -139,10 +143,11 @@ def test_number_of_collectives(
     reader = ShardReader(folder, config, parallel.tp_rank, torch.float32)
     model = GPT(comm, reader, CPU, lambda: None)
     cache = KVCache(len(parallel.layers(4)), 4, 4, 2, 16, torch.float32, CPU)
-    cache.assign(0, [0, 1])
+    slots = SlotState(1, 16, 4, 4, CPU)
+    slots.start([NewSequences([0], [0], SamplingParams(1), (), [[0, 1]])])
     ids = torch.tensor([5, 6, 7])
-    kv_locs = torch.from_numpy(cache.kv_locs(0, 0, 3))
-    x = model.forward(StepInput(ids, torch.arange(3), kv_locs, [cache.chunk(0, 0, 0, 3)]), cache)
+    kv_locs = slots.kv_loc_table[0, :3].long()
+    x = model.forward(StepInput(ids, torch.arange(3), kv_locs, [slots.chunk(0, 0, 0, 3)]), cache)
     if x is not None:
         model.logits(x[2:])
     assert {name: comm.calls.count(name) for name in comm.calls} == expected

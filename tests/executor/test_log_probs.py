@@ -46,8 +46,8 @@ def test_log_probs_are_hugging_faces(sampling: SamplingParams, engine: Engine, m
     """Of the model's own logits, whatever temperature and penalties made of them; the prompt comes in pieces."""
     prompt_ids = prompts(3)[2]
     assert len(prompt_ids) > 24
-    request = Request(prompt_ids, sampling, None)
-    strangers = [Request(ids, SamplingParams(7), None) for ids in prompts(4)]
+    request = Request(prompt_ids, sampling)
+    strangers = [Request(ids, SamplingParams(7)) for ids in prompts(4)]
     finish(engine, [*strangers, request])
     for output in request.outputs:
         expected = hf_log_probs(model, prompt_ids + output.token_ids)
@@ -73,7 +73,7 @@ def test_repetition_penalty_and_min_length_equal_hugging_face(engine: Engine, mo
     inputs = prompts(3)
     plain = [hf_greedy(model, ids, NEW_TOKENS) for ids in inputs]
     requests = [
-        Request(ids, SamplingParams(NEW_TOKENS, repetition_penalty=1.3, min_length=8), tokens[3])
+        Request(ids, SamplingParams(NEW_TOKENS, repetition_penalty=1.3, min_length=8), (tokens[3],))
         for ids, tokens in zip(inputs, plain, strict=True)
     ]
     finish(engine, requests)
@@ -85,7 +85,7 @@ def test_repetition_penalty_and_min_length_equal_hugging_face(engine: Engine, mo
             min_new_tokens=8,
             repetition_penalty=1.3,
             do_sample=False,
-            eos_token_id=request.end_id,
+            eos_token_id=request.end_ids[0],
             pad_token_id=0,
         )
         assert request.output_ids == out[0, len(request.prompt_ids) :].tolist()
@@ -95,7 +95,7 @@ def test_repetition_penalty_and_min_length_equal_hugging_face(engine: Engine, mo
 
 def test_presence_and_frequency_by_their_definition(engine: Engine, model: GPT2LMHeadModel) -> None:
     prompt_ids = prompts(2)[1]
-    request = Request(prompt_ids, SamplingParams(NEW_TOKENS, presence_penalty=1.5, frequency_penalty=0.8), None)
+    request = Request(prompt_ids, SamplingParams(NEW_TOKENS, presence_penalty=1.5, frequency_penalty=0.8))
     finish(engine, [request])
     ids = list(prompt_ids)
     for _ in range(NEW_TOKENS):
@@ -111,11 +111,9 @@ def test_presence_and_frequency_by_their_definition(engine: Engine, model: GPT2L
 def test_samples_are_different_and_each_is_a_request_with_the_next_seed(engine: Engine) -> None:
     prompt_ids = prompts(3)[2]
     sampling = dict(max_new_tokens=NEW_TOKENS, top_p=0.95, repetition_penalty=1.2)
-    together = Request(prompt_ids, SamplingParams(**sampling, n=5, random_seed=2**64 - 2), None)
-    again = Request(prompt_ids, SamplingParams(**sampling, n=5, random_seed=2**64 - 2), None)
-    alone = [
-        Request(prompt_ids, SamplingParams(**sampling, random_seed=(2**64 - 2 + i) % 2**64), None) for i in range(5)
-    ]
+    together = Request(prompt_ids, SamplingParams(**sampling, n=5, random_seed=2**64 - 2))
+    again = Request(prompt_ids, SamplingParams(**sampling, n=5, random_seed=2**64 - 2))
+    alone = [Request(prompt_ids, SamplingParams(**sampling, random_seed=(2**64 - 2 + i) % 2**64)) for i in range(5)]
     finish(engine, [together])
     finish(engine, [again, *alone])
     texts = [output.token_ids for output in together.outputs]
@@ -129,11 +127,11 @@ def test_the_prompt_of_samples_is_computed_once(engine: Engine, monkeypatch: pyt
     execute = engine.executor.execute
 
     def counting(plan: object) -> object:
-        computed.append(sum(chunk.length for chunk in plan.chunks))
+        computed.append(plan.num_tokens)
         return execute(plan)
 
     monkeypatch.setattr(engine.executor, "execute", counting)
-    finish(engine, [Request(prompts(1)[0], SamplingParams(4, top_k=9, n=4), None)])
+    finish(engine, [Request(prompts(1)[0], SamplingParams(4, top_k=9, n=4))])
     assert sum(computed) == len(prompts(1)[0]) + 4 * 3
 
 
@@ -141,7 +139,7 @@ def test_beams_with_diversity_follow_fasttransformers_rule(engine: Engine, model
     """Each beam's r-th best continuation gets rate · r where continuations are compared; scores stay as they are."""
     prompt_ids, width, rate, steps = prompts(1)[0], 3, -0.6, 6
     sampling = SamplingParams(steps, beam_width=width, beam_search_diversity_rate=rate, len_penalty=0.0)
-    request = Request(prompt_ids, sampling, None)
+    request = Request(prompt_ids, sampling)
     finish(engine, [request])
     beams: list[tuple[float, list[int]]] = [(0.0, [])]
     for _ in range(steps):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from scipy.stats import chisquare
 
 from engine.request import SamplingParams
-from executor.penalties import SamplingRow, ban, current_top_p, penalize
+from executor.penalties import ban, current_top_p, penalize
 from executor.sampler import sample
+from tests.support.rows import Row, sampling_rows, set_seeds
 
 DRAWS = 20_000
 VOCAB = 8
@@ -46,13 +48,13 @@ def by_definition(params: SamplingParams, banned: list[int]) -> np.ndarray:
     return cut
 
 
-def row(params: SamplingParams, slot: int = 0, banned: list[int] | None = None) -> SamplingRow:
-    return SamplingRow(slot, params, END_ID, len(PROMPT), len(PROMPT) + len(OUTPUT), banned or [])
+def row(params: SamplingParams, banned: Sequence[int] = ()) -> Row:
+    return Row(params, (END_ID,), len(PROMPT), len(PROMPT) + len(OUTPUT), banned)
 
 
-def history(num_slots: int = 1) -> torch.Tensor:
-    """[slots, max_seq_len]; what lies behind the text is left over from another request."""
-    tokens = torch.full((num_slots, 20), 3)
+def history() -> torch.Tensor:
+    """[1, max_seq_len]; behind the text there are tokens of another request."""
+    tokens = torch.full((1, 20), 3)
     tokens[:, : len(PROMPT) + len(OUTPUT)] = torch.tensor(PROMPT + OUTPUT)
     return tokens
 
@@ -81,17 +83,14 @@ KINDS: dict[str, tuple[dict[str, Any], list[int]]] = {
 def test_draws_pass_chi_square(kind: str) -> None:
     settings, banned = KINDS[kind]
     counts = np.zeros(VOCAB, dtype=int)
+    params = SamplingParams(1, **{"top_p": 1.0, **settings})
+    rows = sampling_rows([row(params, banned)] * 1000, history())
     for first in range(0, DRAWS, 1000):
-        rows = [
-            row(SamplingParams(1, **{"top_p": 1.0, **settings}, random_seed=seed), banned=banned)
-            for seed in range(first, first + 1000)
-        ]
+        set_seeds(rows, range(first, first + 1000))
         logits = torch.tensor(LOGITS, dtype=torch.float32).repeat(1000, 1)
-        logits = ban(penalize(logits, rows, history()), rows)
-        params = [r.params for r in rows]
-        tokens = sample(logits, params, [r.position for r in rows], current_top_p(rows, history()))
+        tokens = sample(ban(penalize(logits, rows), rows), rows, current_top_p(rows))
         counts += np.bincount(tokens.numpy(), minlength=VOCAB)
-    probabilities = by_definition(rows[0].params, banned)
+    probabilities = by_definition(params, banned)
     assert counts[probabilities == 0].sum() == 0
     kept = probabilities > 0
     if kept.sum() > 1:
@@ -101,9 +100,9 @@ def test_draws_pass_chi_square(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["presence", "frequency", "repetition"])
 def test_greedy_follows_the_penalized_logits(kind: str) -> None:
     params = SamplingParams(1, **KINDS[kind][0])
-    rows = [row(params)]
-    logits = penalize(torch.tensor(LOGITS[None], dtype=torch.float32), rows, history())
-    assert sample(logits, [params], [9]).tolist() == [by_definition(params, []).argmax()]
+    rows = sampling_rows([row(params)], history())
+    logits = penalize(torch.tensor(LOGITS[None], dtype=torch.float32), rows)
+    assert sample(logits, rows).tolist() == [by_definition(params, []).argmax()]
 
 
 def test_rows_of_any_length_share_a_batch_and_neutral_ones_are_untouched() -> None:
@@ -111,33 +110,31 @@ def test_rows_of_any_length_share_a_batch_and_neutral_ones_are_untouched() -> No
     tokens = torch.randint(0, 50, (4, 30), generator=generator)
     logits = torch.randn(4, 50, generator=generator)
     kinds = [{"repetition_penalty": 1.5}, {}, {"frequency_penalty": 0.3}, {"presence_penalty": 0.2, "temperature": 3.0}]
-    rows = [
-        SamplingRow(slot, SamplingParams(1, top_k=5, **kind), None, 2 + slot, 5 + 7 * slot)
-        for slot, kind in enumerate(kinds)
-    ]
-    together = penalize(logits, rows, tokens)
+    rows = [Row(SamplingParams(1, top_k=5, **kind), (), 2 + slot, 5 + 7 * slot) for slot, kind in enumerate(kinds)]
+    together = penalize(logits, sampling_rows(rows, tokens))
     for i, one in enumerate(rows):
-        assert torch.equal(together[i], penalize(logits[i : i + 1], [one], tokens)[0])
+        assert torch.equal(together[i], penalize(logits[i : i + 1], sampling_rows([one], tokens[i : i + 1]))[0])
     assert torch.equal(together[1], logits[1])
     assert not torch.equal(together[0], logits[0])
-    assert penalize(logits, [rows[1]] * 4, tokens) is logits
+    assert penalize(logits, sampling_rows([rows[1]] * 4, tokens)) is logits
 
 
 def test_ends_are_banned_only_where_there_is_an_end() -> None:
     logits = torch.zeros(2, VOCAB)
     params = SamplingParams(1, min_length=100)
-    rows = [row(params), SamplingRow(0, params, None, 3, 9)]
-    assert ban(logits, rows).isinf().sum(dim=1).tolist() == [1, 0]
-    assert ban(logits, [rows[1]] * 2) is logits
+    rows = [row(params), Row(params, (), 3, 9)]
+    assert ban(logits, sampling_rows(rows)).isinf().sum(dim=1).tolist() == [1, 0]
+    assert ban(logits, sampling_rows([rows[1]] * 2)) is logits
 
 
 def test_top_p_min_is_of_no_account_without_decay() -> None:
     """A neighbour with decay once applied it to rows that have none."""
     rows = [row(SamplingParams(1, top_p=0.05, top_p_min=0.9)), row(SamplingParams(1, top_p=0.5, top_p_decay=0.9))]
-    assert current_top_p(rows, history())[0].item() == 0.05
+    assert current_top_p(sampling_rows(rows, history()))[0].item() == 0.05
 
 
 def test_bans_of_the_whole_request_and_of_the_step() -> None:
     rows = [row(SamplingParams(1), banned=[1]), row(SamplingParams(1))]
-    rows[1] = replace(rows[1], always_banned=torch.tensor([2, 5]))
-    assert [ids.nonzero().flatten().tolist() for ids in ban(torch.zeros(2, VOCAB), rows).isinf()] == [[1], [2, 5]]
+    rows[1] = replace(rows[1], always_banned=[2, 5])
+    banned = ban(torch.zeros(2, VOCAB), sampling_rows(rows)).isinf()
+    assert [ids.nonzero().flatten().tolist() for ids in banned] == [[1], [2, 5]]

@@ -12,6 +12,8 @@ from scipy.stats import chisquare, kstest
 from engine.request import SamplingParams
 from executor import sampler as sampling
 from executor.sampler import gumbel, row_states, sample
+from executor.slots import as_int64
+from tests.support.rows import Row, sample_rows, sampling_rows, set_seeds
 
 DRAWS = 20_000
 LOGITS = np.array([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, 1.5, -3.0])
@@ -37,13 +39,11 @@ def expected(temperature: float = 1.0, top_k: int = 0, top_p: float = 0.0) -> np
 def draw(params: SamplingParams, logits: np.ndarray = LOGITS) -> np.ndarray:
     """20 000 draws with as many seeds, in batches."""
     counts = np.zeros(len(logits), dtype=int)
+    rows = sampling_rows([Row(params, position=7)] * 1000)
     for first in range(0, DRAWS, 1000):
-        batch = [
-            SamplingParams(1, params.temperature, params.top_k, params.top_p, seed)
-            for seed in range(first, first + 1000)
-        ]
-        rows = torch.tensor(logits, dtype=torch.float32).repeat(1000, 1)
-        counts += np.bincount(sample(rows, batch, [7] * 1000).numpy(), minlength=len(logits))
+        set_seeds(rows, range(first, first + 1000))
+        tokens = sample(torch.tensor(logits, dtype=torch.float32).repeat(1000, 1), rows)
+        counts += np.bincount(tokens.numpy(), minlength=len(logits))
     return counts
 
 
@@ -76,7 +76,7 @@ def test_chi_square_notices_a_wrong_distribution() -> None:
 @pytest.mark.parametrize("params", [SamplingParams(1), SamplingParams(1, top_k=1), SamplingParams(1, temperature=0.0)])
 def test_greedy_is_argmax(params: SamplingParams) -> None:
     logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(0))
-    assert sample(logits, [params] * 5, [0] * 5).tolist() == logits.argmax(-1).tolist()
+    assert sample_rows(logits, [params] * 5, [0] * 5).tolist() == logits.argmax(-1).tolist()
 
 
 def test_a_row_is_the_same_alone_and_among_strangers() -> None:
@@ -84,8 +84,8 @@ def test_a_row_is_the_same_alone_and_among_strangers() -> None:
     kinds = [dict(top_k=40), dict(top_p=0.9), dict(), dict(top_k=600), dict(temperature=0.5, top_p=1.0)]
     params = [SamplingParams(1, random_seed=row * 17, **kinds[row % 5]) for row in range(9)]
     positions = list(range(100, 109))
-    together = sample(logits, params, positions).tolist()
-    alone = [sample(logits[r : r + 1], [params[r]], [positions[r]]).item() for r in range(9)]
+    together = sample_rows(logits, params, positions).tolist()
+    alone = [sample_rows(logits[r : r + 1], [params[r]], [positions[r]]).item() for r in range(9)]
     assert together == alone
 
 
@@ -93,12 +93,12 @@ def test_partial_and_full_sort_agree() -> None:
     """A top_k of 512 sorts candidates only, 513 the whole vocabulary; on one seed they draw alike."""
     logits = torch.randn(200, 5000, generator=torch.Generator().manual_seed(2)) * 8
     for top_k in (2, 17):
-        partial = sample(logits, [SamplingParams(1, top_k=top_k, random_seed=s) for s in range(200)], [0] * 200)
+        partial = sample_rows(logits, [SamplingParams(1, top_k=top_k, random_seed=s) for s in range(200)], [0] * 200)
         ranks = (-logits).argsort(-1).argsort(-1).gather(-1, partial[:, None])
         assert int(ranks.max()) < top_k
     wide = [SamplingParams(1, top_k=512, random_seed=s) for s in range(200)]
     wider = [SamplingParams(1, top_k=513, random_seed=s) for s in range(200)]
-    same = sample(logits, wide, [0] * 200) == sample(logits, wider, [0] * 200)
+    same = sample_rows(logits, wide, [0] * 200) == sample_rows(logits, wider, [0] * 200)
     assert int(same.sum()) >= 199  # the 513th token has almost no mass here
 
 
@@ -109,9 +109,9 @@ def test_a_nucleus_found_among_few_candidates_is_that_of_the_full_sort(monkeypat
     params = [SamplingParams(1, top_p=0.9, random_seed=seed) for seed in range(60)]
     counts = [sampling._num_candidates(p, row) for p, row in zip(params, logits, strict=True)]
     assert {1024, 5000} == set(counts)
-    quick = sample(logits, params, [1] * 60)
+    quick = sample_rows(logits, params, [1] * 60)
     monkeypatch.setattr(sampling, "_num_candidates", lambda params, logits: 5000)
-    assert torch.equal(quick, sample(logits, params, [1] * 60))
+    assert torch.equal(quick, sample_rows(logits, params, [1] * 60))
 
 
 def splitmix64(state: int) -> int:
@@ -133,7 +133,7 @@ def gumbel_by_definition(seed: int, position: int, token_id: int) -> float:
 
 def test_noise_is_a_function_of_seed_position_and_token() -> None:
     seeds, positions = [0, 1, 2**63, 2**64 - 1], [0, 5, 1000, 3]
-    states = torch.from_numpy(row_states(seeds, positions).view(np.int64))[:, None]
+    states = row_states(torch.tensor(list(map(as_int64, seeds))), torch.tensor(positions))[:, None]
     token_ids = torch.tensor([0, 1, 7, 50256])
     noise = gumbel(states, token_ids)
     for row, (seed, position) in enumerate(zip(seeds, positions, strict=True)):
@@ -144,7 +144,7 @@ def test_noise_is_a_function_of_seed_position_and_token() -> None:
 
 def test_noise_is_gumbel_and_does_not_correlate() -> None:
     for seeds, positions in (([3] * 300, list(range(300))), (list(range(300)), [3] * 300)):
-        states = torch.from_numpy(row_states(seeds, positions).view(np.int64))[:, None]
+        states = row_states(torch.tensor(list(map(as_int64, seeds))), torch.tensor(positions))[:, None]
         noise = gumbel(states, torch.arange(200)).numpy()
         assert kstest(noise.ravel(), "gumbel_r").pvalue > 1e-3
         for a, b in ((noise[:-1], noise[1:]), (noise[:, :-1], noise[:, 1:])):
@@ -159,4 +159,4 @@ def test_rounding_of_logits_hardly_ever_changes_a_token() -> None:
     nudged = logits * (1 + 2e-6 * torch.randn(logits.shape, generator=generator))
     for kind in (dict(top_p=0.9), dict(top_p=1.0), dict(top_k=50), dict(top_k=50, top_p=0.8)):
         params = [SamplingParams(1, random_seed=seed, **kind) for seed in range(400)]
-        assert torch.equal(sample(logits, params, [5] * 400), sample(nudged, params, [5] * 400)), kind
+        assert torch.equal(sample_rows(logits, params, [5] * 400), sample_rows(nudged, params, [5] * 400)), kind

@@ -55,7 +55,7 @@ def make_engine(folder: Path, **limits: object) -> Engine:
 
 
 def request(prompt_ids: list[int], sampling: SamplingParams) -> Request:
-    return Request(prompt_ids, sampling, 302)
+    return Request(prompt_ids, sampling, (302,))
 
 
 def finish(engine: Engine, requests: list[Request]) -> list[list[int]]:
@@ -110,11 +110,9 @@ def save_logits(executor: TorchExecutor, parallel: ParallelConfig, prompts: list
         pieces = [Chunk(0, 0, middle)] if middle else []
         pieces.append(Chunk(0, middle, len(prompt_ids) - middle, [0]))
         for piece in pieces:
-            new_sequences = (
-                [NewSequences([0], prompt_ids, SamplingParams(1), None, [blocks])] if piece.start == 0 else []
-            )
-            logits = executor.forward(Plan([piece], new_sequences))
-        if logits is not None:
-            rows.append(logits[0].cpu().numpy())
+            new = [NewSequences([0], prompt_ids, SamplingParams(1), (), [blocks])] if piece.start == 0 else []
+            hidden = executor.hidden(Plan(chunks=[piece], new_sequences=new))
+        if hidden is not None:
+            rows.append(executor.model.logits(hidden[-1:])[0].cpu().numpy())
     if parallel.is_last_stage and parallel.tp_rank == 0:
         np.save(path, np.stack(rows))

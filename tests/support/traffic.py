@@ -66,10 +66,11 @@ def _random_words(rng: random.Random, shortest: int, longest: int) -> list[str]:
 
 def make_request(item: dict[str, Any], words: Vocabulary) -> Request:
     """A Request of an item; absent parts are neutral."""
+    end_id = item.get("end_id", END_ID)
     return Request(
         item["prompt_ids"],
         SamplingParams(**item["sampling"]),
-        item.get("end_id", END_ID),
+        () if end_id is None else (end_id,),
         words=words.words(*([word.encode() for word in item.get(kind, [])] for kind in ("stop", "bad"))),
     )
 

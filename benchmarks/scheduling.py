@@ -1,0 +1,62 @@
+"""The host's time per step, without a model: schedule and commit, and the pickled plan's bytes.
+
+    python benchmarks/scheduling.py --sequences 256
+
+Prints a table of the medians over the steps, then one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from engine.plan import StepOutput
+from engine.request import Request, SamplingParams
+from engine.scheduler import Scheduler
+
+PROMPT_LEN, STEPS = 64, 500
+
+
+def measure(num_sequences: int) -> dict[str, float]:
+    """Medians of the decode steps of `num_sequences` greedy requests that run at once."""
+    scheduler = Scheduler(num_sequences, 2048, 8192, 16, num_sequences * 128)
+    for index in range(num_sequences):
+        scheduler.add(Request([index] * PROMPT_LEN, SamplingParams(STEPS + 10), (0,)))
+    times: list[float] = []
+    plan_bytes = 0
+    while len(times) < STEPS:
+        started = time.perf_counter()
+        plan = scheduler.schedule()
+        middle = time.perf_counter()
+        rows = plan.num_sequences
+        output = StepOutput([1] * rows, [-0.5] * rows)
+        after = time.perf_counter()
+        scheduler.commit(output)
+        ended = time.perf_counter()
+        if not plan.chunks:
+            assert rows == num_sequences, rows
+            times.append(middle - started + ended - after)
+            plan_bytes = len(pickle.dumps(plan, protocol=pickle.HIGHEST_PROTOCOL))
+    return {"sequences": num_sequences, "schedule_commit_ms": statistics.median(times) * 1e3, "plan_bytes": plan_bytes}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 32, 256, 512])
+    flags = parser.parse_args()
+    results = [measure(count) for count in flags.sequences]
+    print("sequences  schedule + commit  pickled plan")
+    for result in results:
+        print(f"{result['sequences']:9}  {result['schedule_commit_ms']:14.3f} ms  {result['plan_bytes']:10} B")
+    print(json.dumps({"benchmark": "scheduling", "results": results}))
+
+
+if __name__ == "__main__":
+    main()
