@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from typing import Any
 
@@ -250,3 +251,28 @@ def test_to_cancel_what_never_came_does_nothing() -> None:
     stranger = request(2, 5)
     s.cancel(stranger, CANCELLED)
     assert not stranger.is_finished
+
+
+def test_a_plan_of_many_rows_is_small() -> None:
+    """512 rows travel in the control channel's one broadcast of 3584 bytes."""
+    for rows, most in ((256, 3000), (512, 3576)):
+        s = scheduler(max_batch_size=rows, max_step_tokens=4096, num_blocks=rows * 300)
+        for _ in range(rows):
+            s.add(request(2, 998))
+        s.commit(output(s.schedule(), 1))
+        plan = s.schedule()
+        assert len(plan.decode_slots) == rows
+        assert len(pickle.dumps(plan, protocol=pickle.HIGHEST_PROTOCOL)) <= most
+
+
+def test_tokens_that_are_known_and_not_computed_are_one_chunk() -> None:
+    """A sequence whose keys and values are lost computes its prompt and its output again, in as few steps."""
+    s = scheduler(max_step_tokens=8)
+    s.add(request(5, 9))
+    for _ in range(4):
+        s.commit(output(s.schedule(), 1))
+    (group,) = s._running.values()
+    (sequence,) = group.sequences
+    assert (sequence.num_computed, sequence.num_tokens) == (8, 9)
+    sequence.num_computed, group.is_prefilling = 0, True
+    assert [chunks(s.schedule()) for _ in range(2)] == [[Chunk(0, 0, 8)], [Chunk(0, 8, 1, [0])]]

@@ -1,0 +1,70 @@
+"""The slots' state: what new sequences and reorders write, and steps of several known tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import GPT2LMHeadModel
+
+from engine.plan import BeamReorder, Chunk, NewSequences, Plan
+from engine.request import SamplingParams
+from executor.slots import Parameter, SlotState
+from tests.support.engines import hf_greedy, make_engine, prompts
+
+CPU = torch.device("cpu")
+
+
+def test_samples_read_the_prompt_at_the_first_ones_locations() -> None:
+    slots = SlotState(4, 16, 4, 20, CPU)
+    sampling = SamplingParams(5, top_k=7, top_p=0.5, temperature=2.0, presence_penalty=0.25, n=2, random_seed=2**64 - 1)
+    slots.start([NewSequences([2, 0], [11, 12, 13], sampling, (9,), [[3, 1], [7]])])
+    assert slots.token_ids[[2, 0], :3].tolist() == [[11, 12, 13]] * 2
+    assert slots.kv_loc_table[2, :8].tolist() == [12, 13, 14, 15, 4, 5, 6, 7]
+    assert slots.kv_loc_table[0, :7].tolist() == [12, 13, 14, 28, 29, 30, 31]
+    assert slots.kv_loc_table[4].tolist() == [80] * 16  # the dummy's location, behind all blocks
+    assert slots.seeds[[2, 0]].tolist() == [-1, 0]
+    row = slots.parameters[0]
+    assert (row[Parameter.TEMPERATURE], row[Parameter.TOP_K], row[Parameter.TOP_P]) == (2.0, 7, 0.5)
+    assert (row[Parameter.PROMPT_LEN], row[Parameter.PRESENCE_PENALTY]) == (3, 0.5)  # times the temperature
+
+
+def test_a_chunk_is_a_slice_where_its_locations_are_consecutive() -> None:
+    slots = SlotState(2, 16, 4, 20, CPU)
+    slots.start([NewSequences([1], [5], SamplingParams(5), (), [[2, 3, 9]])])
+    assert slots.chunk(1, 0, 6, 2).kv_locs == slice(8, 16)
+    assert slots.chunk(1, 0, 6, 3).kv_locs.tolist() == [8, 9, 10, 11, 12, 13, 14, 15, 36]
+
+
+def test_a_reorder_copies_indices_and_appends_tokens() -> None:
+    slots = SlotState(3, 8, 2, 12, CPU)
+    slots.start([NewSequences([0, 1, 2], [5, 6], SamplingParams(4, beam_width=3), (), [[0, 1], [4], [6]])])
+    slots.token_ids[:3, 2] = torch.tensor([7, 8, 9])
+    slots.reorder(BeamReorder([0, 1], [1, 0], 3, [20, 21], [-0.5, -1.5]))
+    assert slots.token_ids[:2, :4].tolist() == [[5, 6, 8, 20], [5, 6, 7, 21]]
+    assert slots.kv_loc_table[:2, :4].tolist() == [[0, 1, 8, 3], [0, 1, 2, 9]]  # each writes to its own place
+    assert slots.positions[:3].tolist() == [3, 3, 0]
+    assert slots.beam_scores[:2].tolist() == [-0.5, -1.5]
+
+
+def test_several_known_tokens_are_computed_in_one_step(
+    converted: Callable[[int], Path], gpt2_source: tuple[Path, GPT2LMHeadModel]
+) -> None:
+    """A step may compute any number of a sequence's tokens: the token after them is that of one step for each."""
+    executor = make_engine(converted(1), max_batch_size=4, block_size=4).executor
+    prompt_ids = prompts(1)[0]
+    expected = hf_greedy(gpt2_source[1], prompt_ids, 6)
+    blocks = list(range(-(-(len(prompt_ids) + 8) // 4)))
+    new = NewSequences([3], prompt_ids, SamplingParams(8), (), [blocks])
+    first = executor.execute(Plan(chunks=[Chunk(3, 0, len(prompt_ids), [3])], new_sequences=[new])).wait()
+    assert first.token_ids == expected[:1]
+    known = torch.tensor(expected[:4])
+    executor.slots.token_ids[3, len(prompt_ids) : len(prompt_ids) + 4] = known
+    fifth = executor.execute(Plan(chunks=[Chunk(3, len(prompt_ids), 4, [3])])).wait()
+    assert fifth.token_ids == expected[4:5]
+    position = np.array([len(prompt_ids) + 4], dtype=np.int32)
+    assert executor.slots.positions[3] == position[0]
+    sixth = executor.execute(Plan(np.array([3], dtype=np.uint8), position)).wait()
+    assert sixth.token_ids == expected[5:6]
