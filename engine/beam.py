@@ -1,4 +1,4 @@
-"""Beam search on the host: which beams go on, which hypotheses are kept, when the search is over. No torch.
+"""Beam search on the host: it selects beams, keeps hypotheses and ends the search. No torch here.
 
 The rules are those of Hugging Face's generate (transformers 5, GenerationMixin._beam_search): of the 2 · beam_width
 best continuations the best beam_width that do not end go on; those that end and are among the beam_width best
@@ -29,7 +29,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Beams:
-    """The beams that go on: each one's parent, last token and score, best first."""
+    """The beams of the next step, best first: each one's parent, last token and score."""
 
     parents: list[int]
     token_ids: list[int]
@@ -48,7 +48,7 @@ class BeamSearch:
         self._hypotheses: list[tuple[float, Output]] = []  # (score with length penalty, text), best first
 
     def advance(self, candidates: list[Candidate]) -> Beams | None:
-        """Take the best 2 · beam_width continuations, best first; None where the search is over."""
+        """Take the best 2 · beam_width continuations, best first. Returns None when the search is over."""
         is_full = len(self._hypotheses) == self.width
         accepts_more = not (is_full and self.request.sampling.early_stopping == "true")
         going_on: list[tuple[float, Output, Candidate]] = []
@@ -71,10 +71,10 @@ class BeamSearch:
         )
 
     def results(self) -> list[Output]:
-        """The best beam_width texts, best first; those that still run come after the hypotheses."""
+        """The best beam_width texts, best first; running beams come after the hypotheses."""
         running = (output for _, output in self.running)
         found = list(islice((*(output for _, output in self._hypotheses), *running), self.width))
-        return found or [Output(finish_reason=LENGTH)]  # where all that could follow is banned
+        return found or [Output(finish_reason=LENGTH)]  # every continuation is banned
 
     def _keep(self, score: float, output: Output) -> None:
         normalized = self._normalized(score, len(output.token_ids))

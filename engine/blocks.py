@@ -1,13 +1,13 @@
-"""Which blocks of the key-value cache belong to whom. Numbers only: no tensors, no torch."""
+"""Allocates the blocks of the KV cache. Numbers only: no torch."""
 
 from __future__ import annotations
 
 
 class BlockAllocator:
-    """Hands out block ids, consecutive ones where it can: the CPU reads a run of blocks without a copy.
+    """Hands out block ids, consecutive ones if possible: a CPU reads a run of blocks without a copy.
 
-    A block may have several owners (the samples or beams of one prompt share the prompt's): it is free again when
-    the last one frees it.
+    A block may have several owners: the samples or beams of one request share the prompt's blocks. A block is free
+    again when its last owner frees it.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -20,7 +20,7 @@ class BlockAllocator:
         return len(self._is_used)
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` block ids, or None (and nothing taken) where fewer are free."""
+        """`count` block ids. Returns None, and takes nothing, if fewer are free."""
         if count > self.num_free:
             return None
         start = self._is_used.find(bytes(count))
@@ -39,14 +39,14 @@ class BlockAllocator:
         return block_ids
 
     def share(self, block_ids: list[int]) -> list[int]:
-        """Make blocks in use belong to one owner more; returns them."""
+        """Add an owner to each block; returns the blocks."""
         for block_id in block_ids:
             assert self._is_used[block_id], f"block {block_id} is free"
             self._num_owners[block_id] += 1
         return block_ids
 
     def free(self, block_ids: list[int]) -> None:
-        """Give up one ownership of each; freeing a free block is a bug and asserts."""
+        """Remove an owner from each block. Asserts that the block is not free."""
         for block_id in block_ids:
             assert self._is_used[block_id], f"block {block_id} is free already"
             self._num_owners[block_id] -= 1

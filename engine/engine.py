@@ -1,7 +1,7 @@
-"""Submit, step, stop: the loop on rank 0 that ties the scheduler to the executors, and the loop of the others.
+"""The engine's loop on rank 0, and the loop of the other ranks.
 
-Rank 0 alone decides. A step is: plan, send the plan to every rank, execute it, take the tokens. The other
-ranks execute what they are sent (`follow`) until they are sent STOP.
+Rank 0 alone decides. A step makes a plan, sends it to every rank, executes it and commits its tokens. The other ranks
+execute the plans that they receive (`follow`), until they receive STOP.
 """
 
 from __future__ import annotations
@@ -22,24 +22,26 @@ from engine.watchdog import Watchdog
 from engine.world import World
 
 _LOG = logging.getLogger("engine")
-_HEARTBEATS_PER_TIMEOUT = 4  # how often an idle rank 0 meets the other ranks
-_WARM_UP_S = 120.0  # what the first plan may take more: memory is touched and kernels are loaded then
+_HEARTBEATS_PER_TIMEOUT = 4  # an idle rank 0 meets the other ranks this often
+_WARM_UP_S = 120.0  # the first plan may take so much longer: it touches the memory and loads the kernels
 
 
 class Control(enum.Enum):
-    """What rank 0 sends besides plans."""
+    """Messages of rank 0 that are no plans."""
 
     HEARTBEAT = "heartbeat"
     STOP = "stop"
 
 
 class Scheduling(Protocol):
-    """Decides what runs (engine.scheduler.Scheduler, engine.static.StaticScheduler)."""
+    """Makes plans (engine.scheduler.Scheduler, engine.static.StaticScheduler)."""
 
-    waiting: Collection[Request]
-    max_seq_len: int  # tokens of a request, prompt and output together
-    has_token_log_probs: bool  # whether it tells a log-probability per token
+    has_token_log_probs: bool  # whether outputs have a log-probability per token
 
+    @property
+    def waiting(self) -> Collection[Request]: ...
+    @property
+    def max_seq_len(self) -> int: ...  # tokens of a request, prompt and output together
     @property
     def has_work(self) -> bool: ...
     def check(self, request: Request) -> None: ...
@@ -53,12 +55,12 @@ class Scheduling(Protocol):
 class Executor(Protocol):
     """Runs plans (executor.runner.TorchExecutor, executor.fastertransformer.FasterTransformerExecutor)."""
 
-    num_ahead: int  # plans that may be launched before the tokens of the one before them are read
+    num_ahead: int  # plans that may be launched before the last one's tokens are read
     max_seq_len: int  # tokens of a request, prompt and output together
     max_step_tokens: int  # tokens of one plan
     num_blocks: int  # of the KV cache, once prepared; 0: it runs whole static batches
 
-    def prepare(self) -> None: ...  # all ranks meet in it, once every one has loaded its weights
+    def prepare(self) -> None: ...  # collective; every rank has loaded its weights
     def execute(self, plan: Any) -> Any: ...
     def close(self) -> None: ...  # frees what must go before the ranks leave their groups
 
@@ -81,7 +83,7 @@ class Engine:
         self.watchdog = watchdog
         self.step_timeout_s = step_timeout_s
         self.max_queue_size = max_queue_size
-        # (request, None): take it; (request, reason): end it; None: look whether to stop
+        # (request, None): add it; (request, reason): end it; None: check whether to stop
         self._inbox: queue.SimpleQueue[tuple[Request, str | None] | None] = queue.SimpleQueue()
         self._submit_lock = threading.Lock()
         self._launched: deque[Any] = deque()
@@ -90,15 +92,15 @@ class Engine:
         self._is_warm = False
 
     def submit(self, *requests: Request) -> None:
-        """Queue requests, whose `on_update` hears of the rest; all of them or none.
+        """Queue all requests, or none. Their `on_update` is called for every later change.
 
-        Raises ValueError for one that could never run, EngineBusy where the queue is full or the engine is stopping.
+        Raises ValueError for a request that can never run, EngineBusy if the queue is full or the engine stops.
         """
         for request in requests:
             self.scheduler.check(request)
         if len(requests) > self.max_queue_size:
             raise ValueError(f"the request has {len(requests)} prompts; at most {self.max_queue_size} may wait")
-        with self._submit_lock:  # what is in the inbox when a stop comes is still answered; nothing comes after it
+        with self._submit_lock:  # requests in the inbox when a stop comes are still answered; later ones are refused
             if self._stop_at is not None:
                 raise EngineBusy("the server is stopping and takes no new requests")
             num_waiting = len(self.scheduler.waiting) + self._inbox.qsize()
@@ -108,13 +110,13 @@ class Engine:
                 self._inbox.put((request, None))
 
     def cancel(self, request: Request) -> None:
-        """End a submitted request soon, with what it has; one that has ended stays as it is."""
+        """End a submitted request soon, with the tokens it has. A request that has ended is not changed."""
         self._inbox.put((request, CANCELLED))
 
     def warm_up(self) -> None:
-        """Run a prompt and a decode step, so that the first user does not pay for what is done once.
+        """Run a prompt and a decode step: both touch memory and load kernels once.
 
-        The prompt has two tokens where that is possible: the step of a single one is like a decode step.
+        The prompt has two tokens if possible: the step of a single one is like a decode step.
         """
         prompt_ids = [0] * max(1, min(2, self.scheduler.max_seq_len - 2))
         request = Request(prompt_ids, SamplingParams(2))
@@ -131,13 +133,13 @@ class Engine:
         return self._stop_at is not None
 
     def stop(self, drain_timeout_s: float) -> None:
-        """Let `run` return once all that was submitted has ended, or after `drain_timeout_s` without it."""
+        """Let `run` return when every submitted request has ended, at the latest after `drain_timeout_s`."""
         with self._submit_lock:
             self._stop_at = min(self._stop_at or math.inf, time.monotonic() + drain_timeout_s)
             self._inbox.put(None)  # wakes the loop
 
     def run(self) -> None:
-        """Step until stopped, sleeping while there is nothing to do; then send the other ranks home."""
+        """Step until stopped; sleep while there is no work. At the end, send STOP to the other ranks."""
         while not self._is_over():
             if not self.step() and not self._is_over():  # the step may have ended the last request of a drain
                 self._sleep()
@@ -149,7 +151,7 @@ class Engine:
             self.world.send(Control.STOP)
 
     def step(self) -> bool:
-        """One step of the whole job; returns whether there is more to do."""
+        """One step of the whole job; returns whether there is more work."""
         self._take_inbox()
         plan = self.scheduler.schedule()
         if plan is not None:
@@ -159,7 +161,7 @@ class Engine:
                 self._launched.append(self.executor.execute(plan))
         if self._launched and (plan is None or len(self._launched) > self.executor.num_ahead):
             self._commit()
-        # A commit without a plan may have freed what a waiting request needs: then there is work at once.
+        # A commit without a plan may have freed slots or blocks for a waiting request: then there is work at once.
         return bool(self._launched) or self.scheduler.has_work
 
     def _commit(self) -> None:
@@ -189,7 +191,7 @@ class Engine:
         try:
             self._take(self._inbox.get(timeout=self.step_timeout_s / _HEARTBEATS_PER_TIMEOUT))
         except queue.Empty:
-            # The wait before it counts: a rank that hangs is noticed within step_timeout_s.
+            # The wait before counts too: a hung rank is noticed within step_timeout_s.
             limit_s = self.step_timeout_s * (1 - 1 / _HEARTBEATS_PER_TIMEOUT)
             with self.watchdog.limit(limit_s, "a rank does not answer"):
                 self.world.send(Control.HEARTBEAT)
@@ -203,7 +205,7 @@ class Engine:
 
 
 def follow(world: World, executor: Executor, watchdog: Watchdog, step_timeout_s: float) -> None:
-    """The loop of every rank but 0: execute what rank 0 plans, until it says STOP."""
+    """The loop of every rank but 0: execute rank 0's plans until STOP."""
     is_warm = False
     while True:
         plan = world.receive(timeout_s=None if not is_warm else step_timeout_s)

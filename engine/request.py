@@ -1,4 +1,4 @@
-"""What a user asks for and what the engine answers: Request, SamplingParams, Output. No torch here."""
+"""Request, SamplingParams and Output: the engine's interface. No torch here."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def _check(name: str, value: Any, ok: bool, limit: str) -> None:
 
 
 class Words(Protocol):
-    """A request's stop and bad words, over the bytes that tokens stand for (engine.words)."""
+    """A request's stop and bad words, matched over the bytes of tokens (engine.words)."""
 
     always_banned: list[int]
     has_bad: bool
@@ -151,7 +151,7 @@ class Token:
 
 @dataclass
 class Output:
-    """One generated sequence. `tokens` only grows, but for beams, which come all at once."""
+    """One generated sequence. Its lists only grow; beams come all at once."""
 
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
@@ -177,9 +177,9 @@ class Output:
 class Request:
     """One prompt on its way through the engine.
 
-    `on_update` is called from the engine's thread whenever the outputs have grown or ended, so it must be quick and
-    must not raise. Another thread may read the outputs meanwhile: lists grow by appending, and a finish_reason is set
-    after the last token is there. end_ids: each of them ends the text.
+    The engine's thread calls `on_update` whenever outputs have grown or ended: it must be quick and must not raise.
+    Other threads may read the outputs at any time: lists grow by appending, and a finish_reason is set after the last
+    token. end_ids: each of them ends the text.
     """
 
     prompt_ids: list[int]
@@ -215,7 +215,7 @@ class Request:
         return LENGTH if len(output_ids) == self.sampling.max_new_tokens else None
 
     def end(self, reason: str) -> None:
-        """End what has not ended by itself, and tell."""
+        """End every output that has not ended, and call on_update."""
         for output in self.outputs:
             output.finish_reason = output.finish_reason or reason
         self.is_finished = True

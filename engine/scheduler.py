@@ -13,7 +13,7 @@ from collections import deque
 
 import numpy as np
 
-from engine.beam import BeamSearch
+from engine.beam import BeamSearch, Candidate
 from engine.blocks import BlockAllocator
 from engine.plan import BeamReorder, Chunk, NewSequences, Plan, StepOutput
 from engine.request import SHUTDOWN, Output, Request
@@ -160,9 +160,7 @@ class Scheduler:
         updated = self._append(pending.sequences, step)
         for group, candidates in zip(pending.beam_groups, step.candidates, strict=True):
             if not group.request.is_finished:
-                group.beams = group.beam_search.advance(candidates)
-                if group.beams is None:
-                    self._end_beams(group)
+                self._advance_beams(group, candidates)
                 updated.append(group.request)
         for request in updated:
             request.on_update(request)
@@ -199,7 +197,7 @@ class Scheduler:
     def _start(self, request: Request, needed: list[int]) -> NewSequences:
         """Give a request its slots and blocks; needed: per sequence, as `_blocks_needed` counts them."""
         sampling, words, prompt_len = request.sampling, request.words, len(request.prompt_ids)
-        block_ids = [self.blocks.allocate(count) for count in needed]
+        block_ids = [self._take_blocks(count) for count in needed]
         shared = block_ids[0][: self._blocks_for(prompt_len)]
         slots = [self._free_slots.pop() for _ in needed]
         beam_search = BeamSearch(request) if sampling.beam_width > 1 else None
@@ -212,6 +210,11 @@ class Scheduler:
         self._running[request] = group
         banned = words.always_banned if words is not None else []
         return NewSequences(slots, request.prompt_ids, sampling, request.end_ids, block_ids, banned)
+
+    def _take_blocks(self, count: int) -> list[int]:
+        block_ids = self.blocks.allocate(count)
+        assert block_ids is not None, f"{count} blocks were free"
+        return block_ids
 
     def _plan_chunk(self, group: SequenceGroup, budget: int, draft: _Draft) -> int:
         """Plan the next piece of a prompt, at most `budget` tokens; returns how many."""
@@ -249,6 +252,7 @@ class Scheduler:
         """Plan one more token of each sequence of a group that the host decides on token by token."""
         if group.beam_search is not None:
             beams = group.beams
+            assert beams is not None, "a search without beams has ended"
             slots = [sequence.seq_slot for sequence in group.sequences]
             parents = [slots[parent] for parent in beams.parents]
             sequences = group.sequences[: len(parents)]
@@ -299,10 +303,14 @@ class Scheduler:
                 last = request
         return updated
 
-    def _end_beams(self, group: SequenceGroup) -> None:
-        group.request.outputs = group.beam_search.results()
-        self._leave_all(group)
-        group.request.is_finished = True
+    def _advance_beams(self, group: SequenceGroup, candidates: list[Candidate]) -> None:
+        search = group.beam_search
+        assert search is not None
+        group.beams = search.advance(candidates)
+        if group.beams is None:
+            group.request.outputs = search.results()
+            self._leave_all(group)
+            group.request.is_finished = True
 
     def _leave_all(self, group: SequenceGroup) -> None:
         for sequence in list(group.sequences):

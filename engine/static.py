@@ -1,7 +1,7 @@
-"""Static batches for an executor that runs whole ones (FasterTransformer's op). Numbers only: no torch.
+"""Schedules static batches for FasterTransformer's op. Numbers only: no torch.
 
-Owns who shares a batch, what the op cannot do (`check`) and what it leaves to the host: stop words and each request's
-own length. It must not know how the op is called (executor.fastertransformer).
+Forms batches, refuses requests that the op cannot run (`check`), and cuts each result to its own length and at its
+stop words. executor.fastertransformer calls the op.
 """
 
 from __future__ import annotations

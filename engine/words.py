@@ -1,6 +1,6 @@
-"""Stop words and bad words over the bytes of tokens: a word is found whatever tokens spell it.
+"""Stop words and bad words, matched over the bytes of tokens: any tokens may spell a word.
 
-Owns the matching. It must not know a tokenizer, a request or a tensor; words and tokens are bytes here.
+Stateless towards requests; words and tokens are bytes here. No tokenizer, no torch.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ _MANY = 40_000  # hits of a word from which asking every token is quicker than v
 
 
 class Vocabulary:
-    """The bytes of every token, with what finds tokens by their bytes; the indexes are built when first needed.
+    """The bytes of every token, and indexes that find tokens by their bytes. Indexes are built at first use.
 
-    token_bytes: what each id adds to a text, b"" for ids that add nothing.
+    token_bytes: the bytes that each id adds to a text, b"" for ids that add none.
     """
 
     def __init__(self, token_bytes: Sequence[bytes]) -> None:
@@ -24,13 +24,13 @@ class Vocabulary:
         self._words = lru_cache(maxsize=64)(partial(Words, self))
 
     def words(self, stop: Sequence[bytes], bad: Sequence[bytes]) -> Words | None:
-        """The matcher of these words, None where there are none; the latest are kept. No word may be empty."""
+        """The matcher of these words, or None without words. The latest matchers are cached. No word may be empty."""
         return self._words(tuple(stop), tuple(bad)) if stop or bad else None
 
     def containing(self, word: bytes) -> list[int]:
         """Ids whose bytes contain `word`, sorted."""
         joined, ends = self._joined
-        found = []
+        found: list[int] = []
         at = joined.find(word)
         for _ in range(_MANY):
             if at < 0:
@@ -44,7 +44,7 @@ class Vocabulary:
         return [token_id for token_id, text in enumerate(self.token_bytes) if word in text]
 
     def starting(self, prefix: bytes) -> list[int]:
-        """Ids whose bytes start with `prefix`, in no order."""
+        """Ids whose bytes start with `prefix`, unordered."""
         keys, ids = self._sorted
         first = bisect_left(keys, prefix)
         beyond = prefix.rstrip(b"\xff")  # the least bytes greater than all that start with the prefix
@@ -62,10 +62,10 @@ class Vocabulary:
 
 
 class Words:
-    """Stop and bad words of requests, which share it: its lists may not be changed.
+    """Stop and bad words. Requests share it, so its lists are read-only.
 
-    Its calls look at the last tokens only, as far as the longest word reaches.
-    always_banned: ids whose bytes contain a bad word whole, sorted.
+    Its calls read the last tokens only, as far as the longest word reaches.
+    always_banned: sorted ids whose bytes contain a whole bad word.
     """
 
     def __init__(self, vocabulary: Vocabulary, stop: tuple[bytes, ...], bad: tuple[bytes, ...]) -> None:

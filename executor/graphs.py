@@ -109,7 +109,9 @@ class DecodeGraphs:
         kv_locs = slots.kv_loc_table[seq_slots, positions].long()
         decodes = DecodeMetadata(slots.kv_loc_table, seq_slots, positions, self._counters)
         step = StepInput(slots.token_ids[seq_slots, positions], positions, kv_locs, [], decodes)
-        logits = self._model.logits(self._model.forward(step, self._cache), out=self._logits[:size])
+        hidden = self._model.forward(step, self._cache)
+        assert hidden is not None, "graphs are made for one pipeline stage only"
+        logits = self._model.logits(hidden, out=self._logits[:size])
         log_probs, token_ids = logits.max(dim=-1)
         log_probs = log_probs - logits.logsumexp(dim=-1)
         slots.append(seq_slots, positions + slots.advance[seq_slots], token_ids)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,7 +80,7 @@ class TorchExecutor:
         """Allocate the KV cache, as large on every rank as the rank with the least memory can."""
         config, limits, comm = self.model.config, self._limits, self.comm
         num_slots, max_seq_len = limits.max_batch_size, self.max_seq_len
-        shape = dict(
+        shape: dict[str, Any] = dict(
             num_layers=len(comm.parallel.layers(config.num_layer)),
             block_size=limits.block_size,
             kv_heads_local=config.kv_head_num // comm.parallel.tp,
@@ -91,8 +92,8 @@ class TorchExecutor:
         has_kernels = runs_on(self.device)  # then decode rows go through them, and steps of them through graphs
         if has_kernels:
             memory -= num_bytes(num_slots, config.vocab_size, self.model.dtype)
-        memory = max(0, memory) * limits.kv_cache_fraction
-        self.num_blocks = comm.min_over_ranks(min(most, int(memory / KVCache.bytes_per_block(**shape))))
+        most_bytes = max(0, memory) * limits.kv_cache_fraction
+        self.num_blocks = comm.min_over_ranks(min(most, int(most_bytes / KVCache.bytes_per_block(**shape))))
         if self.num_blocks < 1:
             raise RuntimeError(f"no memory is left on {self.device} for a key-value cache; use more ranks")
         self.cache = KVCache(num_blocks=self.num_blocks, device=self.device, **shape)

@@ -77,7 +77,7 @@ class SlotState:
         self.advance = torch.ones(rows, dtype=torch.int64, device=device)
         self.advance[num_slots] = 0
         # The host's side, by slot.
-        self.requests: list[SlotRequest | None] = [None] * rows
+        self.requests: dict[int, SlotRequest] = {}
         self.plain_from = np.full(rows, _NEVER)  # position from which the likeliest token is all that is asked for
         self.unbanned_from = np.zeros(rows, dtype=np.int64)  # position from which no token is banned in every step
         self.has_penalty = np.zeros(rows, dtype=bool)
@@ -101,8 +101,8 @@ class SlotState:
             banned = self.tensor(new.banned_ids) if new.banned_ids else None
             own = self.tensor(new.seq_slots)
             self.token_ids[own, : len(new.prompt_ids)] = self.tensor(new.prompt_ids)
-            for index, seq_slot in enumerate(new.seq_slots):
-                request = SlotRequest(new, new.sampling.for_sample(index), banned)
+            for number, seq_slot in enumerate(new.seq_slots):
+                request = SlotRequest(new, new.sampling.for_sample(number), banned)
                 self._describe(seq_slot, request)
                 slots.append(seq_slot)
                 rows.append(_parameters(request))
@@ -119,8 +119,8 @@ class SlotState:
         Only indices are copied: a slot writes each token to a location of its own, which no other slot ever writes,
         so shared keys and values stay as they are (FasterTransformer's cache_indirection does the same).
         """
-        index = self.tensor([reorder.seq_slots, reorder.parents, reorder.token_ids])
-        (slots, parents, token_ids), length = index, reorder.length
+        slots, parents, token_ids = self.tensor([reorder.seq_slots, reorder.parents, reorder.token_ids])
+        length = reorder.length
         for table in (self.token_ids, self.kv_loc_table):
             table[slots, :length] = table[parents, :length]
         self.token_ids[slots, length] = token_ids
