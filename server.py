@@ -301,14 +301,15 @@ def _load_tokenizer(folder: Path) -> Any:
 def _lead(start: _Start, triton_flags: TritonFlags, started: float) -> int:
     """Rank 0: Triton in front, the engine's loop in this thread, until a signal or a failure."""
     from gpt import INPUTS, OUTPUTS, GPTModel
-    from serving.triton.inputs import Parser
+    from serving.generation import Generator
+    from serving.tokenization import RequestEncoder
 
     frontend = TritonFrontend(triton_flags, start.flags.verbose)
     watchdog = Watchdog(before_exit=frontend.kill)
     engine = make_engine(start.executor, start.model_config, start.engine_config, start.world, watchdog)
     config = start.model_config
-    parser = Parser(start.tokenizer, config.end_id, config.vocab_size, start.executor.max_seq_len)
-    model = GPTModel(engine, parser)
+    encoder = RequestEncoder(start.tokenizer, (config.end_id,), config.vocab_size, start.executor.max_seq_len)
+    model = GPTModel(Generator(engine, encoder))
     name = start.triton_name
     is_over = threading.Event()
     failures: list[str] = []

@@ -22,8 +22,9 @@ from engine.world import World
 from executor.collectives import Comm
 from executor.runner import TorchExecutor, computation_dtype
 from gpt import INPUTS, OUTPUTS, GPTModel
+from serving.generation import Generator
+from serving.tokenization import RequestEncoder
 from serving.triton.frontend import TritonFlags, TritonFrontend, TritonModel
-from serving.triton.inputs import Parser
 
 NAME = "benchmark"
 _CLIENT = Path(__file__).resolve().parent.parent / "client.py"
@@ -76,7 +77,8 @@ def serve(flags: argparse.Namespace, measure: Callable[[Engine], Any]) -> tuple[
     frontend = TritonFrontend(
         TritonFlags("127.0.0.1", flags.http_port, flags.http_port + 1, flags.http_port + 2), verbose=False
     )
-    model = GPTModel(engine, Parser(WordTokenizer(), config.end_id, config.vocab_size, executor.max_seq_len))
+    encoder = RequestEncoder(WordTokenizer(), (config.end_id,), config.vocab_size, executor.max_seq_len)
+    model = GPTModel(Generator(engine, encoder))
     frontend.start(
         [
             TritonModel(NAME, model.infer, INPUTS, OUTPUTS),

@@ -140,7 +140,7 @@ class Load:
 
         def on_response(response: dict[str, np.ndarray]) -> None:
             trace.responses.append((self.now(), _num_new_tokens(response, trace.num_prompt_tokens)))
-            reasons.extend(response.get("finish_reason", ()))
+            reasons.extend(np.ravel(response.get("finish_reason", ())))
 
         try:
             await self.asker.attempt(inputs, on_response)

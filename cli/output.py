@@ -85,6 +85,8 @@ def make_record(prompt: Prompt, responses: list[dict[str, np.ndarray]]) -> dict[
         if not parts or name == "sentences":
             continue
         array = np.concatenate(parts, axis=1) if name in grows else parts[-1]
+        if name == "finish_reason":  # [sequences, 1], as all strings
+            array = array.reshape(-1)
         if array.dtype.kind == "f":
             array = np.where(np.isfinite(array), array, None)  # JSON has no infinity
         record[name] = [as_text(value) for value in array.tolist()]

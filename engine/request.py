@@ -1,15 +1,14 @@
-"""Request, SamplingParams and Output: the engine's interface. No torch here."""
+"""Requests and answers: SamplingParams, Request, Output, and the error that names a wrong parameter. No torch here."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 SEED_LIMIT = 2**64
 MAX_BEAM_WIDTH = 16
-MAX_LOG_PROBS = 64  # alternatives per token
 MAX_N = 64
 # Beyond these, numbers of a step would leave what fp32 (or a power of the length) can hold.
 _LEAST_FACTOR, _MOST, _MOST_EXPONENT = 1e-3, 1e3, 10
@@ -25,6 +24,27 @@ _EARLY_STOPPING = ("false", "true", "never")
 
 class EngineBusy(RuntimeError):
     """The engine takes no request now, and may take it later."""
+
+
+class ParameterError(ValueError):
+    """A wrong parameter, by the engine's name; a front end puts its own names in with `sentence`.
+
+    field: the parameter; rest: the sentence after it, with {} for the name of each of `others`; index: the prompt
+    that it belongs to, for parameters that each prompt has.
+    """
+
+    def __init__(self, field: str, rest: str, *others: str, index: int | None = None) -> None:
+        self.field = field
+        self.rest = rest
+        self.others = others
+        self.index = index
+        super().__init__(self.sentence({}))
+
+    def sentence(self, names: Mapping[str, str]) -> str:
+        """The error's sentence. names: field -> the front end's name; others keep the engine's."""
+        field, *others = (names.get(name, name) for name in (self.field, *self.others))
+        place = "" if self.index is None else f"[{self.index}]"
+        return f"{field}{place} {self.rest.format(*others) if others else self.rest}"
 
 
 @dataclass(frozen=True)
@@ -45,6 +65,8 @@ class SamplingParams:
     the token (OpenAI's definition). min_length: the end token is not chosen as one of the first min_length tokens.
 
     beam_width > 1 is beam search, which does not sample: `engine.beam` has its rules.
+
+    Raises ParameterError for a value that no model could take.
     """
 
     max_new_tokens: int
@@ -69,11 +91,11 @@ class SamplingParams:
     next_token_logits: bool = False
 
     def __post_init__(self) -> None:
-        _check("request_output_len", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1")
+        _check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1")
         is_usable = self.temperature == 0 or _LEAST_FACTOR <= self.temperature <= _MOST
         _check("temperature", self.temperature, is_usable, f"0, or between {_LEAST_FACTOR:g} and {_MOST:g}")
-        _check("runtime_top_k", self.top_k, self.top_k >= 0, "0 or more")
-        _check("runtime_top_p", self.top_p, 0 <= self.top_p <= 1, "between 0 and 1")
+        _check("top_k", self.top_k, self.top_k >= 0, "0 or more")
+        _check("top_p", self.top_p, 0 <= self.top_p <= 1, "between 0 and 1")
         _check("random_seed", self.random_seed, 0 <= self.random_seed < SEED_LIMIT, "between 0 and 2^64 - 1")
         _check("top_p_decay", self.top_p_decay, 0 < self.top_p_decay <= 1, "above 0 and at most 1")
         _check("top_p_min", self.top_p_min, 0 < self.top_p_min <= 1, "above 0 and at most 1")
@@ -90,18 +112,20 @@ class SamplingParams:
         _check("min_length", self.min_length, self.min_length >= 0, "0 or more")
         _check("n", self.n, 1 <= self.n <= MAX_N, f"between 1 and {MAX_N}")
         _check("beam_width", self.beam_width, 1 <= self.beam_width <= MAX_BEAM_WIDTH, f"between 1 and {MAX_BEAM_WIDTH}")
-        limit = f"between 0 and {MAX_LOG_PROBS}"
-        _check("num_log_probs", self.num_log_probs, 0 <= self.num_log_probs <= MAX_LOG_PROBS, limit)
+        _check("num_log_probs", self.num_log_probs, self.num_log_probs >= 0, "0 or more")
         _check("early_stopping", self.early_stopping, self.early_stopping in _EARLY_STOPPING, "false, true or never")
         if self.repetition_penalty != 1 and self.presence_penalty != 0:
-            raise ValueError(
-                f"repetition_penalty is {self.repetition_penalty:g} and presence_penalty {self.presence_penalty:g}; "
-                "at most one of the two can be set"
+            raise ParameterError(
+                "repetition_penalty",
+                f"is {self.repetition_penalty:g} and {{}} {self.presence_penalty:g}; at most one of the two can be set",
+                "presence_penalty",
             )
         if self.n > 1 and self.beam_width > 1:
-            raise ValueError(f"n is {self.n} and beam_width {self.beam_width}; one of the two must be 1")
+            raise ParameterError("n", f"is {self.n} and {{}} {self.beam_width}; one of the two must be 1", "beam_width")
         if self.n > 1 and self.is_greedy:
-            raise ValueError(f"n is {self.n}; with greedy choice it must be 1 (set runtime_top_k or runtime_top_p)")
+            raise ParameterError(
+                "n", f"is {self.n}; with greedy choice it must be 1 (set {{}} or {{}})", "top_k", "top_p"
+            )
 
     @property
     def is_greedy(self) -> bool:
@@ -123,10 +147,10 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
-def _check(name: str, value: Any, ok: bool, limit: str) -> None:
+def _check(field: str, value: Any, ok: bool, limit: str) -> None:
     if not ok:
         shown = f"{value:g}" if isinstance(value, float) else value  # fp32 on the wire: 1.2, not 1.2000000476837158
-        raise ValueError(f"{name} is {shown}; it must be {limit}")
+        raise ParameterError(field, f"is {shown}; it must be {limit}")
 
 
 class Words(Protocol):

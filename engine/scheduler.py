@@ -16,17 +16,18 @@ import numpy as np
 from engine.beam import BeamSearch, Candidate
 from engine.blocks import BlockAllocator
 from engine.plan import BeamReorder, Chunk, NewSequences, Plan, StepOutput
-from engine.request import SHUTDOWN, Output, Request
+from engine.request import SHUTDOWN, Output, ParameterError, Request
 from engine.sequence import PendingOutput, Sequence, SequenceGroup
 
 
 def check_length(request: Request, limit: int, what: str) -> None:
-    """Raise ValueError where prompt and output together exceed `limit` tokens of `what`."""
+    """Raise ParameterError where prompt and output together exceed `limit` tokens of `what`."""
     total = len(request.prompt_ids) + request.sampling.max_new_tokens
     if total > limit:
-        raise ValueError(
-            f"request_output_len is {request.sampling.max_new_tokens}; with the prompt's "
-            f"{len(request.prompt_ids)} tokens that is {total}, and {what} is {limit} tokens"
+        raise ParameterError(
+            "max_new_tokens",
+            f"is {request.sampling.max_new_tokens}; with the prompt's {len(request.prompt_ids)} tokens "
+            f"that is {total}, and {what} is {limit} tokens",
         )
 
 
@@ -93,18 +94,20 @@ class Scheduler:
         return bool(self.waiting or self._running)
 
     def check(self, request: Request) -> None:
-        """Raise ValueError for a request that could never run. May be called from any thread."""
+        """Raise ParameterError for a request that could never run. May be called from any thread."""
         check_length(request, self.max_seq_len, "the longest sequence served")
         check_length(request, self.blocks.num_blocks * self.block_size, "the key-value cache")
         name = "n" if request.sampling.n > 1 else "beam_width"
         width = request.sampling.width
         if width > self.max_batch_size:
-            raise ValueError(f"{name} is {width}; at most {self.max_batch_size} sequences run at once")
+            raise ParameterError(name, f"is {width}; at most {self.max_batch_size} sequences run at once")
         needed = sum(self._blocks_needed(request))
         if needed > self.blocks.num_blocks:
-            raise ValueError(
-                f"{name} is {width}; with this prompt and request_output_len that takes {needed} blocks, "
-                f"and the key-value cache has {self.blocks.num_blocks}"
+            raise ParameterError(
+                name,
+                f"is {width}; with this prompt and {{}} that takes {needed} blocks, "
+                f"and the key-value cache has {self.blocks.num_blocks}",
+                "max_new_tokens",
             )
 
     def add(self, request: Request) -> None:

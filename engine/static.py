@@ -11,20 +11,20 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from engine.request import SHUTDOWN, Output, Request, SamplingParams
+from engine.request import SHUTDOWN, Output, ParameterError, Request, SamplingParams
 from engine.scheduler import check_length
 
 _MAX_TOP_K = 1024  # the op clips silently (TopKSamplingLayer.cu)
 _MAX_PENALIZED_LEN = 6144  # 8 bytes of 48 KiB of shared memory per token (sampling_penalty_kernels.cu)
 
-# field -> (its name in a request, the one value that the op has)
-_ONLY_VALUES: dict[str, tuple[str, Any]] = {
-    "frequency_penalty": ("frequency_penalty", 0),
-    "top_p_decay": ("top_p_decay", 1),
-    "early_stopping": ("early_stopping", "false"),
-    "num_log_probs": ("num_log_probs", 0),
-    "prompt_log_probs": ("is_return_prompt_log_probs", False),
-    "next_token_logits": ("is_return_next_token_logits", False),
+# field -> the one value that the op has
+_ONLY_VALUES: dict[str, Any] = {
+    "frequency_penalty": 0,
+    "top_p_decay": 1,
+    "early_stopping": "false",
+    "num_log_probs": 0,
+    "prompt_log_probs": False,
+    "next_token_logits": False,
 }
 
 
@@ -80,30 +80,30 @@ class StaticScheduler:
         return bool(self.waiting or self._running)
 
     def check(self, request: Request) -> None:
-        """Raise ValueError for a request that the op cannot run. May be called from any thread."""
+        """Raise ParameterError for a request that the op cannot run. May be called from any thread."""
         params = request.sampling
-        for field, (name, value) in _ONLY_VALUES.items():
+        for field, value in _ONLY_VALUES.items():
             if getattr(params, field) != value:
-                raise ValueError(
-                    f"{name} is {_shown(getattr(params, field))}; with the FasterTransformer engine it must be "
-                    f"{_shown(value)}"
-                )
+                given = _shown(getattr(params, field))
+                raise ParameterError(field, f"is {given}; with the FasterTransformer engine it must be {_shown(value)}")
         if not request.end_ids:
-            raise ValueError("ignore_eos is true; with the FasterTransformer engine it must be false")
+            raise ParameterError("ignore_eos", "is true; with the FasterTransformer engine it must be false")
         if request.end_ids != (self.end_id,):
             shown = ", ".join(map(str, request.end_ids))
-            raise ValueError(
-                f"end_id is {shown}; with the FasterTransformer engine it must be the model's, {self.end_id}"
+            raise ParameterError(
+                "end_id", f"is {shown}; with the FasterTransformer engine it must be the model's, {self.end_id}"
             )
         if params.top_k > _MAX_TOP_K and not params.is_greedy:
-            raise ValueError(
-                f"runtime_top_k is {params.top_k}; with the FasterTransformer engine it must be at most {_MAX_TOP_K}"
+            raise ParameterError(
+                "top_k", f"is {params.top_k}; with the FasterTransformer engine it must be at most {_MAX_TOP_K}"
             )
         if any(word[-1] == 0 for word in request.bad_word_ids):
-            raise ValueError("bad_words has a word whose last token is 0, the one that FasterTransformer never bans")
+            raise ParameterError(
+                "bad_words", "has a word whose last token is 0, the one that FasterTransformer never bans"
+            )
         if params.width > self.max_batch_size:
             name = "n" if params.n > 1 else "beam_width"
-            raise ValueError(f"{name} is {params.width}; at most {self.max_batch_size} sequences run at once")
+            raise ParameterError(name, f"is {params.width}; at most {self.max_batch_size} sequences run at once")
         check_length(request, self.max_seq_len, "the longest sequence served")
         if _penalty(params) is not None:
             what = f"the longest sequence to which FasterTransformer applies a {_penalty(params)}"

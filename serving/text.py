@@ -49,11 +49,6 @@ class TextStream:
         self._stop = _StopSearch(stop_words, keep_stop_word)
         self._first = self._take(self._decoded.add(prompt_ids))
 
-    @property
-    def is_stopped(self) -> bool:
-        """Whether a stop word was found; the text ends there."""
-        return self._stop.is_found
-
     def push(self, token_ids: Sequence[int]) -> str:
         """Take generated tokens; the text that is final by now and was not returned before."""
         piece, self._first = self._first, ""

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.request import CANCELLED, SHUTDOWN, EngineBusy, Output, Request, Token
-from gpt import BadRequest, GPTModel, InternalError, ServerBusy
-from serving.triton.inputs import Parser
+from engine.request import CANCELLED, SHUTDOWN, EngineBusy, Output, Request
+from gpt import OUTPUTS, GPTModel
+from serving.generation import Generator
+from serving.tokenization import RequestEncoder
+from serving.triton.errors import BadRequest, InternalError, ServerBusy
 
 END = 9
 LETTERS = "abcdefghijk"
@@ -70,12 +72,14 @@ class CountingEngine:
     def _append(self, request: Request, output: Output) -> None:
         count = len(output.token_ids)
         token_id = END if request.prompt_ids[0] == 1 and count == 1 else count % END
-        output.append(Token(token_id, -0.5, ((token_id, -0.5), (8, -2.0))[: request.sampling.num_log_probs]))
+        if count := request.sampling.num_log_probs:
+            output.alternatives.append(((token_id, -0.5), (8, -2.0))[:count])
+        output.append(token_id, -0.5)
         output.finish_reason = request.reason_to_end(output.token_ids)
 
 
 def model(engine: Any = None) -> GPTModel:
-    return GPTModel(engine or CountingEngine(), Parser(LetterTokenizer(), END, 10, 300))
+    return GPTModel(Generator(engine or CountingEngine(), RequestEncoder(LetterTokenizer(), (END,), 10, 300)))
 
 
 def infer(arrays: dict[str, Any], engine: Any = None) -> dict[str, np.ndarray]:
@@ -107,7 +111,7 @@ def test_rows_keep_their_own_length_and_shapes_are_tritons() -> None:
     assert answer["sentences"].tolist() == [[[b"ababcd"]], [[b"bcdea"]]]  # end_id is no text …
     assert answer["sequence_length"].tolist() == [[6], [6]]  # … but a token
     assert answer["output_ids"].tolist() == [[[0, 1, 0, 1, 2, 3]], [[1, 2, 3, 4, 0, END]]]
-    assert answer["finish_reason"].tolist() == [[b"length"], [b"end_id"]]
+    assert answer["finish_reason"].tolist() == [[[b"length"]], [[b"end_id"]]]
     assert answer["cum_log_probs"].tolist() == [[-2.0], [-1.0]]
     assert set(answer) == {"sentences", "sequence_length", "output_ids", "finish_reason", "cum_log_probs"}
     assert (answer["output_ids"].dtype, answer["sequence_length"].dtype) == (np.int32, np.int64)
@@ -129,11 +133,29 @@ def test_rows_of_other_widths_are_padded() -> None:
     )
     assert answer["sentences"].tolist() == [[[b"ababcd"], [b""], [b""]], [[b"bcdea"]] * 3]
     assert answer["sequence_length"].tolist() == [[6, 0, 0], [6, 6, 6]]
-    assert answer["finish_reason"].tolist() == [[b"length", b"", b""], [b"end_id"] * 3]
+    assert answer["finish_reason"].tolist() == [[[b"length"], [b""], [b""]], [[b"end_id"]] * 3]
     assert answer["output_log_probs"].tolist() == [[[0, 0]] * 3, [[-0.5, -0.5]] * 3]
     assert answer["top_token_ids"].shape == (2, 1, 4, 2)
     assert answer["top_token_ids"][0].tolist() == [[[0, 8], [1, 8], [2, 8], [3, 8]]]
     assert answer["top_log_probs"][0, 0, 0].tolist() == [-0.5, -2.0]
+
+
+@pytest.mark.parametrize("kind", ["infer", "stream", "stop"])
+def test_every_string_ends_in_a_dimension_of_1(kind: str) -> None:
+    """FasterTransformer's example client prints each output after this squeeze of the strings, with any beam_width."""
+    if kind == "infer":
+        answer, shape = infer(good(beam_width=column([2, 2], np.uint32))), (2, 2)
+    elif kind == "stream":
+        (answer,), shape = stream(one(beam_width=np.array([2], np.uint32))), (2,)
+    else:
+        gpt = model()
+        gpt.generator.stop = lambda request_ids: None
+        stop = {"stop": column([True, True], bool), "request_id": column([b"x", b"y"], object)}
+        (answer,), shape = asyncio.run(gpt.infer([stop])), (2, 1)
+    strings = {name: np.squeeze(array, axis=-1) for name, array in answer.items() if array.dtype == object}
+    assert {name: array.shape for name, array in strings.items()} == {"sentences": shape, "finish_reason": shape}
+    ranks = {tensor.name: len(tensor.shape) for tensor in OUTPUTS if tensor.dtype == bytes}
+    assert ranks == {"sentences": 2, "finish_reason": 2}
 
 
 def test_parameters_reach_their_own_request() -> None:
@@ -151,7 +173,7 @@ def test_parameters_reach_their_own_request() -> None:
     )
     chosen = [(r.sampling.top_k, r.sampling.top_p, r.sampling.temperature, r.sampling.random_seed) for r in engine.seen]
     assert chosen == [(0, 0.5, 2.0, 1), (3, 0.0, 0.25, 2**64 - 1)]
-    assert [r.end_id for r in engine.seen] == [3, None]
+    assert [r.end_ids for r in engine.seen] == [(3,), ()]
 
 
 def test_input_ids_take_the_place_of_prompts() -> None:
@@ -171,7 +193,7 @@ def test_stop_words_end_the_text_and_are_cut_from_it() -> None:
     stop_words = np.array([[b"bc", b""], [b"", b""]], object)
     answer = infer(good(stop_words=stop_words))
     assert answer["sentences"].tolist() == [[[b"aba"]], [[b"bcdea"]]]
-    assert answer["finish_reason"].tolist() == [[b"stop"], [b"end_id"]]
+    assert answer["finish_reason"].tolist() == [[[b"stop"]], [[b"end_id"]]]
     assert answer["output_ids"][0].tolist() == [[0, 1, 0, 1, 2, END]]  # the tokens stay
     keep = column([True, False], bool)
     answer = infer(good(stop_words=stop_words, include_stop_words_in_output=keep))
@@ -222,15 +244,15 @@ def test_a_stop_with_the_id_ends_the_request_with_what_it_has() -> None:
         return stopped, answer
 
     stopped, answer = asyncio.run(go())
-    assert stopped["finish_reason"].tolist() == [[CANCELLED.encode()]]
-    assert answer["finish_reason"].tolist() == [[CANCELLED.encode()]]
+    assert stopped["finish_reason"].tolist() == [[[CANCELLED.encode()]]]
+    assert answer["finish_reason"].tolist() == [[[CANCELLED.encode()]]]
     assert answer["sentences"][0, 0, 0].startswith(b"abab")
 
 
 def test_the_deadline_ends_a_request_with_what_it_has() -> None:
     arrays = one(b"ab", 200, deadline_s=np.array([0.1], np.float32))
     answers = stream(arrays, CountingEngine(delay_s=0.01))
-    assert answers[-1]["finish_reason"].tolist() == [b"cancelled"]
+    assert answers[-1]["finish_reason"].tolist() == [[b"cancelled"]]
     assert 1 < len(answers) < 30
 
 
@@ -329,8 +351,8 @@ def test_sums_that_are_not_known_are_left_out() -> None:
 
     class Unknowing(CountingEngine):
         def _append(self, request: Request, output: Output) -> None:
+            output.cum_log_prob = float("nan")  # and so it stays, whatever is added
             super()._append(request, output)
-            output.cum_log_prob = float("nan")
 
     assert "cum_log_probs" not in infer(good(), Unknowing())
     assert "cum_log_probs" not in stream(one(), Unknowing())[-1]

@@ -28,7 +28,7 @@ STREAMS = 256
 
 
 class BadRequest(ValueError):
-    """As gpt.py's: a sentence without a traceback."""
+    """As that of serving/triton/errors.py: a sentence without a traceback."""
 
     __module__ = "builtins"
     __traceback__ = None  # type: ignore[assignment]

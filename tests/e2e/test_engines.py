@@ -93,7 +93,7 @@ def test_a_stream_of_either_is_the_whole_text(servers: tuple[Server, Server]) ->
         with DecoupledModelClient(server.url("grpc"), f"{MODEL}_streaming") as client:
             answers = list(client.infer_sample(**inputs))
         texts.append(b"".join(answer["sentences"][0, 0] for answer in answers))
-        assert answers[-1]["finish_reason"].tolist() == [b"length"]
+        assert answers[-1]["finish_reason"].tolist() == [[b"length"]]
     assert texts[0] == texts[1]
 
 

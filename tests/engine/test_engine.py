@@ -47,13 +47,13 @@ def test_the_last_position_of_the_model_can_be_reached(
     prompt_ids = prompts(1, longest=200)[0]
     room = 256 - len(prompt_ids)
     assert finish(engine, [request(prompt_ids, SamplingParams(room))]) == [hf_greedy(gpt2_source[1], prompt_ids, room)]
-    with pytest.raises(ValueError, match=f"request_output_len is {room + 1}; .* that is 257, .* is 256 tokens"):
+    with pytest.raises(ValueError, match=f"max_new_tokens is {room + 1}; .* that is 257, .* is 256 tokens"):
         engine.submit(request(prompt_ids, SamplingParams(room + 1)))
 
 
 def test_requests_are_submitted_all_or_none(engine: Engine) -> None:
     fits, too_long = request([1], SamplingParams(4)), request([1], SamplingParams(400))
-    with pytest.raises(ValueError, match="request_output_len is 400"):
+    with pytest.raises(ValueError, match="max_new_tokens is 400"):
         engine.submit(fits, too_long)
     assert not engine.step()
     assert fits.output_ids == []

@@ -133,9 +133,7 @@ def test_a_request_waits_for_blocks_and_none_is_lost() -> None:
 
 def test_what_can_never_run_is_refused_with_the_numbers() -> None:
     s = scheduler(num_blocks=4)
-    with pytest.raises(
-        ValueError, match="request_output_len is 10; with the prompt's 8 tokens that is 18, .* is 16 tok"
-    ):
+    with pytest.raises(ValueError, match="max_new_tokens is 10; with the prompt's 8 tokens that is 18, .* is 16 tok"):
         s.check(request(8, 10))
     with pytest.raises(ValueError, match="longest sequence served is 1000 tokens"):
         s.check(request(8, 993))

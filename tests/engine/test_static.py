@@ -197,13 +197,13 @@ def test_abort_all() -> None:
         (dict(num_log_probs=2), "num_log_probs is 2; with the FasterTransformer engine it must be 0"),
         (
             dict(prompt_log_probs=True),
-            "is_return_prompt_log_probs is true; with the FasterTransformer engine it must be false",
+            "prompt_log_probs is true; with the FasterTransformer engine it must be false",
         ),
         (
             dict(next_token_logits=True),
-            "is_return_next_token_logits is true; with the FasterTransformer engine it must be false",
+            "next_token_logits is true; with the FasterTransformer engine it must be false",
         ),
-        (dict(top_k=1025), "runtime_top_k is 1025; with the FasterTransformer engine it must be at most 1024"),
+        (dict(top_k=1025), "top_k is 1025; with the FasterTransformer engine it must be at most 1024"),
         (dict(n=9, top_k=2), "n is 9; at most 8 sequences run at once"),
         (dict(beam_width=9), "beam_width is 9; at most 8 sequences run at once"),
         (
@@ -212,7 +212,7 @@ def test_abort_all() -> None:
         ),
         (
             dict(output_len=98),
-            "request_output_len is 98; with the prompt's 3 tokens that is 101, "
+            "max_new_tokens is 98; with the prompt's 3 tokens that is 101, "
             "and the longest sequence served is 100 tokens",
         ),
     ],

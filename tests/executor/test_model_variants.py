@@ -128,7 +128,7 @@ def test_without_positions_memory_alone_limits_the_length(tmp_path: Path) -> Non
     assert make_engine(folder, **LIMITS).executor.max_seq_len == 32
     engine = make_engine(folder, max_seq_len=90, **LIMITS)
     assert finish(engine, [request(PROMPTS[-1], SamplingParams(40))]) == [hf_greedy(model, PROMPTS[-1], 40)]
-    with pytest.raises(ValueError, match="request_output_len is 41; .* that is 91, .* is 90 tokens"):
+    with pytest.raises(ValueError, match="max_new_tokens is 41; .* that is 91, .* is 90 tokens"):
         engine.submit(request(PROMPTS[-1], SamplingParams(41)))
 
 

@@ -6,6 +6,7 @@ import ast
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytriton
@@ -41,6 +42,13 @@ def test_stub_is_the_last_class_of_its_name() -> None:
     models = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TritonPythonModel"]
     assert [ast.unparse(base) for base in models[-1].bases] == ["TritonPythonModel"]
     assert len(models) == 2
+
+
+def test_both_sides_agree_on_the_message_of_a_client_that_has_gone() -> None:
+    names: dict[str, Any] = {"TritonPythonModel": object}  # of PyTriton's text
+    exec(compile(proxy._STUB, "stub_model.py", "exec"), names)
+    assert names["_CANCEL"] == proxy._CANCEL
+    assert "execute" in vars(names["TritonPythonModel"])
 
 
 @pytest.mark.parametrize("name", proxy._FILES)

@@ -139,7 +139,7 @@ def test_pieces_are_the_whole_text(kind: str, tokenizers: dict[str, Any]) -> Non
         assert whole_text(tokenizer, prompt_ids, output_ids, **options) == expected
         stream = TextStream(tokenizer, prompt_ids, **options)
         assert "".join(pieces(stream, output_ids, rng)) == expected
-        assert stream.is_stopped == any(word in added for word in options["stop_words"])
+        assert stream._stop.is_found == any(word in added for word in options["stop_words"])
         options["with_prompt"] = True
         expected = whole.removesuffix(added) + expected
         assert whole_text(tokenizer, prompt_ids, output_ids, **options) == expected
@@ -206,8 +206,8 @@ def test_stop_words_are_held_back_and_not_looked_for_in_the_prompt(tokenizers: d
     options: dict[str, Any] = dict(with_prompt=True, skip_special_tokens=False, stop_words=["stop", "sto!"])
     stream = TextStream(tokenizer, prompt_ids, **options)
     came = [stream.push(tokenizer.encode(text, add_special_tokens=False)) for text in ("tos", "to", " ", "st")]
-    assert (came, stream.is_stopped) == (["stop sto", "", "sto ", ""], False)
-    assert (stream.push(output_ids[-3:]), stream.is_stopped) == ("", True)
+    assert (came, stream._stop.is_found) == (["stop sto", "", "sto ", ""], False)
+    assert (stream.push(output_ids[-3:]), stream._stop.is_found) == ("", True)
     assert (stream.push(output_ids), stream.finish()) == ("", "")
     keeping = TextStream(tokenizer, prompt_ids, **options, keep_stop_word=True)
     assert keeping.push(output_ids) + keeping.finish() == "stop stosto stop"

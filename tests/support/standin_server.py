@@ -107,7 +107,7 @@ class Model:
         arrays = {"sentences": np.array([[text.encode()] for text in texts], dtype=object), "output_ids": ids}
         if reason:
             arrays["sequence_length"] = np.array(lengths)
-            arrays["finish_reason"] = np.array([reason.encode()] * len(texts), dtype=object)
+            arrays["finish_reason"] = np.array([[reason.encode()]] * len(texts), dtype=object)
         return arrays
 
     async def whole_answer(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,0 +1,56 @@
+"""One prompt and how to continue it, in no front end's format.
+
+Front ends make `GenerationRequest`s of their own formats; serving/tokenization.py checks and tokenizes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.request import ParameterError, SamplingParams
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationRequest:
+    """One prompt with its parameters and options. Raises ParameterError for a deadline that is not above 0.
+
+    prompt: text (bytes are UTF-8), or token ids. Any sequence of integers will do: it is copied once its length is
+    known to be within the limits.
+    start_id: stands for an empty prompt.
+    end_ids: tokens that end the text; None: the model's own. ignore_eos: no token ends it.
+    stop_words end the text and are cut from it, unless keep_stop_word; bad_words are never generated.
+    with_prompt: the text begins with the prompt's.
+    with_log_probs: the log-probability of each new token is asked for.
+    request_id: `Generator.stop` knows the request by it while it runs.
+    deadline_s: seconds after which the request ends with the tokens that it has.
+    """
+
+    prompt: str | bytes | Sequence[int]
+    sampling: SamplingParams
+    start_id: int | None = None
+    end_ids: tuple[int, ...] | None = None
+    ignore_eos: bool = False
+    stop_words: Sequence[str] = ()
+    bad_words: Sequence[str] = ()
+    with_prompt: bool = False
+    keep_stop_word: bool = False
+    skip_special_tokens: bool = True
+    with_log_probs: bool = False
+    request_id: str | None = None
+    deadline_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.deadline_s is not None and not self.deadline_s > 0:
+            raise ParameterError("deadline_s", f"is {self.deadline_s:g}; it must be above 0")
+
+    @property
+    def text_options(self) -> dict[str, Any]:
+        """The keyword arguments of serving.text's TextStream and whole_text."""
+        return {
+            "with_prompt": self.with_prompt,
+            "skip_special_tokens": self.skip_special_tokens,
+            "stop_words": self.stop_words,
+            "keep_stop_word": self.keep_stop_word,
+        }
