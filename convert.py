@@ -5,9 +5,8 @@
     ./convert.py megatron_345m OUTPUT_DIR --num-heads 16 --tokenizer gpt2_folder
     ./convert.py --verify OUTPUT_DIR/4-gpu
 
-Owns the writing: split, cast, checksums, manifest, lock, and the one rename that makes a folder appear finished.
-What a source looks like is the readers' business; what the files are called and how they are split,
-weights.table'.
+This file owns the writing: split, cast, checksums, manifest, lock, and the rename that publishes a finished folder.
+The readers know the source's layout; weights/table.py knows the files' names and split axes.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.flags import add_flags, flag, from_flags
 from helpers import ProgressLine, one_line
 from readers import SourceOptions, Weight, open_reader
 from readers.casting import cast, computed_ahead
@@ -49,7 +50,6 @@ except ImportError:
 
 CONVERTER_VERSION = 2  # part of a folder's identity: raise it when the same source gives other bytes
 MANIFEST = "manifest.json"
-NO_OPTIONS = SourceOptions()
 
 Progress = Callable[[int, int], None]  # (bytes written, bytes in all)
 
@@ -62,37 +62,62 @@ _libc = ctypes.CDLL(None)
 _log = logging.getLogger("convert")
 
 
+@dataclass(frozen=True)
+class ConversionFlags(SourceOptions):
+    """Flags of a conversion, for convert.py and server.py: the source's options and the target."""
+
+    tp: int = flag(1, "tensor parallel size: ranks that share each layer")
+    weight_data_type: str = flag(
+        "auto", "number format of the weight files; auto: the checkpoint's own", choices=("auto", *DATA_TYPES)
+    )
+    model_name: str = flag(
+        "", "the model's name, in config.ini (convert.py) or in Triton (server.py); by default the checkpoint's"
+    )
+    verbose: bool = flag(False, "show tracebacks; server.py logs more, too, with Triton's own log")
+
+    @property
+    def source_options(self) -> SourceOptions:
+        """The source's options alone; no heads where the flag is 0."""
+        return SourceOptions(self.tokenizer and self.tokenizer.expanduser(), self.num_heads or None)
+
+
+@dataclass(frozen=True)
+class Names:
+    """Texts that a folder records; no weight depends on them."""
+
+    model_name: str = ""  # of config.ini; empty: source_name, or else the source's own name
+    source_name: str = ""  # of the manifest: the checkpoint as the user named it; empty: its path
+    revision: str | None = None  # of the manifest
+
+
 def convert(
     source: Path,
     output_dir: Path,
     tp: int,
     weight_data_type: str,
-    model_name: str | None = None,
-    source_name: str = "",
-    revision: str | None = None,
+    names: Names | None = None,
     progress: Progress = lambda done, total: None,
-    options: SourceOptions = NO_OPTIONS,
+    options: SourceOptions | None = None,
 ) -> Path:
     """Write output_dir/<tp>-gpu and return it; returns at once where it is there, made from the same files.
 
-    `weight_data_type` is fp32, fp16, bf16, or auto for the source's own. `source_name` and `revision` (what the
-    user asked for and what it resolved to) go into the manifest only; `options` tell what the source does not.
+    weight_data_type: fp32, fp16, bf16, or auto for the source's own. names: texts that the folder records.
+    options: facts that the source lacks. progress: called with (bytes written, bytes in all).
     Two converters on one output_dir take turns. Raises ValueError for a source that cannot be converted,
-    RuntimeError for lack of disk space, OSError for what else the file system refuses; none of them leaves
-    anything behind.
+    RuntimeError for lack of disk space, OSError for other errors of the file system; no error leaves files behind.
     """
-    source, output_dir = Path(source), Path(output_dir)
+    names, options = names or Names(), options or SourceOptions()
     if weight_data_type not in ("auto", *DATA_TYPES):
         raise ValueError(f"weight_data_type is {weight_data_type!r}; known: auto, {', '.join(DATA_TYPES)}")
     reader = open_reader(source, options, scratch=output_dir)
-    model_name = model_name or source_name or source.resolve().name
+    model_name = names.model_name or names.source_name or source.resolve().name
     folder = output_dir / f"{tp}-gpu"
     wanted = {
         "converter_version": CONVERTER_VERSION,
         "source_files": [_file_identity(path) for path in reader.files],
         "tensor_para_size": tp,
     }
-    if options != NO_OPTIONS:
+    if options != SourceOptions():
         wanted["source_options"] = options.describe()
     if _is_finished(folder, wanted, weight_data_type):
         return folder
@@ -108,7 +133,8 @@ def convert(
         weights = reader.weights(config)
         specs = {spec.name: spec for spec in weight_specs(config)}
         total = sum(prod(specs[weight.name].shape) for weight in weights) * DATA_TYPES[config.weight_data_type]
-        _check_space(output_dir, total)
+        if (free := shutil.disk_usage(output_dir).free) < total:
+            raise RuntimeError(f"{output_dir}: the conversion needs {total:,} bytes, and {free:,} are free")
         with _temporary_folder(folder, total) as temporary:
             writer = _Writer(temporary, config, total, progress)
             writer.write([(specs[weight.name], weight) for weight in weights])
@@ -116,7 +142,7 @@ def convert(
             config.write(temporary / "config.ini")
             writer.finish(
                 wanted
-                | {"source_name": source_name or str(source), "revision": revision}
+                | {"source_name": names.source_name or str(source), "revision": names.revision}
                 | {"source_data_type": source_data_type, "weight_data_type": config.weight_data_type}
             )
             _publish(temporary, folder)
@@ -130,7 +156,6 @@ def verify(folder: Path, checksums: bool = False) -> None:
     sizes are checked when they are loaded (weights.table.ShardReader). config.ini may be edited by hand and
     is not compared. Raises ValueError naming the first file that is wrong.
     """
-    folder = Path(folder)
     if not (folder / "config.ini").is_file():
         raise ValueError(f"{folder}: no config.ini, so this is not a weight folder")
     manifest = folder / MANIFEST
@@ -283,12 +308,6 @@ def _is_finished(folder: Path, wanted: dict[str, Any], weight_data_type: str) ->
     return manifest | wanted | {"weight_data_type": data_type} == manifest
 
 
-def _check_space(output_dir: Path, total: int) -> None:
-    free = shutil.disk_usage(output_dir).free
-    if free < total:
-        raise RuntimeError(f"{output_dir}: the conversion needs {total:,} bytes, and {free:,} are free")
-
-
 def _file_identity(path: Path) -> dict[str, Any]:
     stat = path.stat()
     return {"name": path.name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
@@ -329,27 +348,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "Lightning checkpoints; Megatron-LM: a folder of iterations, or one iteration",
     )
     parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", nargs="?", help="where <tp>-gpu is written")
-    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks to split for (default: 1)")
-    parser.add_argument(
-        "--weight-data-type",
-        choices=("auto", *DATA_TYPES),
-        default="auto",
-        help="number format of the files; auto: the checkpoint's own (default: auto)",
-    )
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        help="NeMo, Megatron-LM: a .model file, or a folder with vocab.json and merges.txt, tokenizer.model or "
-        "tokenizer.json (default: the checkpoint's own, or what lies beside it)",
-    )
-    parser.add_argument(
-        "--num-heads", type=int, help="Megatron-LM, where the checkpoint has no arguments: attention heads"
-    )
-    parser.add_argument("--model-name", help="model_name in config.ini (default: the source folder's name)")
     parser.add_argument(
         "--verify", action="store_true", help="SOURCE is a finished folder: check it against its checksums"
     )
-    parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
+    add_flags(parser, ConversionFlags, "conversion")
     flags = parser.parse_args(argv)
     if flags.verify == bool(flags.output_dir):
         parser.error("OUTPUT_DIR is needed, except with --verify")
@@ -374,9 +376,9 @@ def main(argv: list[str] | None = None) -> int:
             flags.output_dir,
             flags.tp,
             flags.weight_data_type,
-            flags.model_name,
-            progress=progress,
-            options=SourceOptions(flags.tokenizer, flags.num_heads),
+            Names(flags.model_name),
+            progress,
+            from_flags(ConversionFlags, flags).source_options,
         )
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

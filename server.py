@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from convert import SourceOptions, convert, verify
+from convert import ConversionFlags, Names, convert, verify
 from engine.config import EngineConfig, ParallelConfig
 from engine.engine import Engine, follow
 from engine.flags import add_flags, flag, from_flags
@@ -44,41 +44,22 @@ _WAY_OUT_S = 60.0  # from the last step to the end of the process: Triton's own 
 
 
 @dataclass(frozen=True)
-class ModelFlags:
-    """Which model, where its converted weights go, and over how many ranks it is split."""
+class ModelFlags(ConversionFlags):
+    """The checkpoint, the folder of converted weights, the number of ranks."""
 
     hf_model_name: str = flag(
         "gpt2",
         "Hugging Face Hub id, repo:file, a local checkpoint, or a converted N-gpu folder",
         aliases=("--model-repo-id",),
     )
-    revision: str = flag("", "the Hub repository's branch, tag or commit")
-    model_name: str = flag("", "the model's name in Triton; by default the checkpoint's")
-    tokenizer: str = flag(
-        "", "for NeMo and Megatron-LM, where the checkpoint lacks it: a folder with the tokenizer, or a .model file"
-    )
-    num_heads: int = flag(0, "attention heads, for Megatron-LM's checkpoints that hold no arguments; 0: as they say")
-    output_dir: str = flag("ft_models", "where converted weights are kept; on several nodes, a shared file system")
-    tp: int = flag(1, "tensor parallel size: ranks that share each layer")
-    pp: int = flag(1, "pipeline parallel size: groups of layers, one after the other")
-    weight_data_type: str = flag(
-        "auto",
-        "number format of the converted files; auto: the checkpoint's own",
-        choices=("auto", "fp32", "fp16", "bf16"),
-    )
+    revision: str = flag("", "the Hub repository's branch, tag or commit; by default its main branch")
+    output_dir: str = flag("ft_models", "folder of the converted weights; on several nodes, on a shared file system")
     lib_path: str = flag(
         os.path.join(os.environ.get("FT_REPO_DIR", ""), "build/lib/libth_transformer.so"),
         "FasterTransformer's library, ${FT_REPO_DIR}/build/lib/libth_transformer.so",
     )
     verify_checksums: bool = flag(False, "compare the weight files with their checksums first (up to about 4 GB/s)")
-    verbose: bool = flag(False, "log more, tracebacks and Triton's own log included")
-
-    @property
-    def source_options(self) -> SourceOptions:
-        """What is said of the checkpoint. Raises ValueError for heads below 0."""
-        if self.num_heads < 0:
-            raise ValueError(f"num_heads is {self.num_heads}; it must be 0 or more")
-        return SourceOptions(Path(self.tokenizer).expanduser() if self.tokenizer else None, self.num_heads or None)
+    pp: int = flag(1, "pipeline parallel size: groups of layers, one after the other")
 
     @property
     def triton_name(self) -> str:
@@ -217,7 +198,7 @@ class _Start:
         source = find_checkpoint(flags.hf_model_name, flags.revision or None)
         options = flags.source_options
         if (source / "config.ini").is_file():
-            if options != SourceOptions():
+            if flags.tokenizer or flags.num_heads:
                 raise ValueError(f"{source} is converted already, and takes neither --tokenizer nor --num-heads")
             verify(source, checksums=flags.verify_checksums)
             return source.resolve()
@@ -228,10 +209,9 @@ class _Start:
             output_dir,
             flags.tp,
             flags.weight_data_type,
-            source_name=flags.hf_model_name,
-            revision=flags.revision or None,
-            progress=ProgressLine(),
-            options=options,
+            Names(source_name=flags.hf_model_name, revision=flags.revision or None),
+            ProgressLine(),
+            options,
         )
         if flags.verify_checksums:
             verify(folder, checksums=True)

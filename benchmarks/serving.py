@@ -21,9 +21,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import report
-from benchmarks.served import NAME, add_flags, serve, url
+from benchmarks.common import BenchmarkFlags, report
+from benchmarks.served import NAME, make_parser, serve, url
 from engine.engine import Engine
+from engine.flags import add_flags
 from engine.request import Request, SamplingParams
 
 
@@ -35,11 +36,8 @@ def main() -> None:
 
 
 def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser)
-    parser.add_argument("--input-len", type=int, default=128)
-    parser.add_argument("--output-len", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser = make_parser(__doc__)
+    add_flags(parser, BenchmarkFlags, "load", ("input_len", "output_len", "repeats"), repeats=15)
     return parser.parse_args()
 
 
