@@ -58,10 +58,10 @@ def measure(flags: argparse.Namespace, engine: Engine) -> tuple[dict[str, list[f
     while max(sizes, default=0) < flags.clients:
         time.sleep(0.1)
     sizes.clear()
-    asker = context.Process(target=ask_for_little, args=(url(flags, "http"), url(flags, "grpc"), flags, queue))
-    asker.start()
+    client = context.Process(target=ask_for_little, args=(url(flags, "http"), url(flags, "grpc"), flags, queue))
+    client.start()
     seconds = queue.get()
-    asker.join()
+    client.join()
     counted = Counter(sizes)
     crowd.kill()
     return seconds, counted
