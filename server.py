@@ -31,10 +31,9 @@ from engine.flags import add_flags, flag, from_flags
 from engine.startup import make_engine
 from engine.watchdog import Watchdog
 from engine.world import World
-from executor.startup import Backend, connect, load, pick_backend
+from executor.startup import Backend, WeightFolder, connect, load, pick_backend
 from helpers import ProgressLine, find_checkpoint, model_key, one_line, setup_logging
 from serving.triton.frontend import TritonFlags, TritonFrontend, TritonModel
-from weights.model_config import ModelConfig
 
 _LOG = logging.getLogger("server")
 _PROGRESS_INTERVAL_S = 2.0
@@ -154,7 +153,6 @@ class _Start:
         self.engine_config = engine_config
         self.triton_flags = triton_flags
         self.world = world
-        self.lib_path = Path(model_flags.lib_path)
         self.parallel: ParallelConfig
         self.backend: Backend
 
@@ -184,8 +182,8 @@ class _Start:
             raise ValueError(
                 f"rank {self.world.rank} on {host} does not see {folder}: output_dir must be on a shared file system"
             )
-        self.folder = folder
-        self.model_config = ModelConfig.read(folder / "config.ini")
+        self.weights = WeightFolder.read(folder)
+        self.model_config = self.weights.config
         if self.model_config.tensor_para_size != self.flags.tp:
             raise ValueError(
                 f"{folder} was converted for tp {self.model_config.tensor_para_size}, and --tp is {self.flags.tp}"
@@ -220,9 +218,10 @@ class _Start:
 
     def pick_backend(self) -> None:
         """Which engine, device and number format; rank 0 also reads the tokenizer."""
-        self.backend = pick_backend(self.engine_config, self.model_config, self.lib_path, self.world.local_rank)
+        lib_path = Path(self.flags.lib_path)
+        self.backend = pick_backend(self.engine_config, self.model_config, lib_path, self.world.local_rank)
         if self.world.rank == 0:
-            self.tokenizer = _load_tokenizer(self.folder)
+            self.tokenizer = _load_tokenizer(self.weights.path)
 
     def connect(self) -> None:
         """Join the ranks' groups."""
@@ -231,14 +230,12 @@ class _Start:
     def load(self) -> None:
         """This rank's shards."""
         self.executor = load(
-            self.folder,
-            self.model_config,
+            self.weights,
             self.engine_config,
             self.parallel,
             self.world,
             self.comm,
             self.backend,
-            self.lib_path,
             _LoadProgress(),
         )
 
