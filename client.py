@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib.util
+import io
 import os
 import re
 import signal
@@ -38,7 +39,8 @@ if TYPE_CHECKING:  # modules with numpy are imported late: --help starts fast
 def main() -> int:
     """Parse flags, ask, print; returns the exit code."""
     flags = parse_flags()
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         from cli.output import ResultWriter
 

@@ -385,8 +385,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         if flags.verbose:
             raise
-        named = isinstance(error, OSError) and error.filename
-        print(f"convert.py: {f'{error.filename}: {error.strerror}' if named else one_line(error)}", file=sys.stderr)
+        named = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else None
+        print(f"convert.py: {named or one_line(error)}", file=sys.stderr)
         return 1
     seconds = time.monotonic() - start
     rate = f"{progress.done:,} bytes in {seconds:.1f} s, {progress.done / 1e6 / seconds:.0f} MB/s"

@@ -47,6 +47,12 @@ class Trace:
         return sum(tokens for _, tokens in self.responses)
 
     @property
+    def latency(self) -> float:
+        """Seconds from the start to the end of a finished request."""
+        assert self.finished is not None, self
+        return self.finished - self.started
+
+    @property
     def ttft(self) -> float:
         """Seconds to the response with the first token."""
         return next(when for when, tokens in self.responses if tokens) - self.started
@@ -65,9 +71,10 @@ def make_requests(flags: argparse.Namespace, given: dict[str, np.ndarray]) -> It
     given: tensors of the command line, part of each request.
     """
     rng = np.random.default_rng([flags.seed, 0])
+    (prompt_least, prompt_most), (output_least, output_most) = flags.bench_prompt_len, flags.bench_output_len
     while True:
-        prompt_len = rng.integers(*flags.bench_prompt_len, endpoint=True)
-        output_len = rng.integers(*flags.bench_output_len, endpoint=True)
+        prompt_len = rng.integers(prompt_least, prompt_most, endpoint=True)
+        output_len = rng.integers(output_least, output_most, endpoint=True)
         yield {
             "ignore_eos": np.array([True]),
             **given,
@@ -192,7 +199,7 @@ def figures(traces: list[Trace], seconds: float) -> dict[str, Any]:
         "ttft_ms": [trace.ttft for trace in done],
         "tpot_ms": [trace.tpot for trace in done if trace.tpot is not None],
         "gap_ms": [b - a for trace in done for (a, _), (b, _) in itertools.pairwise(trace.responses)],
-        "latency_ms": [trace.finished - trace.started for trace in done],
+        "latency_ms": [trace.latency for trace in done],
     }
     num_tokens = sum(tokens for trace in traces for when, tokens in trace.responses if when <= seconds)
     return {
@@ -200,7 +207,7 @@ def figures(traces: list[Trace], seconds: float) -> dict[str, Any]:
         "num_finished": len(done),
         "num_failed": sum(trace.error is not None for trace in traces),
         "seconds": seconds,
-        "requests_per_s": sum(trace.finished <= seconds for trace in done) / seconds,
+        "requests_per_s": sum(trace.finished is not None and trace.finished <= seconds for trace in done) / seconds,
         "output_tokens_per_s": num_tokens / seconds,
         **{kind: summary(values) for kind, values in per_kind.items()},
     }
@@ -210,8 +217,9 @@ def summary(values: list[float]) -> dict[str, float]:
     """Mean, percentiles and maximum, in thousandths; empty without values."""
     if not values:
         return {}
-    points = {f"p{p}": np.percentile(values, p) for p in _PERCENTILES}
-    return {name: float(1e3 * v) for name, v in {"mean": np.mean(values), **points, "max": max(values)}.items()}
+    points = {f"p{p}": float(np.percentile(values, p)) for p in _PERCENTILES}
+    found = {"mean": float(np.mean(values)), **points, "max": max(values)}
+    return {name: 1e3 * value for name, value in found.items()}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -257,7 +265,7 @@ def plot(traces: list[Trace], found: dict[str, Any], path: str, title: str) -> N
     values = {
         "ttft_ms": [trace.ttft for trace in done],
         "tpot_ms": [tpot for _, tpot in tpots],
-        "latency_ms": [trace.finished - trace.started for trace in done],
+        "latency_ms": [trace.latency for trace in done],
     }
     for panel, (kind, seconds) in zip(axes[0], values.items(), strict=True):
         panel.hist(1e3 * np.array(seconds), bins=40, color="#8fb3d9")

@@ -88,7 +88,8 @@ def make_record(prompt: Prompt, responses: list[dict[str, np.ndarray]]) -> dict[
             continue
         array = np.concatenate(parts, axis=1) if name in grows else parts[-1]
         if array.dtype.kind == "f":
-            array = np.where(np.isfinite(array), array, None)  # JSON has no infinity
+            is_finite, array = np.isfinite(array), array.astype(object)
+            array[~is_finite] = None  # JSON has no infinity
         record[name] = [as_text(value) for value in array.tolist()]
     if "output_ids" in record:
         lengths = record.get("sequence_length", [None] * len(record["output_ids"]))

@@ -164,7 +164,7 @@ def _arrays(response: dict[str, Any], num_alternatives: int) -> dict[str, np.nda
     """The arrays of a server-sent event, in their shapes: Triton sends flat lists, and scalars for single elements."""
     arrays = {name: np.atleast_1d(value) for name, value in response.items() if not name.startswith("model_")}
     num_sequences = len(arrays["sentences"])
-    shapes = {"output_ids": (num_sequences, -1), "output_log_probs": (num_sequences, -1)}
+    shapes: dict[str, tuple[int, ...]] = {"output_ids": (num_sequences, -1), "output_log_probs": (num_sequences, -1)}
     shapes |= dict.fromkeys(("top_token_ids", "top_log_probs"), (num_sequences, -1, num_alternatives))
     return {name: array.reshape(shapes.get(name, (-1,))) for name, array in arrays.items() if array.size}
 
@@ -177,9 +177,9 @@ def _failures(connection: HttpConnection | GrpcConnection) -> Iterator[None]:
     except InferenceServerException as error:
         text, status = error.message(), str(error.status())
     except connection.broken as error:
-        is_grpc = hasattr(error, "details")
-        text = error.details() if is_grpc else f"{type(error).__name__}: {error}"
-        status = str(error.code()) if is_grpc else "UNAVAILABLE"
+        call: Any = error if hasattr(error, "details") else None  # gRPC's error is the call, too
+        text = call.details() if call else f"{type(error).__name__}: {error}"
+        status = str(call.code()) if call else "UNAVAILABLE"
     except ValueError as error:  # the server is not Triton
         text, status = f"the answer cannot be read ({type(error).__name__}: {error})", ""
     else:
