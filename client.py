@@ -68,7 +68,7 @@ def _is_installed(module: str) -> bool:
 
 
 def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; argparse ends the process with code 2 where it is wrong."""
+    """The command line; argparse ends the process with code 2 for a wrong one."""
     parser = argparse.ArgumentParser(
         description="Ask a GPT server for text, or measure its latency and throughput.",
         epilog="exit codes: 0 all answered; 1 a prompt was refused or failed; 2 wrong flags or prompts file; 3 no "
@@ -89,13 +89,13 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("the server")
     group.add_argument("--url", type=_url, default="http://localhost:8000", help="http://host:port, grpc://… or host")
     group.add_argument("--model-name", default="gpt2", help="the model's name in Triton")
-    group.add_argument("--init-timeout-s", type=number(float, 0), default=600.0, help="wait so long for the server")
-    group.add_argument("--inference-timeout-s", type=number(float, 0), default=600.0, help="wait so long for a text")
+    group.add_argument("--init-timeout-s", type=number(float, 0), default=600.0, help="seconds to wait for the server")
+    group.add_argument("--inference-timeout-s", type=number(float, 0), default=600.0, help="seconds to wait for a text")
     group.add_argument(
         "--retries",
         type=number(int, 0),
         default=5,
-        help="tries more where the server is busy or the connection breaks",
+        help="further tries if the server is busy or the connection breaks",
     )
     group = parser.add_argument_group("answers")
     group.add_argument("--stream", action="store_true", help="print text as it is generated, in the prompts' order")
@@ -176,8 +176,8 @@ async def run(flags: argparse.Namespace, prompts: list[Prompt], writer: ResultWr
     work = asyncio.ensure_future(_work(flags, prompts, transport, writer))
     await asyncio.wait({work, signalled}, return_when=asyncio.FIRST_COMPLETED)
     is_done = work.done()
-    await transport.stop_all()  # nothing runs where the work is done
-    await asyncio.wait({work}, timeout=0.1)  # it keeps what it has
+    await transport.stop_all()  # no request runs if the work is done
+    await asyncio.wait({work}, timeout=0.1)  # time to write the finished answers
     work.cancel()
     await asyncio.gather(work, return_exceptions=True)
     await connection.close()

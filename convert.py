@@ -99,7 +99,7 @@ def convert(
     progress: Progress = lambda done, total: None,
     options: SourceOptions | None = None,
 ) -> Path:
-    """Write output_dir/<tp>-gpu and return it; returns at once where it is there, made from the same files.
+    """Write output_dir/<tp>-gpu and return it; returns at once if it was made from the same files before.
 
     weight_data_type: fp32, fp16, bf16, or auto for the source's own. names: texts that the folder records.
     options: facts that the source lacks. progress: called with (bytes written, bytes in all).
@@ -150,7 +150,7 @@ def convert(
 
 
 def verify(folder: Path, checksums: bool = False) -> None:
-    """Check a finished folder against its manifest: every file's size, and its checksum where asked.
+    """Check a finished folder against its manifest: every file's size, and its checksum on demand.
 
     A folder without a manifest comes from FasterTransformer's own converter (ours publishes none): its files'
     sizes are checked when they are loaded (weights.table.ShardReader). config.ini may be edited by hand and
@@ -211,7 +211,7 @@ class _Writer:
                 self._files[name] = {"size": size, "crc32": f"{crc:08x}"}
 
     def _pieces(self, spec: WeightSpec, weight: Weight) -> Iterator[tuple[str, torch.Tensor, str]]:
-        """One weight's files, a chunk of rows at a time: the file's name, the rows, where they are from."""
+        """One weight's files in chunks of rows: (file name, rows, origin for messages)."""
         tensor = weight.load()
         assert tuple(tensor.shape) == spec.shape, (spec, tuple(tensor.shape))
         shards = (tensor,) if spec.split_axis is None else tensor.chunk(self._tp, dim=spec.split_axis)
@@ -226,7 +226,7 @@ class _Writer:
         return name, cast(rows, TORCH_DTYPES[self._data_type], origin).flatten().view(torch.uint8).numpy()
 
     def finish(self, facts: dict[str, Any]) -> None:
-        """Write the manifest, with whatever else lies in the folder, and force everything to the disk."""
+        """Write the manifest, which lists the other files of the folder, too, and force all files to the disk."""
         for path in sorted(self._folder.iterdir()):
             if path.name not in self._files and path.name != "config.ini":
                 self._files[path.name] = {"size": path.stat().st_size, "crc32": _file_crc32(path)}
@@ -271,7 +271,7 @@ def _temporary_folder(folder: Path, total: int) -> Iterator[Path]:
 
 
 def _publish(temporary: Path, folder: Path) -> None:
-    """Rename a complete temporary folder to its final name, in place of what is there."""
+    """Rename a complete temporary folder to its final name; an older folder there is replaced or kept aside."""
     old = None
     if folder.exists():
         if (folder / MANIFEST).exists() or not any(folder.iterdir()):
@@ -287,7 +287,7 @@ def _publish(temporary: Path, folder: Path) -> None:
 
 
 def _remove_leftovers(output_dir: Path) -> None:
-    """Delete what converters that were killed left behind; the caller holds the lock."""
+    """Delete the temporary folders of killed converters; the caller holds the lock."""
     for kind in ("tmp", "old"):
         for path in sorted(output_dir.glob(f".*-gpu.{kind}-*")):
             _log.info("%s: left behind by a converter that was killed; deleted", path)
@@ -322,9 +322,9 @@ def _file_crc32(path: Path) -> str:
 
 
 def _start_writing(fd: int) -> None:
-    """Set the disk to work on a file now; finish would else wait for one file after another."""
-    # posix_fadvise(DONTNEED) does so too, but drops the pages, which the server loads next. Where a file system lacks
-    # this call, finish's fsync does all, so its result is ignored.
+    """Start writing a file to the disk; else `_Writer.finish` would wait for one file after another."""
+    # posix_fadvise(DONTNEED) does this, too, but drops the pages, and the server loads them next. Errors are ignored:
+    # without this call, finish's fsync does all the work.
     _libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)  # 0, 0: the whole file
 
 
@@ -338,7 +338,7 @@ def _sync(path: Path) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; exits with 2 and a usage line where it is wrong."""
+    """The command line; exits with 2 and a usage line for a wrong one."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "source",
@@ -362,7 +362,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command: returns the exit code; 1 with one sentence on stderr for what cannot be done."""
+    """Run the command; returns the exit code: 1, with one sentence on stderr, for an error."""
     flags = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     start, progress = time.monotonic(), ProgressLine()

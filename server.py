@@ -3,8 +3,8 @@
 
     mpirun -n 4 ./server.py --hf-model-name gpt2 --tp 2 --pp 2
 
-Rank 0 downloads and converts the checkpoint; every rank loads its shards; rank 0 runs Triton and the engine's
-loop, the others follow it. SIGTERM, SIGINT or SIGUSR1: what is in flight is finished, then all ranks exit with 0.
+Rank 0 downloads and converts the checkpoint. Every rank loads its shards. Rank 0 runs Triton and the engine's loop; the
+other ranks follow it. SIGTERM, SIGINT or SIGUSR1: requests in flight are finished, then all ranks exit with 0.
 """
 
 from __future__ import annotations
@@ -80,14 +80,14 @@ def main() -> int:
     setup_logging(model_flags.verbose, world.rank, world.size)
     try:
         return _serve(model_flags, engine_config, triton_flags, world, started)
-    except Exception as error:  # after start-up: a defect, or a rank that is gone
+    except Exception as error:  # after start-up: a defect, or a lost rank
         _LOG.error("%s: %s; ending the job", type(error).__name__, one_line(error), exc_info=model_flags.verbose)
         world.abort()
         return 1
 
 
 def parse_flags(argv: list[str] | None = None) -> tuple[ModelFlags, EngineConfig, TritonFlags]:
-    """The command line as three checked configurations; argparse ends the process where one is wrong."""
+    """The command line as three checked configurations; argparse ends the process with code 2 for a wrong one."""
     parser = argparse.ArgumentParser(
         description="Serve a GPT on tp × pp MPI ranks behind Triton Inference Server.",
         epilog="example: mpirun -n 4 ./server.py --hf-model-name gpt2 --tp 2 --pp 2",
@@ -111,7 +111,7 @@ def _serve(
 ) -> int:
     """Start up together, then run rank 0's loop or follow it. Start-up errors end all ranks with code 1."""
     start = _Start(model_flags, engine_config, triton_flags, world)
-    meetings = (start.connect, start.prepare)  # an error in one must end the others, which wait for this rank
+    meetings = (start.connect, start.prepare)  # collective: an error on one rank must end the others, which wait for it
     for stage in (start.check, start.find_weights, start.pick_backend, start.connect, start.load, start.prepare):
         error = _attempt(stage, model_flags.verbose)
         if error is not None and stage in meetings and world.size > 1:
@@ -144,7 +144,7 @@ def _attempt(stage: Any, verbose: bool) -> str | None:
 
 
 class _Start:
-    """Start-up, stage by stage; each stage is one that all ranks finish or fail together."""
+    """Start-up in stages; all ranks finish or fail a stage together."""
 
     def __init__(
         self, model_flags: ModelFlags, engine_config: EngineConfig, triton_flags: TritonFlags, world: World
@@ -157,14 +157,14 @@ class _Start:
         self.backend: Backend
 
     def check(self) -> None:
-        """What every rank can tell by itself, the same on each."""
+        """Check the number of ranks; every rank gets the same result."""
         flags = self.flags
         size = ParallelConfig(flags.tp, flags.pp).world_size
         self.world.check_size(size, f"mpirun -n {size} {shlex.join(sys.argv)}")
         self.parallel = ParallelConfig(flags.tp, flags.pp, self.world.rank)
 
     def find_weights(self) -> None:
-        """Rank 0 downloads and converts; the others sleep until it says where the weights are."""
+        """Rank 0 downloads and converts; the others wait for the folder's path."""
         if self.world.rank == 0:
             folder = None
             try:
@@ -217,18 +217,18 @@ class _Start:
         return folder
 
     def pick_backend(self) -> None:
-        """Which engine, device and number format; rank 0 also reads the tokenizer."""
+        """Pick engine, device and data type; rank 0 also reads the tokenizer."""
         lib_path = Path(self.flags.lib_path)
         self.backend = pick_backend(self.engine_config, self.model_config, lib_path, self.world.local_rank)
         if self.world.rank == 0:
             self.tokenizer = _load_tokenizer(self.weights.path)
 
     def connect(self) -> None:
-        """Join the ranks' groups."""
+        """Join the tp and pp groups; collective."""
         self.comm = connect(self.world, self.parallel, self.backend)
 
     def load(self) -> None:
-        """This rank's shards."""
+        """Load this rank's shards."""
         self.executor = load(
             self.weights,
             self.engine_config,
@@ -240,7 +240,7 @@ class _Start:
         )
 
     def prepare(self) -> None:
-        """What the ranks do together once all have loaded."""
+        """The executor's collective part, after all ranks have loaded."""
         self.executor.prepare()
 
     def close(self) -> None:
@@ -345,7 +345,7 @@ def _on_signals(handle: Callable[[int, FrameType | None], None]) -> None:
 
 
 def _end_start_up(number: int, _frame: FrameType | None) -> None:
-    """Before anything is served there is nothing to finish; the launcher ends the other ranks."""
+    """Exit at once: no request is in flight yet; the launcher ends the other ranks."""
     print(f"server.py: {signal.Signals(number).name} during start-up; ending the job", file=sys.stderr, flush=True)
     os._exit(128 + number)
 

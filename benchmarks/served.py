@@ -66,7 +66,7 @@ def url(flags: argparse.Namespace, kind: str) -> str:
 
 
 def serve(flags: argparse.Namespace, measure: Callable[[Engine], Any]) -> tuple[Any, torch.device] | None:
-    """Run `measure` in a thread beside the serving engine; returns what it returns, and the device (rank 0)."""
+    """Run `measure` in a thread beside the serving engine; returns its result and the device on rank 0, else None."""
     world = World()
     device = claim_device(world, flags.device, flags.threads)
     dtype = computation_dtype("auto", device)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""What Triton's way adds to the engine's own time, one request at a time, on random weights.
+"""Latency that Triton adds to the engine's own, one request at a time, on random weights.
 
     python benchmarks/serving.py --shape 124M
-    mpirun -n 2 python benchmarks/serving.py --tp 2       # and --threads 1 on one rank, for what waiting costs
+    mpirun -n 2 python benchmarks/serving.py --tp 2       # beside --threads 1 on one rank: the cost of waiting
 
 One process runs the engine with PyTriton in front, as server.py does. Requests go alternately straight to the
 engine and through HTTP and gRPC (PyTriton's ModelClient), so that all see the same machine; medians are compared.

@@ -164,7 +164,7 @@ class Screen:
         for file, text in self._held.pop(index, []):
             try:
                 print(text, end="", file=file, flush=True)
-            except BrokenPipeError:  # nobody reads on (`| head`): as with Ctrl-C
+            except BrokenPipeError:  # the reader has gone (`| head`): as Ctrl-C
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 signal.raise_signal(signal.SIGINT)
 

@@ -58,6 +58,6 @@ def add_flags(
 
 
 def from_flags(cls: type[_Config], flags: argparse.Namespace) -> _Config:
-    """Make a dataclass from parsed flags. Raises ValueError where the dataclass refuses a value."""
+    """Make a dataclass from parsed flags. Raises ValueError if the dataclass refuses a value."""
     names = [spec.name for spec in dataclasses.fields(cls) if spec.metadata]
     return cls(**{name: getattr(flags, name) for name in names})

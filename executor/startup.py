@@ -156,7 +156,7 @@ def _share_of_cores(local_size: int) -> int:
 
 
 def _positive(variable: str) -> int:
-    """An environment variable's whole number; 0 where it is absent or no number."""
+    """An environment variable's whole number; 0 for an absent one or another text."""
     value = os.environ.get(variable, "")
     return int(value) if value.isdigit() else 0
 
