@@ -49,9 +49,10 @@ test:  ## lint, then all tests that this machine can run
 	ruff check . && ruff format --check .
 	python -m pytest
 
-lint:  ## ruff, and shellcheck where it is installed
+lint:  ## ruff, mypy, and shellcheck where it is installed
 	@$(ENV)
 	ruff check . && ruff format --check .
+	mypy
 	if command -v shellcheck >/dev/null; then shellcheck install.sh .ci/run; fi
 
 bench: install  ## latency of the torch engine beside Hugging Face generate, GPT-2 124M shape

@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""Ask a GPT server for text, or measure how quickly it answers.
+"""Ask a GPT server for text, or measure its latency and throughput.
 
+    ./client.py                                             # four default prompts to http://localhost:8000
     ./client.py --url http://host:8000 --prompts "Thank you for" "Q: Are you going for lunch?"
     ./client.py --prompts "Once upon a time" --stream --output-len 200 --top-k 40 --random-seed 7
     ./client.py --prompts-file prompts.jsonl --output answers.jsonl --concurrency 32
-    ./client.py --url grpc://host --bench --rate 4 --duration 60 --plot load.png
+    ./client.py --url grpc://host --bench --rate 4 --duration 60 --plot bench.png
 
 Exit codes: 0 - all answered; 1 - the server refused a prompt or failed; 2 - wrong flags or prompts file; 3 - no
 server within --init-timeout-s; 130 - Ctrl-C (143 - SIGTERM): running requests are cancelled on the server, finished
 answers are kept in --output.
 
-This file owns flags, signals and exit codes. What is asked stands in cli/parameters.py, how requests travel in
-cli/transport.py, what becomes of answers in cli/output.py, the load test in cli/bench.py. All requests are
-asynchronous tasks of one thread.
+This file owns flags, signals and exit codes; cli/ has the rest: parameters.py, transport.py, output.py, bench.py. All
+requests are asynchronous tasks of one thread.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib.util
+import io
 import os
 import re
 import signal
@@ -27,29 +28,30 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli.parameters import PARAMETERS, Prompt, number, parameters_of, read_prompts
+from cli.parameters import DEFAULT_PROMPTS, PARAMETERS, Prompt, number, parameters_of, read_prompts
 from cli.terminal import complain, sign_of_life
 
-if TYPE_CHECKING:  # what needs numpy is imported late: --help comes at once
+if TYPE_CHECKING:  # modules with numpy are imported late: --help starts fast
     from cli.output import ResultWriter
-    from cli.transport import Asker
+    from cli.transport import Transport
 
 
 def main() -> int:
     """Parse flags, ask, print; returns the exit code."""
     flags = parse_flags()
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         from cli.output import ResultWriter
 
         try:
             _check_plot(flags)
             prompts = read_prompts(flags)
-            journal = ResultWriter(flags) if flags.output else None
+            writer = ResultWriter(flags) if flags.output else None
         except ValueError as error:
             complain(str(error))
             return 2
-        return asyncio.run(run(flags, prompts, journal))
+        return asyncio.run(run(flags, prompts, writer))
     except KeyboardInterrupt:  # before `run` listens to signals
         return 130
 
@@ -66,33 +68,34 @@ def _is_installed(module: str) -> bool:
 
 
 def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; argparse ends the process with code 2 where it is wrong."""
+    """The command line; argparse ends the process with code 2 for a wrong one."""
     parser = argparse.ArgumentParser(
-        description="Ask a GPT server for text, or measure how quickly it answers.",
+        description="Ask a GPT server for text, or measure its latency and throughput.",
         epilog="exit codes: 0 all answered; 1 a prompt was refused or failed; 2 wrong flags or prompts file; 3 no "
         "server; 130 Ctrl-C (143 SIGTERM): running requests are cancelled on the server, finished answers are kept in "
         "--output; a second Ctrl-C ends at once",
         formatter_class=_Formatter,
     )
-    what = parser.add_argument_group("what to ask (one of these)").add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompts", nargs="+", metavar="PROMPT", help="texts to continue")
-    what.add_argument(
+    group = parser.add_argument_group("prompts (one of these; default: four short prompts)")
+    work = group.add_mutually_exclusive_group()
+    work.add_argument("--prompts", nargs="+", metavar="PROMPT", help="texts to continue")
+    work.add_argument(
         "--prompts-file",
         metavar="FILE",
         help="a text per line; FILE.jsonl: an object per line with prompt (or input_ids) and any parameter below, by "
         "its flag's name with underscores or its tensor's name, which goes before the flag; -: texts from stdin",
     )
-    what.add_argument("--bench", action="store_true", help="measure latency and throughput under load")
+    work.add_argument("--bench", action="store_true", help="measure latency and throughput under load")
     group = parser.add_argument_group("the server")
     group.add_argument("--url", type=_url, default="http://localhost:8000", help="http://host:port, grpc://… or host")
     group.add_argument("--model-name", default="gpt2", help="the model's name in Triton")
-    group.add_argument("--init-timeout-s", type=number(float, 0), default=600.0, help="wait so long for the server")
-    group.add_argument("--inference-timeout-s", type=number(float, 0), default=600.0, help="wait so long for a text")
+    group.add_argument("--init-timeout-s", type=number(float, 0), default=600.0, help="seconds to wait for the server")
+    group.add_argument("--inference-timeout-s", type=number(float, 0), default=600.0, help="seconds to wait for a text")
     group.add_argument(
         "--retries",
         type=number(int, 0),
         default=5,
-        help="tries more where the server is busy or the connection breaks",
+        help="further tries if the server is busy or the connection breaks",
     )
     group = parser.add_argument_group("answers")
     group.add_argument("--stream", action="store_true", help="print text as it is generated, in the prompts' order")
@@ -106,12 +109,15 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
         parameter.add_flag(group)
     parser.set_defaults(output_len=32)
     _add_bench_flags(parser)
-    return parser.parse_args(argv)
+    flags = parser.parse_args(argv)
+    if not (flags.prompts or flags.prompts_file or flags.bench):
+        flags.prompts = list(DEFAULT_PROMPTS)
+    return flags
 
 
 def _add_bench_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "load test (--bench)", "random tokens as prompts, --ignore-eos, --concurrency requests at once or --rate"
+        "benchmark (--bench)", "random tokens as prompts, --ignore-eos, --concurrency requests at once or --rate"
     )
     group.add_argument("--bench-prompt-len", type=_span, default="128", metavar="A[:B]", help="tokens, drawn evenly")
     group.add_argument("--bench-output-len", type=_span, default="64", metavar="A[:B]", help="tokens, drawn evenly")
@@ -143,7 +149,7 @@ def _span(text: str) -> tuple[int, int]:
 
 
 def _url(text: str) -> str:
-    """With its scheme and port."""
+    """The URL with its scheme and port."""
     match = re.fullmatch(r"(?:(http|grpc)://)?(\[[^]]+\]|[^/:]+)(?::(\d+))?/?", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text} is no http://host:port, grpc://host:port or host")
@@ -151,9 +157,9 @@ def _url(text: str) -> str:
     return f"{scheme}://{match[2]}:{match[3] or {'http': 8000, 'grpc': 8001}[scheme]}"
 
 
-async def run(flags: argparse.Namespace, prompts: list[Prompt], journal: ResultWriter | None) -> int:
-    """Do what the flags say, to the end or to a signal; the exit code."""
-    from cli import transport as wire
+async def run(flags: argparse.Namespace, prompts: list[Prompt], writer: ResultWriter | None) -> int:
+    """Answer the prompts or run the benchmark, to the end or to a signal; returns the exit code."""
+    from cli.transport import GrpcConnection, HttpConnection, Transport
 
     loop = asyncio.get_running_loop()
     signalled: asyncio.Future[int] = loop.create_future()
@@ -165,34 +171,35 @@ async def run(flags: argparse.Namespace, prompts: list[Prompt], journal: ResultW
 
     for which in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(which, on_signal, which)
-    connection = (wire.GrpcConnection if flags.url.startswith("grpc:") else wire.HttpConnection)(flags.url)
-    asker = wire.Asker(connection, flags)
-    work = asyncio.ensure_future(_work(flags, prompts, asker, journal))
+    connection = (GrpcConnection if flags.url.startswith("grpc:") else HttpConnection)(flags.url)
+    transport = Transport(connection, flags)
+    work = asyncio.ensure_future(_work(flags, prompts, transport, writer))
     await asyncio.wait({work, signalled}, return_when=asyncio.FIRST_COMPLETED)
     is_done = work.done()
-    await asker.stop_all()  # nothing runs where the work is done
-    await asyncio.wait({work}, timeout=0.1)  # it keeps what it has
+    await transport.stop_all()  # no request runs if the work is done
+    await asyncio.wait({work}, timeout=0.1)  # time to write the finished answers
     work.cancel()
     await asyncio.gather(work, return_exceptions=True)
     await connection.close()
     return work.result() if is_done else 128 + signalled.result()
 
 
-async def _work(flags: argparse.Namespace, prompts: list[Prompt], asker: Asker, journal: ResultWriter | None) -> int:
-    from cli import bench as load
-    from cli import output as answers
-    from cli import transport as wire
+async def _work(
+    flags: argparse.Namespace, prompts: list[Prompt], transport: Transport, writer: ResultWriter | None
+) -> int:
+    from cli import bench, output
+    from cli.transport import Failure, make_inputs
 
-    with sign_of_life(f"waiting for {asker.model} at {flags.url}"):
-        is_ready = await asker.is_ready()
+    with sign_of_life(f"waiting for {transport.model} at {flags.url}"):
+        is_ready = await transport.is_ready()
     if not is_ready:
         complain(f"no model {flags.model_name} at {flags.url} within {flags.init_timeout_s:g} s")
         return 3
     try:
         if flags.bench:
-            return await load.run(flags, asker, wire.make_inputs(Prompt({}, parameters_of(flags))))
-        return await answers.answer(flags, prompts, asker, journal)
-    except (wire.Failure, OSError) as error:  # of the load test's warm-up; of a file that is written
+            return await bench.run(flags, transport, make_inputs(Prompt({}, parameters_of(flags))))
+        return await output.answer(flags, prompts, transport, writer)
+    except (Failure, OSError) as error:  # of the benchmark's warm-up; of a file that cannot be written
         complain(str(error))
         return 1
 

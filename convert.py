@@ -5,9 +5,8 @@
     ./convert.py megatron_345m OUTPUT_DIR --num-heads 16 --tokenizer gpt2_folder
     ./convert.py --verify OUTPUT_DIR/4-gpu
 
-Owns the writing: split, cast, checksums, manifest, lock, and the one rename that makes a folder appear finished.
-What a source looks like is the readers' business; what the files are called and how they are split,
-weights.table'.
+This file owns the writing: split, cast, checksums, manifest, lock, and the rename that publishes a finished folder.
+The readers know the source's layout; weights/table.py knows the files' names and split axes.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.flags import add_flags, flag, from_flags
 from helpers import ProgressLine, one_line
 from readers import SourceOptions, Weight, open_reader
 from readers.casting import cast, computed_ahead
@@ -49,7 +50,6 @@ except ImportError:
 
 CONVERTER_VERSION = 2  # part of a folder's identity: raise it when the same source gives other bytes
 MANIFEST = "manifest.json"
-NO_OPTIONS = SourceOptions()
 
 Progress = Callable[[int, int], None]  # (bytes written, bytes in all)
 
@@ -62,37 +62,62 @@ _libc = ctypes.CDLL(None)
 _log = logging.getLogger("convert")
 
 
+@dataclass(frozen=True)
+class ConversionFlags(SourceOptions):
+    """Flags of a conversion, for convert.py and server.py: the source's options and the target."""
+
+    tp: int = flag(1, "tensor parallel size: ranks that share each layer")
+    weight_data_type: str = flag(
+        "auto", "number format of the weight files; auto: the checkpoint's own", choices=("auto", *DATA_TYPES)
+    )
+    model_name: str = flag(
+        "", "the model's name, in config.ini (convert.py) or in Triton (server.py); by default the checkpoint's"
+    )
+    verbose: bool = flag(False, "show tracebacks; server.py logs more, too, with Triton's own log")
+
+    @property
+    def source_options(self) -> SourceOptions:
+        """The source's options alone; no heads where the flag is 0."""
+        return SourceOptions(self.tokenizer and self.tokenizer.expanduser(), self.num_heads or None)
+
+
+@dataclass(frozen=True)
+class Names:
+    """Texts that a folder records; no weight depends on them."""
+
+    model_name: str = ""  # of config.ini; empty: source_name, or else the source's own name
+    source_name: str = ""  # of the manifest: the checkpoint as the user named it; empty: its path
+    revision: str | None = None  # of the manifest
+
+
 def convert(
     source: Path,
     output_dir: Path,
     tp: int,
     weight_data_type: str,
-    model_name: str | None = None,
-    source_name: str = "",
-    revision: str | None = None,
+    names: Names | None = None,
     progress: Progress = lambda done, total: None,
-    options: SourceOptions = NO_OPTIONS,
+    options: SourceOptions | None = None,
 ) -> Path:
-    """Write output_dir/<tp>-gpu and return it; returns at once where it is there, made from the same files.
+    """Write output_dir/<tp>-gpu and return it; returns at once if it was made from the same files before.
 
-    `weight_data_type` is fp32, fp16, bf16, or auto for the source's own. `source_name` and `revision` (what the
-    user asked for and what it resolved to) go into the manifest only; `options` tell what the source does not.
+    weight_data_type: fp32, fp16, bf16, or auto for the source's own. names: texts that the folder records.
+    options: facts that the source lacks. progress: called with (bytes written, bytes in all).
     Two converters on one output_dir take turns. Raises ValueError for a source that cannot be converted,
-    RuntimeError for lack of disk space, OSError for what else the file system refuses; none of them leaves
-    anything behind.
+    RuntimeError for lack of disk space, OSError for other errors of the file system; no error leaves files behind.
     """
-    source, output_dir = Path(source), Path(output_dir)
+    names, options = names or Names(), options or SourceOptions()
     if weight_data_type not in ("auto", *DATA_TYPES):
         raise ValueError(f"weight_data_type is {weight_data_type!r}; known: auto, {', '.join(DATA_TYPES)}")
     reader = open_reader(source, options, scratch=output_dir)
-    model_name = model_name or source_name or source.resolve().name
+    model_name = names.model_name or names.source_name or source.resolve().name
     folder = output_dir / f"{tp}-gpu"
     wanted = {
         "converter_version": CONVERTER_VERSION,
         "source_files": [_file_identity(path) for path in reader.files],
         "tensor_para_size": tp,
     }
-    if options != NO_OPTIONS:
+    if options != SourceOptions():
         wanted["source_options"] = options.describe()
     if _is_finished(folder, wanted, weight_data_type):
         return folder
@@ -108,7 +133,8 @@ def convert(
         weights = reader.weights(config)
         specs = {spec.name: spec for spec in weight_specs(config)}
         total = sum(prod(specs[weight.name].shape) for weight in weights) * DATA_TYPES[config.weight_data_type]
-        _check_space(output_dir, total)
+        if (free := shutil.disk_usage(output_dir).free) < total:
+            raise RuntimeError(f"{output_dir}: the conversion needs {total:,} bytes, and {free:,} are free")
         with _temporary_folder(folder, total) as temporary:
             writer = _Writer(temporary, config, total, progress)
             writer.write([(specs[weight.name], weight) for weight in weights])
@@ -116,7 +142,7 @@ def convert(
             config.write(temporary / "config.ini")
             writer.finish(
                 wanted
-                | {"source_name": source_name or str(source), "revision": revision}
+                | {"source_name": names.source_name or str(source), "revision": names.revision}
                 | {"source_data_type": source_data_type, "weight_data_type": config.weight_data_type}
             )
             _publish(temporary, folder)
@@ -124,13 +150,12 @@ def convert(
 
 
 def verify(folder: Path, checksums: bool = False) -> None:
-    """Check a finished folder against its manifest: every file's size, and its checksum where asked.
+    """Check a finished folder against its manifest: every file's size, and its checksum on demand.
 
     A folder without a manifest comes from FasterTransformer's own converter (ours publishes none): its files'
     sizes are checked when they are loaded (weights.table.ShardReader). config.ini may be edited by hand and
     is not compared. Raises ValueError naming the first file that is wrong.
     """
-    folder = Path(folder)
     if not (folder / "config.ini").is_file():
         raise ValueError(f"{folder}: no config.ini, so this is not a weight folder")
     manifest = folder / MANIFEST
@@ -186,7 +211,7 @@ class _Writer:
                 self._files[name] = {"size": size, "crc32": f"{crc:08x}"}
 
     def _pieces(self, spec: WeightSpec, weight: Weight) -> Iterator[tuple[str, torch.Tensor, str]]:
-        """One weight's files, a chunk of rows at a time: the file's name, the rows, where they are from."""
+        """One weight's files in chunks of rows: (file name, rows, origin for messages)."""
         tensor = weight.load()
         assert tuple(tensor.shape) == spec.shape, (spec, tuple(tensor.shape))
         shards = (tensor,) if spec.split_axis is None else tensor.chunk(self._tp, dim=spec.split_axis)
@@ -201,7 +226,7 @@ class _Writer:
         return name, cast(rows, TORCH_DTYPES[self._data_type], origin).flatten().view(torch.uint8).numpy()
 
     def finish(self, facts: dict[str, Any]) -> None:
-        """Write the manifest, with whatever else lies in the folder, and force everything to the disk."""
+        """Write the manifest, which lists the other files of the folder, too, and force all files to the disk."""
         for path in sorted(self._folder.iterdir()):
             if path.name not in self._files and path.name != "config.ini":
                 self._files[path.name] = {"size": path.stat().st_size, "crc32": _file_crc32(path)}
@@ -246,7 +271,7 @@ def _temporary_folder(folder: Path, total: int) -> Iterator[Path]:
 
 
 def _publish(temporary: Path, folder: Path) -> None:
-    """Rename a complete temporary folder to its final name, in place of what is there."""
+    """Rename a complete temporary folder to its final name; an older folder there is replaced or kept aside."""
     old = None
     if folder.exists():
         if (folder / MANIFEST).exists() or not any(folder.iterdir()):
@@ -262,7 +287,7 @@ def _publish(temporary: Path, folder: Path) -> None:
 
 
 def _remove_leftovers(output_dir: Path) -> None:
-    """Delete what converters that were killed left behind; the caller holds the lock."""
+    """Delete the temporary folders of killed converters; the caller holds the lock."""
     for kind in ("tmp", "old"):
         for path in sorted(output_dir.glob(f".*-gpu.{kind}-*")):
             _log.info("%s: left behind by a converter that was killed; deleted", path)
@@ -283,12 +308,6 @@ def _is_finished(folder: Path, wanted: dict[str, Any], weight_data_type: str) ->
     return manifest | wanted | {"weight_data_type": data_type} == manifest
 
 
-def _check_space(output_dir: Path, total: int) -> None:
-    free = shutil.disk_usage(output_dir).free
-    if free < total:
-        raise RuntimeError(f"{output_dir}: the conversion needs {total:,} bytes, and {free:,} are free")
-
-
 def _file_identity(path: Path) -> dict[str, Any]:
     stat = path.stat()
     return {"name": path.name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
@@ -303,9 +322,9 @@ def _file_crc32(path: Path) -> str:
 
 
 def _start_writing(fd: int) -> None:
-    """Set the disk to work on a file now; finish would else wait for one file after another."""
-    # posix_fadvise(DONTNEED) does so too, but drops the pages, which the server loads next. Where a file system lacks
-    # this call, finish's fsync does all, so its result is ignored.
+    """Start writing a file to the disk; else `_Writer.finish` would wait for one file after another."""
+    # posix_fadvise(DONTNEED) does this, too, but drops the pages, and the server loads them next. Errors are ignored:
+    # without this call, finish's fsync does all the work.
     _libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)  # 0, 0: the whole file
 
 
@@ -319,7 +338,7 @@ def _sync(path: Path) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; exits with 2 and a usage line where it is wrong."""
+    """The command line; exits with 2 and a usage line for a wrong one."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "source",
@@ -329,27 +348,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "Lightning checkpoints; Megatron-LM: a folder of iterations, or one iteration",
     )
     parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", nargs="?", help="where <tp>-gpu is written")
-    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks to split for (default: 1)")
-    parser.add_argument(
-        "--weight-data-type",
-        choices=("auto", *DATA_TYPES),
-        default="auto",
-        help="number format of the files; auto: the checkpoint's own (default: auto)",
-    )
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        help="NeMo, Megatron-LM: a .model file, or a folder with vocab.json and merges.txt, tokenizer.model or "
-        "tokenizer.json (default: the checkpoint's own, or what lies beside it)",
-    )
-    parser.add_argument(
-        "--num-heads", type=int, help="Megatron-LM, where the checkpoint has no arguments: attention heads"
-    )
-    parser.add_argument("--model-name", help="model_name in config.ini (default: the source folder's name)")
     parser.add_argument(
         "--verify", action="store_true", help="SOURCE is a finished folder: check it against its checksums"
     )
-    parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
+    add_flags(parser, ConversionFlags, "conversion")
     flags = parser.parse_args(argv)
     if flags.verify == bool(flags.output_dir):
         parser.error("OUTPUT_DIR is needed, except with --verify")
@@ -360,7 +362,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command: returns the exit code; 1 with one sentence on stderr for what cannot be done."""
+    """Run the command; returns the exit code: 1, with one sentence on stderr, for an error."""
     flags = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     start, progress = time.monotonic(), ProgressLine()
@@ -374,17 +376,17 @@ def main(argv: list[str] | None = None) -> int:
             flags.output_dir,
             flags.tp,
             flags.weight_data_type,
-            flags.model_name,
-            progress=progress,
-            options=SourceOptions(flags.tokenizer, flags.num_heads),
+            Names(flags.model_name),
+            progress,
+            from_flags(ConversionFlags, flags).source_options,
         )
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (ValueError, RuntimeError, OSError) as error:
         if flags.verbose:
             raise
-        named = isinstance(error, OSError) and error.filename
-        print(f"convert.py: {f'{error.filename}: {error.strerror}' if named else one_line(error)}", file=sys.stderr)
+        named = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else None
+        print(f"convert.py: {named or one_line(error)}", file=sys.stderr)
         return 1
     seconds = time.monotonic() - start
     rate = f"{progress.done:,} bytes in {seconds:.1f} s, {progress.done / 1e6 / seconds:.0f} MB/s"

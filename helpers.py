@@ -1,4 +1,4 @@
-"""Small things that several scripts share: logging, user errors, progress, the download of a checkpoint."""
+"""Shared by the scripts: logging, one-line errors, progress, the download of a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NOISY = "httpx httpcore httpx2 httpcore2 urllib3 filelock sh pytriton asyncio t
 
 
 def setup_logging(verbose: bool = False, rank: int = 0, size: int = 1) -> None:
-    """Log lines to stderr, with the rank where there are several."""
+    """Log to stderr, with the rank in each line if there are several."""
     who = f"[rank {rank}] " if size > 1 else ""
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
@@ -33,7 +33,7 @@ def setup_logging(verbose: bool = False, rank: int = 0, size: int = 1) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message as one line, its class's name where it has none."""
+    """An exception's message as one line; without a message, its class's name."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -48,7 +48,7 @@ class ProgressLine:
 
     def __call__(self, done: int, total: int) -> None:
         if sys.stderr.isatty():
-            from tqdm import tqdm  # here, because servers that log their progress do without it
+            from tqdm import tqdm  # imported late: without a terminal it is not needed
 
             self._bar = self._bar or tqdm(total=total, unit="B", unit_scale=True, desc="converting")
             self._bar.update(done - self.done)
@@ -61,21 +61,21 @@ class ProgressLine:
         self.done = done
 
 
-# What a conversion needs of a Hub repository's top folder; the weights' patterns come in order of preference.
+# Patterns of the files that a conversion reads, in a Hub repository's top folder; weights in order of preference.
 _SIDE_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 _WEIGHT_FILES = ["model*.safetensors", "pytorch_model*.bin", "*.nemo"]
 _PROGRESS_INTERVAL_S = 5.0
-_MAX_TRIES = 3  # huggingface_hub takes up some broken connections by itself; which, differs between its versions
+_MAX_TRIES = 3  # huggingface_hub resumes some broken downloads by itself, depending on its version
 _RETRY_PAUSE_S = 1.0
 
 
 def find_checkpoint(name: str, revision: str | None = None) -> Path:
-    """The local folder or file that `name` stands for, downloaded where it is a Hub id.
+    """The local folder or file of a checkpoint; a Hub id is downloaded first.
 
     name: a local folder or file, a Hub id (`gpt2`, `owner/model`), or `owner/model:file` for one file of a
-    repository. Honours HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE; where the Hub is out of reach, a cached
-    copy is taken. Broken downloads are taken up again; a file appears under its name once it is whole.
-    Raises ValueError, in one sentence, for a name that stands for nothing and for a download that fails.
+    repository. Honours HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE; if the Hub is out of reach, a cached
+    copy is used. Broken downloads are resumed; a file gets its final name when it is complete.
+    Raises ValueError, in one sentence, for an unknown name and for a failed download.
     """
     path = Path(name).expanduser()
     if path.exists():
@@ -84,12 +84,12 @@ def find_checkpoint(name: str, revision: str | None = None) -> Path:
         raise ValueError(f"hf_model_name is {name!r}, and there is no such folder or file")
     try:
         return _download(name, revision)
-    except Exception as error:  # what requests, httpx and hf_xet raise has nothing else in common
+    except Exception as error:  # the exceptions of requests, httpx and hf_xet have no other common class
         raise ValueError(f"hf_model_name is {name!r}: {_reason(error, revision)}") from error
 
 
 class _Missing(Exception):
-    """A repository, or its cached copy, lacks what was asked for; the message says what."""
+    """A repository, or its cached copy, lacks a file; the message names it."""
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -112,7 +112,7 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def _obstacle(repo_id: str, revision: str | None) -> str | None:
-    """Why the Hub cannot be asked, or None; raises what the Hub says against the repository or the revision."""
+    """The reason that the Hub is out of reach, or None. Raises the Hub's error about the repository or the revision."""
     from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE:
@@ -129,7 +129,7 @@ def _obstacle(repo_id: str, revision: str | None) -> str | None:
 
 
 def _fetch(repo_id: str, obstacle: str | None, **what: Any) -> Path:
-    """snapshot_download of `what` (revision and patterns), from the cache alone where there is an obstacle."""
+    """snapshot_download of `what` (revision and patterns); only from the cache if there is an obstacle."""
     from huggingface_hub import errors, snapshot_download
 
     num_tries = 0
@@ -150,7 +150,7 @@ def _fetch(repo_id: str, obstacle: str | None, **what: Any) -> Path:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether waiting helps: not against what the Hub refuses, nor against the file system (a full disk)."""
+    """Whether another try may succeed: not after the Hub's refusal, nor after a file system's error (a full disk)."""
     response = getattr(error, "response", None)
     if response is not None:
         return response.status_code >= 500 or response.status_code == 429
@@ -183,7 +183,7 @@ def _brief(error: BaseException) -> str:
 
 @contextmanager
 def _progress_lines(repo_id: str) -> Iterator[None]:
-    """Log now and then how much has come where there is no terminal for huggingface_hub's bars: under mpirun."""
+    """Log the download's progress if there is no terminal for huggingface_hub's bars: under mpirun."""
     from huggingface_hub import constants
 
     blobs = Path(constants.HF_HUB_CACHE, f"models--{repo_id.replace('/', '--')}", "blobs")

@@ -3,8 +3,8 @@
 
     mpirun -n 4 ./server.py --hf-model-name gpt2 --tp 2 --pp 2
 
-Rank 0 downloads and converts the checkpoint; every rank loads its shards; rank 0 runs Triton and the engine's
-loop, the others follow it. SIGTERM, SIGINT or SIGUSR1: what is in flight is finished, then all ranks exit with 0.
+Rank 0 downloads and converts the checkpoint. Every rank loads its shards. Rank 0 runs Triton and the engine's loop; the
+other ranks follow it. SIGTERM, SIGINT or SIGUSR1: requests in flight are finished, then all ranks exit with 0.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from convert import SourceOptions, convert, verify
+from convert import ConversionFlags, Names, convert, verify
 from engine.config import EngineConfig, ParallelConfig
 from engine.engine import Engine, follow
 from engine.flags import add_flags, flag, from_flags
 from engine.startup import make_engine
 from engine.watchdog import Watchdog
 from engine.world import World
-from executor.startup import Backend, connect, load, pick_backend
+from executor.startup import Backend, WeightFolder, connect, load, pick_backend
 from helpers import ProgressLine, find_checkpoint, model_key, one_line, setup_logging
 from serving.triton.frontend import TritonFlags, TritonFrontend, TritonModel
-from weights.model_config import ModelConfig
 
 _LOG = logging.getLogger("server")
 _PROGRESS_INTERVAL_S = 2.0
@@ -44,41 +43,22 @@ _WAY_OUT_S = 60.0  # from the last step to the end of the process: Triton's own 
 
 
 @dataclass(frozen=True)
-class ModelFlags:
-    """Which model, where its converted weights go, and over how many ranks it is split."""
+class ModelFlags(ConversionFlags):
+    """The checkpoint, the folder of converted weights, the number of ranks."""
 
     hf_model_name: str = flag(
         "gpt2",
         "Hugging Face Hub id, repo:file, a local checkpoint, or a converted N-gpu folder",
         aliases=("--model-repo-id",),
     )
-    revision: str = flag("", "the Hub repository's branch, tag or commit")
-    model_name: str = flag("", "the model's name in Triton; by default the checkpoint's")
-    tokenizer: str = flag(
-        "", "for NeMo and Megatron-LM, where the checkpoint lacks it: a folder with the tokenizer, or a .model file"
-    )
-    num_heads: int = flag(0, "attention heads, for Megatron-LM's checkpoints that hold no arguments; 0: as they say")
-    output_dir: str = flag("ft_models", "where converted weights are kept; on several nodes, a shared file system")
-    tp: int = flag(1, "tensor parallel size: ranks that share each layer")
-    pp: int = flag(1, "pipeline parallel size: groups of layers, one after the other")
-    weight_data_type: str = flag(
-        "auto",
-        "number format of the converted files; auto: the checkpoint's own",
-        choices=("auto", "fp32", "fp16", "bf16"),
-    )
+    revision: str = flag("", "the Hub repository's branch, tag or commit; by default its main branch")
+    output_dir: str = flag("ft_models", "folder of the converted weights; on several nodes, on a shared file system")
     lib_path: str = flag(
         os.path.join(os.environ.get("FT_REPO_DIR", ""), "build/lib/libth_transformer.so"),
         "FasterTransformer's library, ${FT_REPO_DIR}/build/lib/libth_transformer.so",
     )
     verify_checksums: bool = flag(False, "compare the weight files with their checksums first (up to about 4 GB/s)")
-    verbose: bool = flag(False, "log more, tracebacks and Triton's own log included")
-
-    @property
-    def source_options(self) -> SourceOptions:
-        """What is said of the checkpoint. Raises ValueError for heads below 0."""
-        if self.num_heads < 0:
-            raise ValueError(f"num_heads is {self.num_heads}; it must be 0 or more")
-        return SourceOptions(Path(self.tokenizer).expanduser() if self.tokenizer else None, self.num_heads or None)
+    pp: int = flag(1, "pipeline parallel size: groups of layers, one after the other")
 
     @property
     def triton_name(self) -> str:
@@ -100,14 +80,14 @@ def main() -> int:
     setup_logging(model_flags.verbose, world.rank, world.size)
     try:
         return _serve(model_flags, engine_config, triton_flags, world, started)
-    except Exception as error:  # after start-up: a defect, or a rank that is gone
+    except Exception as error:  # after start-up: a defect, or a lost rank
         _LOG.error("%s: %s; ending the job", type(error).__name__, one_line(error), exc_info=model_flags.verbose)
         world.abort()
         return 1
 
 
 def parse_flags(argv: list[str] | None = None) -> tuple[ModelFlags, EngineConfig, TritonFlags]:
-    """The command line as three checked configurations; argparse ends the process where one is wrong."""
+    """The command line as three checked configurations; argparse ends the process with code 2 for a wrong one."""
     parser = argparse.ArgumentParser(
         description="Serve a GPT on tp × pp MPI ranks behind Triton Inference Server.",
         epilog="example: mpirun -n 4 ./server.py --hf-model-name gpt2 --tp 2 --pp 2",
@@ -131,7 +111,7 @@ def _serve(
 ) -> int:
     """Start up together, then run rank 0's loop or follow it. Start-up errors end all ranks with code 1."""
     start = _Start(model_flags, engine_config, triton_flags, world)
-    meetings = (start.connect, start.prepare)  # an error in one must end the others, which wait for this rank
+    meetings = (start.connect, start.prepare)  # collective: an error on one rank must end the others, which wait for it
     for stage in (start.check, start.find_weights, start.pick_backend, start.connect, start.load, start.prepare):
         error = _attempt(stage, model_flags.verbose)
         if error is not None and stage in meetings and world.size > 1:
@@ -164,7 +144,7 @@ def _attempt(stage: Any, verbose: bool) -> str | None:
 
 
 class _Start:
-    """Start-up, stage by stage; each stage is one that all ranks finish or fail together."""
+    """Start-up in stages; all ranks finish or fail a stage together."""
 
     def __init__(
         self, model_flags: ModelFlags, engine_config: EngineConfig, triton_flags: TritonFlags, world: World
@@ -173,19 +153,18 @@ class _Start:
         self.engine_config = engine_config
         self.triton_flags = triton_flags
         self.world = world
-        self.lib_path = Path(model_flags.lib_path)
         self.parallel: ParallelConfig
         self.backend: Backend
 
     def check(self) -> None:
-        """What every rank can tell by itself, the same on each."""
+        """Check the number of ranks; every rank gets the same result."""
         flags = self.flags
         size = ParallelConfig(flags.tp, flags.pp).world_size
         self.world.check_size(size, f"mpirun -n {size} {shlex.join(sys.argv)}")
         self.parallel = ParallelConfig(flags.tp, flags.pp, self.world.rank)
 
     def find_weights(self) -> None:
-        """Rank 0 downloads and converts; the others sleep until it says where the weights are."""
+        """Rank 0 downloads and converts; the others wait for the folder's path."""
         if self.world.rank == 0:
             folder = None
             try:
@@ -203,8 +182,8 @@ class _Start:
             raise ValueError(
                 f"rank {self.world.rank} on {host} does not see {folder}: output_dir must be on a shared file system"
             )
-        self.folder = folder
-        self.model_config = ModelConfig.read(folder / "config.ini")
+        self.weights = WeightFolder.read(folder)
+        self.model_config = self.weights.config
         if self.model_config.tensor_para_size != self.flags.tp:
             raise ValueError(
                 f"{folder} was converted for tp {self.model_config.tensor_para_size}, and --tp is {self.flags.tp}"
@@ -217,7 +196,7 @@ class _Start:
         source = find_checkpoint(flags.hf_model_name, flags.revision or None)
         options = flags.source_options
         if (source / "config.ini").is_file():
-            if options != SourceOptions():
+            if flags.tokenizer or flags.num_heads:
                 raise ValueError(f"{source} is converted already, and takes neither --tokenizer nor --num-heads")
             verify(source, checksums=flags.verify_checksums)
             return source.resolve()
@@ -228,10 +207,9 @@ class _Start:
             output_dir,
             flags.tp,
             flags.weight_data_type,
-            source_name=flags.hf_model_name,
-            revision=flags.revision or None,
-            progress=ProgressLine(),
-            options=options,
+            Names(source_name=flags.hf_model_name, revision=flags.revision or None),
+            ProgressLine(),
+            options,
         )
         if flags.verify_checksums:
             verify(folder, checksums=True)
@@ -239,31 +217,30 @@ class _Start:
         return folder
 
     def pick_backend(self) -> None:
-        """Which engine, device and number format; rank 0 also reads the tokenizer."""
-        self.backend = pick_backend(self.engine_config, self.model_config, self.lib_path, self.world.local_rank)
+        """Pick engine, device and data type; rank 0 also reads the tokenizer."""
+        lib_path = Path(self.flags.lib_path)
+        self.backend = pick_backend(self.engine_config, self.model_config, lib_path, self.world.local_rank)
         if self.world.rank == 0:
-            self.tokenizer = _load_tokenizer(self.folder)
+            self.tokenizer = _load_tokenizer(self.weights.path)
 
     def connect(self) -> None:
-        """Join the ranks' groups."""
+        """Join the tp and pp groups; collective."""
         self.comm = connect(self.world, self.parallel, self.backend)
 
     def load(self) -> None:
-        """This rank's shards."""
+        """Load this rank's shards."""
         self.executor = load(
-            self.folder,
-            self.model_config,
+            self.weights,
             self.engine_config,
             self.parallel,
             self.world,
             self.comm,
             self.backend,
-            self.lib_path,
             _LoadProgress(),
         )
 
     def prepare(self) -> None:
-        """What the ranks do together once all have loaded."""
+        """The executor's collective part, after all ranks have loaded."""
         self.executor.prepare()
 
     def close(self) -> None:
@@ -369,7 +346,7 @@ def _on_signals(handle: Callable[[int, FrameType | None], None]) -> None:
 
 
 def _end_start_up(number: int, _frame: FrameType | None) -> None:
-    """Before anything is served there is nothing to finish; the launcher ends the other ranks."""
+    """Exit at once: no request is in flight yet; the launcher ends the other ranks."""
     print(f"server.py: {signal.Signals(number).name} during start-up; ending the job", file=sys.stderr, flush=True)
     os._exit(128 + number)
 

@@ -1,14 +1,16 @@
-"""What the benchmarks share: random models of a given shape, in memory, and the line that ends each report."""
+"""Parts that the benchmarks share: flags, random models of a given shape in memory, the JSON line of a report."""
 
 from __future__ import annotations
 
 import json
 import platform
 import subprocess
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from engine.flags import flag
 from engine.world import World
 from executor.startup import claim_cores
 from weights.model_config import ModelConfig
@@ -23,6 +25,18 @@ SHAPES = {
     "6.7B": (32, 128, 32, 51200),
     "20B": (48, 128, 44, 51200),
 }
+
+
+@dataclass(frozen=True)
+class BenchmarkFlags:
+    """Flags of several benchmarks; each takes some of them, and may have its own defaults."""
+
+    shape: str = flag("124M", "the model's shape", choices=tuple(SHAPES))
+    threads: int = flag(0, "CPU threads of a rank; 0: its share of the cores")
+    batches: tuple[int, ...] = flag((1, 8), "batch sizes to time", nargs="+", type=int)
+    input_len: int = flag(128, "tokens of a prompt")
+    output_len: int = flag(64, "tokens to generate")
+    repeats: int = flag(3, "times that each figure is taken")
 
 
 def model_config(shape: str, tp: int, max_pos_seq_len: int = 1024) -> ModelConfig:
@@ -51,20 +65,28 @@ class RandomReader:
         self.device = device
 
     def has(self, spec: WeightSpec) -> bool:
+        """Whether the model has this weight; the head is the embedding."""
         return spec.name != "lm_head.weight"
 
     def read(self, spec: WeightSpec) -> torch.Tensor:
+        """This rank's shard; norms' weights are 1."""
         shape = spec.shard_shape(self.config.tensor_para_size)
         if "layernorm.weight" in spec.name:
             return torch.ones(shape, dtype=self.dtype, device=self.device)
         return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(std=0.02)
 
     def map(self, spec: WeightSpec, tp_rank: int | None = None) -> torch.Tensor:
+        """As `read`: no file is behind it."""
         return self.read(spec)
 
 
 def claim_device(world: World, wish: str, threads: int) -> torch.device:
-    """This rank's GPU, or the CPU with `threads` threads (0: the rank's share of the cores)."""
+    """This rank's GPU, or the CPU with `threads` threads (0: the rank's share of the cores).
+
+    wish: auto, cpu or cuda. Raises RuntimeError for cuda without a GPU.
+    """
+    if wish == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("device is cuda, and torch sees no GPU")
     if torch.cuda.is_available() and wish != "cpu":
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
@@ -81,7 +103,7 @@ def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
 
 
 def hardware(device: torch.device) -> str:
-    """What the figures were measured on."""
+    """The processor's or GPU's name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with open("/proc/cpuinfo") as file:
@@ -90,7 +112,7 @@ def hardware(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """The commit that was measured, or unknown."""
+    """The measured commit, or unknown."""
     done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
     return done.stdout.strip() or "unknown"
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Conversion rate and memory: convert.py on a random checkpoint of a given shape, beside `cp` of the same files.
 
-    python benchmarks/convert.py --architecture opt --shape 6.7B --source-data-type bf16 --tp 1 8 --folder /scratch
+    python benchmarks/convert.py --architecture opt --shape 6.7B --source-data-type bf16 --tps 1 8 --folder /scratch
 
 GPT-2's matrices are stored as FasterTransformer wants them; OPT's, as those of most other sources, are transposed.
 Each run is a process of its own and includes forcing the files to the disk, for cp too. Before each the source is
@@ -27,7 +27,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import SHAPES, report
+from benchmarks.common import SHAPES, BenchmarkFlags, report
+from engine.flags import add_flags
 from weights.model_config import DATA_TYPES
 from weights.reader import TORCH_DTYPES
 
@@ -77,12 +78,11 @@ def main() -> None:
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", choices=("gpt2", "opt"), default="opt")
-    parser.add_argument("--shape", choices=list(SHAPES), default="350M")
+    add_flags(parser, BenchmarkFlags, "source", ("shape", "repeats"), shape="350M", repeats=2)
     parser.add_argument("--source-data-type", choices=list(DATA_TYPES), default="fp32")
     parser.add_argument("--data-types", nargs="+", choices=list(DATA_TYPES), default=["fp16", "bf16"])
-    parser.add_argument("--tp", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--tps", nargs="+", type=int, default=[1, 8], help="tensor parallel sizes (default: 1 8)")
     parser.add_argument("--folder", type=Path, help="where source and results go (default: the system's temporary one)")
-    parser.add_argument("--repeats", type=int, default=2)
     return parser.parse_args()
 
 
@@ -156,7 +156,7 @@ def measure_all(folder: Path, flags: argparse.Namespace) -> Iterator[dict]:
     seconds = round(time.perf_counter() - start, 2)
     yield {"name": "cp", "seconds": seconds, "bytes": sum(path.stat().st_size for path in output.iterdir())}
     shutil.rmtree(output)
-    for data_type, tp in [(data_type, tp) for data_type in flags.data_types for tp in flags.tp]:
+    for data_type, tp in [(data_type, tp) for data_type in flags.data_types for tp in flags.tps]:
         read_once(source)
         command = [sys.executable, "-c", MEASURE, source, output, str(tp), data_type]
         done = subprocess.run(list(map(str, command)), cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
@@ -165,7 +165,7 @@ def measure_all(folder: Path, flags: argparse.Namespace) -> Iterator[dict]:
 
 
 def read_once(source: Path) -> None:
-    """Leaves the source in the page cache and nothing to be written."""
+    """Read the source into the page cache, once all writes are on the disk."""
     os.sync()
     for path in source.iterdir():
         with path.open("rb", buffering=0) as file:

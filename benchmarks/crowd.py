@@ -22,18 +22,18 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import report
-from benchmarks.served import NAME, add_flags, serve, url
+from benchmarks.common import BenchmarkFlags, report
+from benchmarks.served import NAME, make_parser, serve, url
 from engine.engine import Engine
+from engine.flags import add_flags
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser)
-    parser.add_argument("--clients", type=int, default=63, help="that ask for much")
-    parser.add_argument("--long", type=int, default=256, help="tokens that each of them asks for")
-    parser.add_argument("--short", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser = make_parser(__doc__)
+    add_flags(parser, BenchmarkFlags, "load", ("repeats",), repeats=15)
+    parser.add_argument("--clients", type=int, default=63, help="clients that send long requests (default: 63)")
+    parser.add_argument("--long", type=int, default=256, help="tokens of a long request (default: 256)")
+    parser.add_argument("--short", type=int, default=4, help="tokens of the short request (default: 4)")
     flags = parser.parse_args()
     measured = serve(flags, lambda engine: measure(flags, engine))
     if measured is None:
@@ -58,10 +58,10 @@ def measure(flags: argparse.Namespace, engine: Engine) -> tuple[dict[str, list[f
     while max(sizes, default=0) < flags.clients:
         time.sleep(0.1)
     sizes.clear()
-    asker = context.Process(target=ask_for_little, args=(url(flags, "http"), url(flags, "grpc"), flags, queue))
-    asker.start()
+    client = context.Process(target=ask_for_little, args=(url(flags, "http"), url(flags, "grpc"), flags, queue))
+    client.start()
     seconds = queue.get()
-    asker.join()
+    client.join()
     counted = Counter(sizes)
     crowd.kill()
     return seconds, counted

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Share of a core that each process of a running server takes while nobody asks.
+"""Share of a core that each process of an idle server takes.
 
 python benchmarks/idle.py --seconds 30          # beside an idle server on this machine
 """
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def role(process: psutil.Process) -> str:
-    """What a process is to the server; empty for strangers."""
+    """A process's role in the server; empty for other processes."""
     if any(part.endswith("server.py") for part in process.info["cmdline"] or [] if "mpirun" not in part):
         return "" if process.info["name"] in ("mpirun", "prterun", "orterun") else "rank"
     return process.info["name"] if "triton" in process.info["name"] else ""

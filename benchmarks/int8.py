@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What --int8_mode 1 costs in precision and saves in memory and time, beside the same model unquantized; one rank.
+"""Precision, memory and time of --int8-mode 1 beside the same model unquantized; one rank.
 
     python benchmarks/int8.py ft_models/stories/1-gpu --prompts "Once upon a time" "The king was"
     python benchmarks/int8.py 124M
 
-Takes a converted folder or a random model's shape. The unquantized model continues each prompt greedily; both then
-read these texts, and what they say of each next token is compared: ‖difference‖ / ‖logits‖, and how often they would
-choose the same token. Each of the two runs in a process of its own, for its memory's sake.
+Takes a converted folder or a random model's shape. The unquantized model continues each prompt greedily. Both models
+then read these texts, and their logits of each next token are compared: ‖difference‖ / ‖logits‖, and the share of
+tokens on which both agree. Each model runs in a process of its own, so that memory is measured alone.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import SHAPES, RandomReader, claim_device, model_config, report
+from benchmarks.common import SHAPES, BenchmarkFlags, RandomReader, claim_device, model_config, report
 from engine.config import EngineConfig, ParallelConfig
 from engine.engine import Engine
+from engine.flags import add_flags
 from engine.plan import Chunk, NewSequences, Plan
 from engine.request import Request, SamplingParams
 from engine.startup import make_engine
@@ -42,7 +43,7 @@ class Measured:
     """One of the two models."""
 
     texts: list[list[int]]  # prompt and continuation
-    logits: np.ndarray  # [tokens, vocab] fp32, at every continued token's place, text after text
+    logits: np.ndarray  # [tokens, vocab] fp32, at the position of each continued token, text after text
     weight_mb: float
     token_ms: dict[int, float] = field(default_factory=dict)  # per batch size
 
@@ -61,16 +62,13 @@ def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help=f"a converted folder for tp 1, or a random model: {', '.join(SHAPES)}")
     parser.add_argument("--prompts", nargs="+", help="texts; without: 8 prompts of 32 random tokens")
-    parser.add_argument("--output-len", type=int, default=64)
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="batch sizes to time")
-    parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
-    parser.add_argument("--data-type", default="auto")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
+    add_flags(parser, EngineConfig, "engine", ("device", "data_type"))
+    add_flags(parser, BenchmarkFlags, "load", ("threads", "batches", "output_len"))
     return parser.parse_args()
 
 
 def measure(flags: argparse.Namespace, int8_mode: int, texts: list[list[int]] | None) -> Measured:
-    """Load the model, in int8 or not; read the texts, or write them first."""
+    """Load the model, in int8 or not; generate the texts if None is given; read them, and time steps."""
     world = World()
     device = claim_device(world, flags.device, flags.threads)
     dtype = computation_dtype(flags.data_type, device)
@@ -135,24 +133,24 @@ def read(executor: TorchExecutor, text: list[int], output_len: int) -> np.ndarra
     """[output_len, vocab]: the logits of the text's last tokens, each seeing those before it."""
     blocks = list(range(-(-len(text) // executor.cache.block_size)))
     new = NewSequences([0], text, SamplingParams(1), (), [blocks])
-    places = range(len(text) - 1 - output_len, len(text) - 1)
-    x = executor.hidden(Plan(chunks=[Chunk(0, 0, len(text), [0])], new_sequences=[new]))
-    return executor.model.logits(x[list(places)]).cpu().numpy()
+    positions = list(range(len(text) - 1 - output_len, len(text) - 1))
+    hidden = executor.hidden(Plan(chunks=[Chunk(0, 0, len(text), [0])], new_sequences=[new]))
+    return executor.model.logits(hidden[positions]).cpu().numpy()
 
 
 def show(flags: argparse.Namespace, plain: Measured, int8: Measured) -> None:
     norms = np.linalg.norm(plain.logits, axis=1)
     errors = np.linalg.norm(int8.logits - plain.logits, axis=1) / norms
-    choices, others = plain.logits.argmax(1), int8.logits.argmax(1)
-    agreement = float((choices == others).mean())
-    rows = np.arange(len(choices))
-    spread = plain.logits[rows, choices] - plain.logits[rows, others]  # what the other choice loses
+    tokens, int8_tokens = plain.logits.argmax(1), int8.logits.argmax(1)
+    agreement = float((tokens == int8_tokens).mean())
+    rows = np.arange(len(tokens))
+    spread = plain.logits[rows, tokens] - plain.logits[rows, int8_tokens]  # the loss of logit where they differ
     device = torch.device("cuda" if torch.cuda.is_available() and flags.device != "cpu" else "cpu")
     dtype = str(computation_dtype(flags.data_type, device)).removeprefix("torch.")
-    print(f"{flags.model}: int8_mode 1 beside 0 in {dtype}, {len(choices)} tokens of {len(plain.texts)} texts")
+    print(f"{flags.model}: int8_mode 1 beside 0 in {dtype}, {len(tokens)} tokens of {len(plain.texts)} texts")
     print(f"logits' relative error: mean {errors.mean():.2e}, max {errors.max():.2e}")
     loss = f"; where not, its logit is {spread[spread > 0].mean():.3f} lower" if spread.any() else ""
-    print(f"the same greedy backend: {agreement:.2%}{loss}")
+    print(f"the same greedy token: {agreement:.2%}{loss}")
     batches = sorted(plain.token_ms)
     print(f"{'':>6} {'weights MB':>11}" + "".join(f"{f'ms/token, batch {batch}':>20}" for batch in batches))
     for name, model in (("0", plain), ("1", int8)):
@@ -162,7 +160,7 @@ def show(flags: argparse.Namespace, plain: Measured, int8: Measured) -> None:
         benchmark="int8",
         model=flags.model,
         dtype=dtype,
-        tokens=len(choices),
+        tokens=len(tokens),
         error_mean=float(errors.mean()),
         error_max=float(errors.max()),
         greedy_agreement=agreement,

@@ -4,9 +4,9 @@
     python benchmarks/latency.py --shapes 124M --batches 1 8 --compare-hf
     mpirun -n 2 python benchmarks/latency.py --shapes 20B --batches 1 --tp 2
 
-Reports the time to the first token, the time per output token after it, the share of the time that reading
-the weights once would take at the measured bandwidth (--bandwidth-gbs), and Hugging Face generate's figures
-for the same weights' shape, threads and run.
+Reports the time to the first token, the time per output token after it, the share of the measured bandwidth
+(--bandwidth-gbs: the time of one read of the weights, divided by the step's), and Hugging Face generate's figures for
+the same shape and threads, measured in the same run.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import SHAPES, RandomReader, claim_device, model_config, report, weight_bytes
+from benchmarks.common import SHAPES, BenchmarkFlags, RandomReader, claim_device, model_config, report, weight_bytes
 from engine.config import EngineConfig, ParallelConfig
 from engine.engine import Engine, follow
+from engine.flags import add_flags
 from engine.request import Request, SamplingParams
 from engine.startup import make_engine
 from engine.watchdog import Watchdog
 from engine.world import World
 from executor.collectives import Comm
 from executor.runner import TorchExecutor, computation_dtype
+from server import ModelFlags
+from weights.model_config import ModelConfig
 
 _TIMEOUT_S = 600.0
 
@@ -40,11 +43,10 @@ def main() -> None:
     world = World()
     device = claim_device(world, flags.device, flags.threads)
     dtype = computation_dtype(flags.data_type, device)
-    parallel = ParallelConfig(flags.tp, flags.pp, world.rank)
-    comm = Comm(world, parallel, device)
+    comm = Comm(world, ParallelConfig(flags.tp, flags.pp, world.rank), device)
     watchdog = Watchdog()
     for shape in flags.shapes:
-        rows = measure_shape(flags, shape, world, parallel, comm, device, dtype, watchdog)
+        rows = measure_shape(flags, shape, world, comm, device, dtype, watchdog)
         if world.rank == 0:
             show(flags, shape, rows, device, dtype)
     comm.close()
@@ -52,16 +54,10 @@ def main() -> None:
 
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["124M"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--input-len", type=int, default=128)
-    parser.add_argument("--output-len", type=int, default=64)
-    parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--pp", type=int, default=1)
-    parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
-    parser.add_argument("--data-type", default="auto")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of a rank; 0: its share of the cores")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["124M"], help="models (default: 124M)")
+    add_flags(parser, ModelFlags, "ranks", ("tp", "pp"))
+    add_flags(parser, EngineConfig, "engine", ("device", "data_type"))
+    add_flags(parser, BenchmarkFlags, "load", ("threads", "batches", "input_len", "output_len", "repeats"))
     parser.add_argument("--bandwidth-gbs", type=float, default=0.0, help="the memory's measured read bandwidth")
     parser.add_argument("--compare-hf", action="store_true", help="also time Hugging Face generate (one rank)")
     return parser.parse_args()
@@ -71,15 +67,14 @@ def measure_shape(
     flags: argparse.Namespace,
     shape: str,
     world: World,
-    parallel: ParallelConfig,
     comm: Comm,
     device: torch.device,
     dtype: torch.dtype,
     watchdog: Watchdog,
 ) -> list[dict[str, float]]:
     """Time every batch size of one shape; rank 0 gets the rows, the others an empty list."""
-    config = model_config(shape, parallel.tp)
-    reader = RandomReader(config, parallel.tp_rank, dtype, device)
+    config = model_config(shape, flags.tp)
+    reader = RandomReader(config, comm.parallel.tp_rank, dtype, device)
     limits = EngineConfig(
         max_batch_size=max(flags.batches), max_seq_len=flags.input_len + flags.output_len, step_timeout_s=_TIMEOUT_S
     )
@@ -133,7 +128,7 @@ def _time_engine(engine: Engine, prompts: np.ndarray, output_len: int) -> tuple[
     return max(first_tokens) - started, time.perf_counter() - started
 
 
-def _hf_model(config: object, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+def _hf_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     hf_config = GPT2Config(

@@ -1,4 +1,4 @@
-"""What the benchmarks of serving share: an engine on random weights with PyTriton in front, in one process."""
+"""Parts that the benchmarks of serving share: an engine on random weights behind PyTriton, in one process."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import SHAPES, RandomReader, claim_device, model_config
+from benchmarks.common import BenchmarkFlags, RandomReader, claim_device, model_config
+from convert import ConversionFlags
 from engine.config import EngineConfig, ParallelConfig
 from engine.engine import Engine, follow
+from engine.flags import add_flags
 from engine.startup import make_engine
 from engine.watchdog import Watchdog
 from engine.world import World
@@ -45,21 +47,27 @@ class WordTokenizer:
         return "".join(f"{token_id} " for token_id in token_ids)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", choices=list(SHAPES), default="124M")
-    parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of a rank; 0: its share of the cores")
-    parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
-    parser.add_argument("--http-port", type=int, default=18500, help="gRPC and metrics take the next two")
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the flags that `serve` reads."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="gRPC and metrics listen on the two ports after --http-port",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_flags(parser, BenchmarkFlags, "model", ("shape", "threads"))
+    add_flags(parser, ConversionFlags, "ranks", ("tp",))
+    add_flags(parser, EngineConfig, "engine", ("device",))
+    add_flags(parser, TritonFlags, "triton", ("http_port",), http_port=18500)
+    return parser
 
 
 def url(flags: argparse.Namespace, kind: str) -> str:
-    """kind: http or grpc."""
+    """The server's address; kind: http or grpc."""
     return f"{kind}://127.0.0.1:{flags.http_port + (kind == 'grpc')}"
 
 
 def serve(flags: argparse.Namespace, measure: Callable[[Engine], Any]) -> tuple[Any, torch.device] | None:
-    """Run `measure` in a thread beside the serving engine; returns what it returns, and the device (rank 0)."""
+    """Run `measure` in a thread beside the serving engine; returns its result and the device on rank 0, else None."""
     world = World()
     device = claim_device(world, flags.device, flags.threads)
     dtype = computation_dtype("auto", device)
@@ -102,7 +110,7 @@ def serve(flags: argparse.Namespace, measure: Callable[[Engine], Any]) -> tuple[
 
 
 def bench(flags: argparse.Namespace, kind: str, *more: str) -> dict[str, Any]:
-    """What `client.py --bench` measures from a process of its own: its JSON line."""
+    """Run `client.py --bench` in a process of its own; returns its JSON line. Raises RuntimeError where it fails."""
     command = [sys.executable, str(_CLIENT), "--bench", "--url", url(flags, kind), "--model-name", NAME, *more]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""What Triton's way adds to the engine's own time, one request at a time, on random weights.
+"""Latency that Triton adds to the engine's own, one request at a time, on random weights.
 
     python benchmarks/serving.py --shape 124M
-    mpirun -n 2 python benchmarks/serving.py --tp 2       # and --threads 1 on one rank, for what waiting costs
+    mpirun -n 2 python benchmarks/serving.py --tp 2       # beside --threads 1 on one rank: the cost of waiting
 
 One process runs the engine with PyTriton in front, as server.py does. Requests go alternately straight to the
 engine and through HTTP and gRPC (PyTriton's ModelClient), so that all see the same machine; medians are compared.
@@ -21,9 +21,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import report
-from benchmarks.served import NAME, add_flags, serve, url
+from benchmarks.common import BenchmarkFlags, report
+from benchmarks.served import NAME, make_parser, serve, url
 from engine.engine import Engine
+from engine.flags import add_flags
 from engine.request import Request, SamplingParams
 
 
@@ -35,11 +36,8 @@ def main() -> None:
 
 
 def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser)
-    parser.add_argument("--input-len", type=int, default=128)
-    parser.add_argument("--output-len", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser = make_parser(__doc__)
+    add_flags(parser, BenchmarkFlags, "load", ("input_len", "output_len", "repeats"), repeats=15)
     return parser.parse_args()
 
 

@@ -20,19 +20,17 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import report
-from benchmarks.served import add_flags, bench, serve
+from benchmarks.common import BenchmarkFlags, report
+from benchmarks.served import bench, make_parser, serve
 from engine.engine import Engine
+from engine.flags import add_flags
 from engine.request import Request, SamplingParams
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser)
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 64])
-    parser.add_argument("--input-len", type=int, default=32)
-    parser.add_argument("--output-len", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser = make_parser(__doc__)
+    add_flags(parser, BenchmarkFlags, "load", ("input_len", "output_len", "repeats"), input_len=32)
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 64], help="streams at once (default: 1 64)")
     flags = parser.parse_args()
     measured = serve(flags, lambda engine: measure(flags, engine))
     if measured is None:

@@ -1,1 +1,1 @@
-"""The client's rooms: what is asked, how it travels, what becomes of the answers, and the load test."""
+"""Parts of client.py: parameters and prompts, transport, output, benchmark, terminal."""

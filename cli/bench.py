@@ -1,8 +1,8 @@
-"""How quickly a running server answers under load: `client.py --bench`.
+"""Latency and throughput of a running server under load: `client.py --bench`.
 
-It knows the tensors' names and an Asker, which sends the requests, and neither the engine nor Triton. A closed loop
-keeps --concurrency requests running; --rate sends them at Poisson arrivals, whatever is running, and counts time from
-the arrival.
+It builds tensors by name and sends them through a Transport; it knows neither the engine nor Triton. A closed loop
+keeps --concurrency requests running. An open loop (--rate) sends requests at Poisson arrivals, independent of the
+running ones, and counts time from the arrival.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from cli.terminal import sign_of_life
-from cli.transport import Asker
+from cli.transport import Transport
 
 _DEFAULT_NUM_REQUESTS = 100
 _PERCENTILES = (50, 90, 99)
@@ -34,7 +34,7 @@ _KINDS = {  # of latency: the table's name for it
 
 @dataclass
 class Trace:
-    """One request. Times are seconds since the load began; responses: (time, new tokens)."""
+    """One request. Times are seconds since the benchmark began; responses: (time, new tokens)."""
 
     started: float
     num_prompt_tokens: int
@@ -47,27 +47,34 @@ class Trace:
         return sum(tokens for _, tokens in self.responses)
 
     @property
+    def latency(self) -> float:
+        """Seconds from the start to the end of a finished request."""
+        assert self.finished is not None, self
+        return self.finished - self.started
+
+    @property
     def ttft(self) -> float:
-        """To the response with the first token."""
+        """Seconds to the response with the first token."""
         return next(when for when, tokens in self.responses if tokens) - self.started
 
     @property
     def tpot(self) -> float | None:
-        """Seconds per token after the first response's; None where that has them all."""
+        """Seconds per token after the first response's tokens; None if no more came."""
         times = [(when, tokens) for when, tokens in self.responses if tokens]
         num_later = sum(tokens for _, tokens in times[1:])
         return (times[-1][0] - times[0][0]) / num_later if num_later else None
 
 
 def make_requests(flags: argparse.Namespace, given: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-    """Inputs without end: random tokens below --bench-vocab, lengths drawn evenly; the same ones for the same --seed.
+    """Endless inputs: random tokens below --bench-vocab, uniform random lengths; the same --seed gives the same inputs.
 
-    given: tensors of the command line, which go into each.
+    given: tensors of the command line, part of each request.
     """
     rng = np.random.default_rng([flags.seed, 0])
+    (prompt_least, prompt_most), (output_least, output_most) = flags.bench_prompt_len, flags.bench_output_len
     while True:
-        prompt_len = rng.integers(*flags.bench_prompt_len, endpoint=True)
-        output_len = rng.integers(*flags.bench_output_len, endpoint=True)
+        prompt_len = rng.integers(prompt_least, prompt_most, endpoint=True)
+        output_len = rng.integers(output_least, output_most, endpoint=True)
         yield {
             "ignore_eos": np.array([True]),
             **given,
@@ -77,7 +84,7 @@ def make_requests(flags: argparse.Namespace, given: dict[str, np.ndarray]) -> It
 
 
 def arrivals(rate: float, seed: int) -> Iterator[float]:
-    """Seconds at which requests arrive, a Poisson process of `rate` per second; the same ones for the same seed."""
+    """Arrival times in seconds, a Poisson process of `rate` per second; the same seed gives the same times."""
     rng = np.random.default_rng([seed, 1])
     now = 0.0
     while True:
@@ -85,28 +92,31 @@ def arrivals(rate: float, seed: int) -> Iterator[float]:
         yield now
 
 
-class Load:
+class Bench:
     """Sends the requests and keeps their traces."""
 
-    def __init__(self, flags: argparse.Namespace, asker: Asker, requests: Iterator[dict[str, np.ndarray]]) -> None:
+    def __init__(
+        self, flags: argparse.Namespace, transport: Transport, requests: Iterator[dict[str, np.ndarray]]
+    ) -> None:
         self.flags = flags
-        self.asker = asker
+        self.transport = transport
         self.requests = requests
         self.traces: list[Trace] = []
         self.began = time.perf_counter()
         self._limit = flags.num_requests or (None if flags.duration else _DEFAULT_NUM_REQUESTS)
 
     def now(self) -> float:
+        """Seconds since the benchmark began."""
         return time.perf_counter() - self.began
 
     @property
     def progress(self) -> str:
         num_over = sum(trace.finished is not None or trace.error is not None for trace in self.traces)
         total = f" of {self._limit}" if self._limit else ""
-        return f"load test: {num_over}{total} requests over, {len(self.asker.running)} running"
+        return f"benchmark: {num_over}{total} requests over, {len(self.transport.running)} running"
 
     async def run(self) -> None:
-        """To the end of the last request."""
+        """Send requests, and wait for the last one to end."""
         if self.flags.rate:
             await self._open_loop(self.flags.rate)
         else:
@@ -122,7 +132,7 @@ class Load:
             if self._is_over(arrival):
                 break
             await asyncio.sleep(arrival - self.now())
-            if self.asker.is_stopping:
+            if self.transport.is_stopping:
                 break
             tasks.append(asyncio.ensure_future(self._send(arrival)))
             await asyncio.sleep(0)  # its trace is there before the next one is counted
@@ -130,7 +140,7 @@ class Load:
 
     def _is_over(self, start: float) -> bool:
         is_late = self.flags.duration is not None and start >= self.flags.duration
-        return self.asker.is_stopping or is_late or (self._limit is not None and len(self.traces) >= self._limit)
+        return self.transport.is_stopping or is_late or (self._limit is not None and len(self.traces) >= self._limit)
 
     async def _send(self, start: float) -> None:
         inputs = next(self.requests)
@@ -143,7 +153,7 @@ class Load:
             reasons.extend(np.ravel(response.get("finish_reason", ())))
 
         try:
-            await self.asker.attempt(inputs, on_response)
+            await self.transport.attempt(inputs, on_response)
         except Exception as error:  # a Failure; anything else counts as one, too
             trace.error = str(error) or type(error).__name__
             return
@@ -154,31 +164,31 @@ class Load:
 
 
 def _num_new_tokens(response: dict[str, np.ndarray], num_prompt_tokens: int) -> int:
-    """A stream of one sequence has the new tokens; several come at once, with the prompt's tokens and padding."""
+    """Count new tokens: one sequence comes as new tokens only, several sequences with prompt and padding."""
     output_ids = response.get("output_ids", np.zeros((1, 0)))
     if len(output_ids) == 1:
         return output_ids.size
     return int(response["sequence_length"].sum()) - len(output_ids) * num_prompt_tokens
 
 
-async def run(flags: argparse.Namespace, asker: Asker, given: dict[str, np.ndarray]) -> int:
-    """Warm up, load, report; the exit code. given: tensors of the command line."""
+async def run(flags: argparse.Namespace, transport: Transport, given: dict[str, np.ndarray]) -> int:
+    """Warm up, send the requests, report; returns the exit code. given: tensors of the command line."""
     requests = make_requests(flags, given)
-    warmup = [asker.attempt(next(requests), lambda response: None) for _ in range(flags.bench_warmup)]
+    warmup = [transport.attempt(next(requests), lambda response: None) for _ in range(flags.bench_warmup)]
     with sign_of_life("warming up"):
         await asyncio.gather(*warmup)
-    load = Load(flags, asker, make_requests(flags, given))
-    with sign_of_life(lambda: load.progress):
-        await load.run()
-    # What was sent in --duration is waited for, and its latency counts; throughput is that of the duration itself.
-    seconds = flags.duration if flags.duration and not asker.is_stopping else load.now()
-    found = figures(load.traces, min(seconds, load.now()))
+    bench = Bench(flags, transport, make_requests(flags, given))
+    with sign_of_life(lambda: bench.progress):
+        await bench.run()
+    # Latency counts all requests sent within --duration, to their ends; throughput counts the duration alone.
+    seconds = flags.duration if flags.duration and not transport.is_stopping else bench.now()
+    found = figures(bench.traces, min(seconds, bench.now()))
     print(table(found))
-    for error, count in collections.Counter(trace.error for trace in load.traces if trace.error).items():
+    for error, count in collections.Counter(trace.error for trace in bench.traces if trace.error).items():
         print(f"failed: {count} × {error}")
-    print(json.dumps({"benchmark": "load", **_configuration(flags, given), **found}))
+    print(json.dumps({"benchmark": "client", **_configuration(flags, given), **found}))
     if flags.plot:
-        plot(load.traces, found, flags.plot, f"{flags.model_name} at {flags.url}, {_describe(flags)}")
+        plot(bench.traces, found, flags.plot, f"{flags.model_name} at {flags.url}, {_describe(flags)}")
     return 0 if found["num_finished"] and not found["num_failed"] else 1
 
 
@@ -189,7 +199,7 @@ def figures(traces: list[Trace], seconds: float) -> dict[str, Any]:
         "ttft_ms": [trace.ttft for trace in done],
         "tpot_ms": [trace.tpot for trace in done if trace.tpot is not None],
         "gap_ms": [b - a for trace in done for (a, _), (b, _) in itertools.pairwise(trace.responses)],
-        "latency_ms": [trace.finished - trace.started for trace in done],
+        "latency_ms": [trace.latency for trace in done],
     }
     num_tokens = sum(tokens for trace in traces for when, tokens in trace.responses if when <= seconds)
     return {
@@ -197,7 +207,7 @@ def figures(traces: list[Trace], seconds: float) -> dict[str, Any]:
         "num_finished": len(done),
         "num_failed": sum(trace.error is not None for trace in traces),
         "seconds": seconds,
-        "requests_per_s": sum(trace.finished <= seconds for trace in done) / seconds,
+        "requests_per_s": sum(trace.finished is not None and trace.finished <= seconds for trace in done) / seconds,
         "output_tokens_per_s": num_tokens / seconds,
         **{kind: summary(values) for kind, values in per_kind.items()},
     }
@@ -207,12 +217,13 @@ def summary(values: list[float]) -> dict[str, float]:
     """Mean, percentiles and maximum, in thousandths; empty without values."""
     if not values:
         return {}
-    points = {f"p{p}": np.percentile(values, p) for p in _PERCENTILES}
-    return {name: float(1e3 * v) for name, v in {"mean": np.mean(values), **points, "max": max(values)}.items()}
+    points = {f"p{p}": float(np.percentile(values, p)) for p in _PERCENTILES}
+    found = {"mean": float(np.mean(values)), **points, "max": max(values)}
+    return {name: 1e3 * value for name, value in found.items()}
 
 
 def table(found: dict[str, Any]) -> str:
-    """The figures, for eyes."""
+    """The figures as lines of text."""
     columns = ["mean", *(f"p{p}" for p in _PERCENTILES), "max"]
     lines = [f"{'':<28}" + "".join(f"{column:>10}" for column in columns)]
     for kind, name in _KINDS.items():
@@ -242,7 +253,7 @@ def _describe(flags: argparse.Namespace) -> str:
 
 
 def plot(traces: list[Trace], found: dict[str, Any], path: str, title: str) -> None:
-    """One page: where the latencies lie, and what went on while the load ran."""
+    """One page: histograms of the latencies, and throughput and running requests over time."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -254,7 +265,7 @@ def plot(traces: list[Trace], found: dict[str, Any], path: str, title: str) -> N
     values = {
         "ttft_ms": [trace.ttft for trace in done],
         "tpot_ms": [tpot for _, tpot in tpots],
-        "latency_ms": [trace.finished - trace.started for trace in done],
+        "latency_ms": [trace.latency for trace in done],
     }
     for panel, (kind, seconds) in zip(axes[0], values.items(), strict=True):
         panel.hist(1e3 * np.array(seconds), bins=40, color="#8fb3d9")
@@ -273,7 +284,7 @@ def plot(traces: list[Trace], found: dict[str, Any], path: str, title: str) -> N
 
 
 def _plot_time(panels: Any, traces: list[Trace], done: list[Trace]) -> None:
-    """Throughput, requests running and time to first token, over the time of the load."""
+    """Throughput, requests running and time to first token, over the time of the benchmark."""
     events = np.array([response for trace in traces for response in trace.responses]).reshape(-1, 2)
     end = max([*events[:, 0], 1e-3])
     edges = np.linspace(0, end, 61)

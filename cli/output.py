@@ -1,6 +1,6 @@
-"""All prompts asked, and what becomes of their answers: records, what is printed, what --output keeps.
+"""Answers to all prompts: records, the screen, the file of --output.
 
-It knows the names of the outputs and an Asker; how requests travel and when they are tried again is not its affair.
+It knows the outputs' names and a Transport, which sends requests and repeats them.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ import numpy as np
 
 from cli.parameters import Prompt
 from cli.terminal import complain, complaint, sign_of_life
-from cli.transport import Asker, Failure, as_text, make_inputs
+from cli.transport import Failure, Transport, as_text, make_inputs
 
 
-async def answer(flags: argparse.Namespace, prompts: list[Prompt], asker: Asker, journal: ResultWriter | None) -> int:
-    """Ask for all prompts, --concurrency at once; the exit code."""
-    screen = Screen(flags, len(prompts)) if flags.stream or not journal else None
+async def answer(
+    flags: argparse.Namespace, prompts: list[Prompt], transport: Transport, writer: ResultWriter | None
+) -> int:
+    """Send all prompts, --concurrency at once; returns the exit code. Raises OSError if a file cannot be written."""
+    screen = Screen(flags, len(prompts)) if flags.stream or not writer else None
     on_piece = screen.show_piece if screen and flags.stream else lambda index, response: None
     numbered = iter(enumerate(prompts))
     started, num_done, num_failed = time.monotonic(), 0, 0
@@ -37,19 +39,19 @@ async def answer(flags: argparse.Namespace, prompts: list[Prompt], asker: Asker,
         nonlocal num_done, num_failed
         for index, prompt in numbered:
             try:
-                responses = await asker.ask(make_inputs(prompt), functools.partial(on_piece, index))
+                responses = await transport.send(make_inputs(prompt), functools.partial(on_piece, index))
                 record = make_record(prompt, responses)
             except Failure as error:
-                record = {**prompt.asked, "error": str(error)}
-            if asker.is_stopping and ("error" in record or "cancelled" in record.get("finish_reason", [])):
+                record = {**prompt.content, "error": str(error)}
+            if transport.is_stopping and ("error" in record or "cancelled" in record.get("finish_reason", [])):
                 return
             num_done += 1
             num_failed += "error" in record
             if screen:
                 screen.show(index, record)
-            if journal:
-                journal.add(index, record)
-            if asker.is_stopping:
+            if writer:
+                writer.add(index, record)
+            if transport.is_stopping:
                 return
 
     def progress() -> str:
@@ -65,21 +67,21 @@ async def answer(flags: argparse.Namespace, prompts: list[Prompt], asker: Asker,
     finally:
         if screen:
             screen.close()
-        if journal:
-            journal.close()
-    if journal and num_failed:
+        if writer:
+            writer.close()
+    if writer and num_failed:
         complain(f"{num_failed} of {len(prompts)} prompts failed; {flags.output} has the errors")
     return 1 if num_failed else 0
 
 
 def make_record(prompt: Prompt, responses: list[dict[str, np.ndarray]]) -> dict[str, Any]:
-    """What --json and --output say of a prompt: the answer's tensors as lists.
+    """The JSON object of a prompt, for --json and --output: the answer's tensors as lists.
 
     A stream of one sequence has the new tokens as output_ids; all other answers have the prompt's before them.
     """
     order = ("sequence_length", "finish_reason", "cum_log_probs", "output_ids")
     grows = ("output_ids", "output_log_probs", "top_token_ids", "top_log_probs")  # [sequences, tokens, …]
-    record: dict[str, Any] = {**prompt.asked, "sentences": ["".join(pieces) for pieces in _pieces(responses)]}
+    record: dict[str, Any] = {**prompt.content, "sentences": ["".join(pieces) for pieces in _pieces(responses)]}
     for name in dict.fromkeys([*order, *(name for response in responses for name in response)]):
         parts = [response[name] for response in responses if name in response and response[name].size]
         if not parts or name == "sentences":
@@ -88,7 +90,8 @@ def make_record(prompt: Prompt, responses: list[dict[str, np.ndarray]]) -> dict[
         if name == "finish_reason":  # [sequences, 1], as all strings
             array = array.reshape(-1)
         if array.dtype.kind == "f":
-            array = np.where(np.isfinite(array), array, None)  # JSON has no infinity
+            is_finite, array = np.isfinite(array), array.astype(object)
+            array[~is_finite] = None  # JSON has no infinity
         record[name] = [as_text(value) for value in array.tolist()]
     if "output_ids" in record:
         lengths = record.get("sequence_length", [None] * len(record["output_ids"]))
@@ -102,7 +105,7 @@ def _pieces(responses: list[dict[str, np.ndarray]]) -> Iterator[tuple[str, ...]]
 
 
 class Screen:
-    """Prints answers in the prompts' order: one prompt's as they come, those after it when it is their turn."""
+    """Prints answers in the prompts' order: the current prompt's at once, the later ones' in their turn."""
 
     def __init__(self, flags: argparse.Namespace, num_prompts: int) -> None:
         self.flags = flags
@@ -143,7 +146,7 @@ class Screen:
             self._print_held(self._turn)
 
     def close(self) -> None:
-        """Print what still waits for its turn, and the last rule."""
+        """Print the answers that still wait, and the last rule."""
         for index in sorted({*self._held, *self._begun}):
             self._print_held(index)
             if index in self._begun - self._is_done:
@@ -163,17 +166,17 @@ class Screen:
         for file, text in self._held.pop(index, []):
             try:
                 print(text, end="", file=file, flush=True)
-            except BrokenPipeError:  # nobody reads on (`| head`): as with Ctrl-C
+            except BrokenPipeError:  # the reader has gone (`| head`): as Ctrl-C
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 signal.raise_signal(signal.SIGINT)
 
 
 class ResultWriter:
-    """--output: each answer is appended as soon as it is there; at the end the file is put into the prompts' order."""
+    """The file of --output: each answer is appended at once; `close` sorts the lines into the prompts' order."""
 
     def __init__(self, flags: argparse.Namespace) -> None:
         self.path = Path(flags.output).resolve()
-        self._places: list[tuple[int, int, int]] = []  # index, offset, length
+        self._lines: list[tuple[int, int, int]] = []  # index, offset, length
         if flags.prompts_file and self.path == Path(flags.prompts_file).resolve():
             raise ValueError(f"--output is --prompts-file, {flags.output}; it would be overwritten")
         try:
@@ -184,22 +187,22 @@ class ResultWriter:
             raise ValueError(f"{flags.output} is no regular file; --json prints what --output writes")
 
     def add(self, index: int, record: dict[str, Any]) -> None:
-        """Write one line; index: the prompt's place, from 0."""
-        if not self._places:
+        """Write one line; index: the prompt's number, from 0."""
+        if not self._lines:
             self._file.truncate(0)
         line = json.dumps({"index": index, **record}, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-        self._places.append((index, sum(self._places[-1][1:]) if self._places else 0, len(line)))
+        self._lines.append((index, sum(self._lines[-1][1:]) if self._lines else 0, len(line)))
         self._file.write(line)
         self._file.flush()
 
     def close(self) -> None:
-        """Sort the lines."""
+        """Close the file and sort its lines."""
         self._file.close()
-        if self._places == sorted(self._places):
+        if self._lines == sorted(self._lines):
             return
         sorted_path = self.path.with_name(self.path.name + ".sorted")
         with self.path.open("rb") as source, sorted_path.open("wb") as target:
-            for _, offset, length in sorted(self._places):
+            for _, offset, length in sorted(self._lines):
                 source.seek(offset)
                 target.write(source.read(length))
         sorted_path.replace(self.path)

@@ -1,7 +1,7 @@
-"""What is asked: the table of parameters, which flags and JSONL lines share, and prompts with their values.
+"""Prompts with their parameters: one table of parameters for flags and JSONL lines.
 
-Owns the tensors' names and the limits of their values; serving/triton/inputs.py reads the same tensors. Imports no
-numpy, so that --help comes at once.
+This file owns the tensors' names and the limits of their values; serving/triton/inputs.py reads the same tensors. It
+imports no numpy, so that --help starts fast.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_TYPES = {  # of a tensor: what a value of it must be, and at most
+_TYPES = {  # a tensor's data type: the Python type and the largest value
     "uint32": (int, 2**32 - 1),
     "uint64": (int, 2**64 - 1),
     "float32": (float, math.inf),
@@ -25,7 +25,7 @@ _TYPES = {  # of a tensor: what a value of it must be, and at most
 
 
 class Parameter(NamedTuple):
-    """What a user may set for a prompt: a flag, a key of a JSONL line, a tensor. What is absent is not sent."""
+    """A parameter of a prompt: a flag, a key of a JSONL line, a tensor. The server has a default for an absent one."""
 
     name: str
     dtype: str
@@ -36,7 +36,7 @@ class Parameter(NamedTuple):
     is_list: bool = False
 
     def check(self, value: Any) -> Any:
-        """The value (of a list parameter: a list), or ValueError in one sentence."""
+        """Return the value (a list for a list parameter). Raises ValueError, in one sentence."""
         kind, most = _TYPES[self.dtype]
         values = value if self.is_list and isinstance(value, list) else [value]
         for item in values:
@@ -52,7 +52,7 @@ class Parameter(NamedTuple):
         return values if self.is_list else value
 
     def add_flag(self, group: Any) -> None:
-        """The flag of argparse; its attribute is there only where the command line has it."""
+        """Add the flag to a group of argparse; the parsed flags have the attribute only if the command line sets it."""
         kind, most = _TYPES[self.dtype]
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": f"{self.help} [{self.tensor}]"}
         if kind is bool:
@@ -103,10 +103,13 @@ PARAMETERS = [
 ]
 
 
-class Prompt(NamedTuple):
-    """asked: {"prompt": text} or {"input_ids": tokens}; parameters: values by the names in PARAMETERS."""
+DEFAULT_PROMPTS = ("Q: How are you?", "Q: How big is the universe?", "1 2 3 4 ", "a b c d ")
 
-    asked: dict[str, Any]
+
+class Prompt(NamedTuple):
+    """content: {"prompt": text} or {"input_ids": tokens}; parameters: values by the names in PARAMETERS."""
+
+    content: dict[str, Any]
     parameters: dict[str, Any]
 
 
@@ -124,12 +127,12 @@ def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], 
 
 
 def parameters_of(flags: argparse.Namespace) -> dict[str, Any]:
-    """Those that the command line sets."""
+    """The parameters that the command line sets."""
     return {p.name: getattr(flags, p.name) for p in PARAMETERS if hasattr(flags, p.name)}
 
 
 def read_prompts(flags: argparse.Namespace) -> list[Prompt]:
-    """What the flags or the file ask for; ValueError, in one sentence with the line's number, for a bad line."""
+    """The prompts of the flags or of the file. Raises ValueError for a bad line, in one sentence with its number."""
     given = parameters_of(flags)
     if not flags.prompts_file:
         return [Prompt({"prompt": text}, given) for text in flags.prompts or []]
@@ -157,23 +160,24 @@ def read_prompts(flags: argparse.Namespace) -> list[Prompt]:
 
 def _read_object(text: str, given: dict[str, Any]) -> Prompt:
     known = {name: parameter for parameter in PARAMETERS for name in (parameter.name, parameter.tensor)}
-    asked, parameters = {}, dict(given)
+    content: dict[str, Any] = {}
+    parameters = dict(given)
     line = json.loads(text)
     if not isinstance(line, dict):
         raise ValueError("not a JSON object")
     for key, value in line.items():
         if key in ("prompt", "prompts"):
-            asked["prompt"] = _parameter(key, "object", "").check(value)
+            content["prompt"] = _parameter(key, "object", "").check(value)
         elif key == "input_ids":
             is_right = isinstance(value, list) and value and all(type(v) is int and 0 <= v < 2**31 for v in value)
             if not is_right:
                 raise ValueError("input_ids must be a list of tokens")
-            asked["input_ids"] = value
+            content["input_ids"] = value
         elif key in known:
             parameters[known[key].name] = None if value is None else known[key].check(value)
         else:
             near = difflib.get_close_matches(key, known, 1)
             raise ValueError(f"no parameter is called {key}" + (f" (did you mean {near[0]}?)" if near else ""))
-    if len(asked) != 1:
+    if len(content) != 1:
         raise ValueError("it must have either prompt or input_ids")
-    return Prompt(asked, parameters)
+    return Prompt(content, parameters)

@@ -1,6 +1,6 @@
-"""What a person sees on stderr while the client works: complaints, and signs of life.
+"""Messages on stderr: complaints, and signs of life while the client waits.
 
-It knows the terminal alone: neither what is asked nor the server.
+It knows the terminal only, no prompts and no server.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _CLEAR_LINE = "\r\033[K"
 
 @contextlib.contextmanager
 def sign_of_life(message: str | Callable[[], str]) -> Iterator[None]:
-    """While inside, show on stderr what goes on, and for how long: each second on a terminal, else less often."""
+    """While inside, show a message and the elapsed time on stderr: each second on a terminal, else less often."""
     is_over = threading.Event()
     is_terminal = sys.stderr.isatty()
     started = time.monotonic()
@@ -44,10 +44,10 @@ def sign_of_life(message: str | Callable[[], str]) -> Iterator[None]:
 
 
 def complain(sentence: str) -> None:
-    """Say what is wrong."""
+    """Print a complaint to stderr."""
     print(complaint(sentence), end="", file=sys.stderr)
 
 
 def complaint(sentence: str) -> str:
-    """The line that says so."""
+    """A complaint as a line, with the script's name."""
     return f"{_CLEAR_LINE if sys.stderr.isatty() else ''}client.py: {sentence}\n"

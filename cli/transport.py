@@ -1,6 +1,6 @@
-"""Requests to the server: tensors out, arrays back, over HTTP or gRPC; tries again and cancels.
+"""Requests to the server over HTTP or gRPC: tensors out, arrays back, retries, cancellation.
 
-It owns Triton's two protocols and what can go wrong with them. It must not know the screen, files or exit codes.
+This file owns Triton's two protocols and their errors. It knows no screen, files or exit codes.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _STOP_TIMEOUT_S = 1.0
 
 def make_inputs(prompt: Prompt) -> dict[str, np.ndarray]:
     """A request's tensors, without the batch dimension."""
-    # surrogateescape: bytes of the command line that are no UTF-8 go out as they are, for the server to judge
+    # surrogateescape: bytes of the command line that are not UTF-8 are sent unchanged; the server refuses them
     inputs = {}
-    if "prompt" in prompt.asked:
-        inputs["prompts"] = np.array([prompt.asked["prompt"].encode("utf-8", "surrogateescape")], dtype=object)
-    if "input_ids" in prompt.asked:
-        inputs["input_ids"] = np.array(prompt.asked["input_ids"], dtype=np.int32)
+    if "prompt" in prompt.content:
+        inputs["prompts"] = np.array([prompt.content["prompt"].encode("utf-8", "surrogateescape")], dtype=object)
+    if "input_ids" in prompt.content:
+        inputs["input_ids"] = np.array(prompt.content["input_ids"], dtype=np.int32)
     for parameter in PARAMETERS:
         value = prompt.parameters.get(parameter.name)
         if value is not None and value != []:  # a tensor without elements hangs Triton's Python backend
@@ -45,15 +45,15 @@ def make_inputs(prompt: Prompt) -> dict[str, np.ndarray]:
 
 
 class Failure(Exception):
-    """The server's refusal, or what went wrong on the way to it, in one sentence."""
+    """The server's refusal, or an error of the connection, in one sentence."""
 
 
 class Busy(Failure):
-    """The server has no room now; worth another try."""
+    """The server's queue is full; another try may succeed."""
 
 
 class Gone(Failure):
-    """The connection broke, or there is none; worth another try."""
+    """The connection broke, or there is none; another try may succeed."""
 
 
 OnResponse = Callable[[dict[str, Any]], None]
@@ -76,11 +76,11 @@ class HttpConnection:
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
 
     def arrays(self, result: Any) -> dict[str, np.ndarray]:
-        """Of tritonclient's result."""
+        """The outputs of tritonclient's result, by name."""
         return {output["name"]: result.as_numpy(output["name"]) for output in result.get_response()["outputs"]}
 
     async def stream(self, model: str, inputs: dict[str, np.ndarray], on_response: OnResponse) -> None:
-        """Send; `on_response` gets the arrays of each response as it comes. Raises what the libraries raise."""
+        """Send; call `on_response` with the arrays of each response. Raises the libraries' own exceptions."""
         body = {name: [as_text(value) for value in array.tolist()] for name, array in inputs.items()}
         data = json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogateescape")
         num_alternatives = int(inputs["num_log_probs"][0]) if "num_log_probs" in inputs else 1
@@ -105,7 +105,7 @@ class HttpConnection:
 
 
 class GrpcConnection:
-    """Triton's gRPC protocol; the same methods."""
+    """Triton's gRPC protocol; the same methods as HttpConnection."""
 
     def __init__(self, url: str) -> None:
         import grpc
@@ -124,9 +124,12 @@ class GrpcConnection:
         self.client = InferenceServerClient(url.removeprefix("grpc://"), channel_args=list(options.items()))
 
     def arrays(self, result: Any) -> dict[str, np.ndarray]:
+        """The outputs of tritonclient's result, by name."""
         return {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
 
     async def stream(self, model: str, inputs: dict[str, np.ndarray], on_response: OnResponse) -> None:
+        """As HttpConnection's."""
+
         async def request() -> Any:
             yield {"model_name": model, "inputs": _tensors(self.input_class, inputs)}
 
@@ -149,7 +152,7 @@ def _tensors(input_class: type, inputs: dict[str, np.ndarray]) -> list[Any]:
 
 
 def as_text(value: Any) -> Any:
-    """An element of an array, a string where it is one."""
+    """An element of an array; bytes become a string."""
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
 
 
@@ -158,26 +161,26 @@ def _id(request_id: str) -> dict[str, np.ndarray]:
 
 
 def _arrays(response: dict[str, Any], num_alternatives: int) -> dict[str, np.ndarray]:
-    """The arrays of a server-sent event, where Triton makes flat lists of them and values of single elements."""
+    """The arrays of a server-sent event, in their shapes: Triton sends flat lists, and scalars for single elements."""
     arrays = {name: np.atleast_1d(value) for name, value in response.items() if not name.startswith("model_")}
     num_sequences = len(arrays["sentences"])
-    shapes = {"output_ids": (num_sequences, -1), "output_log_probs": (num_sequences, -1)}
+    shapes: dict[str, tuple[int, ...]] = {"output_ids": (num_sequences, -1), "output_log_probs": (num_sequences, -1)}
     shapes |= dict.fromkeys(("top_token_ids", "top_log_probs"), (num_sequences, -1, num_alternatives))
     return {name: array.reshape(shapes.get(name, (-1,))) for name, array in arrays.items() if array.size}
 
 
 @contextlib.contextmanager
 def _failures(connection: HttpConnection | GrpcConnection) -> Iterator[None]:
-    """The libraries' exceptions as Failure, Busy and Gone."""
+    """Turn the libraries' exceptions into Failure, Busy and Gone."""
     try:
         yield
     except InferenceServerException as error:
         text, status = error.message(), str(error.status())
     except connection.broken as error:
-        is_grpc = hasattr(error, "details")
-        text = error.details() if is_grpc else f"{type(error).__name__}: {error}"
-        status = str(error.code()) if is_grpc else "UNAVAILABLE"
-    except ValueError as error:  # something that is no Triton answers
+        call: Any = error if hasattr(error, "details") else None  # gRPC's error is the call, too
+        text = call.details() if call else f"{type(error).__name__}: {error}"
+        status = str(call.code()) if call else "UNAVAILABLE"
+    except ValueError as error:  # the server is not Triton
         text, status = f"the answer cannot be read ({type(error).__name__}: {error})", ""
     else:
         return
@@ -189,15 +192,15 @@ def _failures(connection: HttpConnection | GrpcConnection) -> Iterator[None]:
 
 
 def _sentence(text: str) -> str:
-    """The server's own sentence, out of what libraries wrap around it."""
+    """The server's own sentence, without the libraries' prefixes."""
     text = " ".join(text.split())
     text = re.sub(r"^.*?Message: ", "", text)
     text = re.sub(r"^\[request id: \S*\] ", "", text)
     return re.sub(r"^(BadRequest|ServerBusy|InternalError): ", "", text)
 
 
-class Asker:
-    """Sends requests, each under an id of its own; tries again what is worth it; cancels what runs."""
+class Transport:
+    """Sends requests, each with an id of its own; repeats failed ones; cancels the running ones."""
 
     def __init__(self, connection: HttpConnection | GrpcConnection, flags: argparse.Namespace) -> None:
         self.connection = connection
@@ -209,7 +212,7 @@ class Asker:
         self._is_gone = False
 
     async def is_ready(self) -> bool:
-        """Wait for the model; False where it is not there within --init-timeout-s."""
+        """Wait for the model; False if it is not ready within --init-timeout-s."""
         deadline = time.monotonic() + self.flags.init_timeout_s
         while True:
             left = max(deadline - time.monotonic(), 0.1)
@@ -220,8 +223,11 @@ class Asker:
                 return False
             await asyncio.sleep(0.2)
 
-    async def ask(self, inputs: dict[str, np.ndarray], on_response: OnResponse) -> list[dict[str, np.ndarray]]:
-        """All responses to a prompt, each shown to `on_response` first; raises Failure."""
+    async def send(self, inputs: dict[str, np.ndarray], on_response: OnResponse) -> list[dict[str, np.ndarray]]:
+        """Send a request, up to --retries more times; returns its responses. Raises Failure.
+
+        on_response: called with each response as it comes.
+        """
         responses: list[dict[str, np.ndarray]] = []
 
         def take(response: dict[str, np.ndarray]) -> None:
@@ -244,19 +250,19 @@ class Asker:
         raise AssertionError("the last try returns or raises")
 
     async def attempt(self, inputs: dict[str, np.ndarray], on_response: OnResponse) -> None:
-        """One try; raises Failure."""
+        """Send a request once. Raises Failure."""
         request_id = uuid.uuid4().hex
         inputs = {**inputs, **_id(request_id)}
         self.running[request_id] = None
         try:
-            await asyncio.wait_for(self._send(inputs, on_response), self.flags.inference_timeout_s)
+            await asyncio.wait_for(self._transfer(inputs, on_response), self.flags.inference_timeout_s)
         except asyncio.TimeoutError:
             await self._stop(request_id)
             raise Failure(f"no answer within {self.flags.inference_timeout_s:g} s") from None
         finally:
             del self.running[request_id]
 
-    async def _send(self, inputs: dict[str, np.ndarray], on_response: OnResponse) -> None:
+    async def _transfer(self, inputs: dict[str, np.ndarray], on_response: OnResponse) -> None:
         with _failures(self.connection):
             if self.is_streaming:
                 await self.connection.stream(self.model, inputs, on_response)
@@ -264,7 +270,7 @@ class Asker:
                 on_response(await self._infer(inputs))
 
     async def _infer(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Ask the model that does not stream; its arrays have a batch dimension."""
+        """One request to the model that does not stream; its arrays have a batch dimension."""
         tensors = _tensors(self.connection.input_class, {name: array[None] for name, array in inputs.items()})
         result = await self.connection.client.infer(self.flags.model_name, tensors)
         return {name: array[0] for name, array in self.connection.arrays(result).items()}
@@ -275,12 +281,12 @@ class Asker:
             await asyncio.wait_for(self._infer(inputs), _STOP_TIMEOUT_S)
 
     async def stop_all(self) -> None:
-        """Cancel what runs on the server, and wait for that, but not for long."""
+        """Cancel the running requests on the server; waits for it up to a second."""
         self.is_stopping = True
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._stop_running(), _STOP_TIMEOUT_S)
 
     async def _stop_running(self) -> None:
-        """More than once, for one that has not arrived there yet."""
+        """Repeated, because a request may not have arrived yet."""
         while self.running:
             await asyncio.gather(*map(self._stop, list(self.running)), asyncio.sleep(0.2))

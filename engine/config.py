@@ -1,4 +1,4 @@
-"""How the model is split over ranks, and how the engine runs it. Both are frozen and checked once. No torch here."""
+"""The split of the model over ranks, and the engine's settings: frozen, checked once. No torch here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from weights.model_config import DATA_TYPES
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """One rank's place in the tp × pp grid; rank = pp_rank · tp + tp_rank, as in FasterTransformer."""
+    """One rank's position in the tp × pp grid; rank = pp_rank · tp + tp_rank, as in FasterTransformer."""
 
     tp: int = 1
     pp: int = 1
@@ -56,32 +56,32 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How the engine runs: sizes, number formats, device, limits."""
+    """The engine's settings: sizes, data types, device, limits."""
 
     engine: str = flag(
         "auto",
-        "what runs the model: torch (built in), fastertransformer (the library's op), or auto",
+        "the executor: torch (built in), fastertransformer (the library's op), or auto",
         choices=("auto", "torch", "fastertransformer"),
     )
-    device: str = flag("auto", "where it runs; auto takes a GPU if there is one", choices=("auto", "cpu", "cuda"))
+    device: str = flag("auto", "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda"))
     data_type: str = flag(
         "auto",
         "number format of the computation; auto: bf16 on a GPU (fp16 before compute capability 8.0), fp32 on a CPU",
         choices=("auto", *DATA_TYPES),
     )
-    int8_mode: int = flag(0, "1: the layers' matrices are kept in int8, a scale for each column", choices=(0, 1))
-    max_batch_size: int = flag(256, "sequences that run at once (a sample or a beam is one); further ones wait")
+    int8_mode: int = flag(0, "1: the layers' matrices are stored in int8, with a scale for each column", choices=(0, 1))
+    max_batch_size: int = flag(256, "sequences that run at once (each sample or beam counts); further ones wait")
     max_queue_size: int = flag(2048, "requests that may wait; further ones are refused (HTTP 503)")
     max_seq_len: int = flag(
         0,
-        "tokens of a request, prompt and output together; 0: what the model's positions allow, or what it was trained "
-        "with (2048 if unknown) where it has none, as BLOOM; such a model takes any length that memory allows",
+        "tokens of a request, prompt and output together; 0: the model's positions, or for a model without positions "
+        "(BLOOM) its training length (2048 if unknown); such a model takes any length that fits in memory",
     )
     max_step_tokens: int = flag(0, "prompt tokens computed in one step; 0: 512 on a CPU, 8192 on a GPU")
     block_size: int = flag(16, "tokens in one block of the key-value cache")
     kv_cache_fraction: float = flag(0.9, "share of the memory left after loading that the key-value cache may take")
     enforce_eager: bool = flag(False, "launch the kernels of a decode step one by one, without CUDA graphs")
-    step_timeout_s: float = flag(25.0, "seconds after which a step that does not end is taken for a hung rank")
+    step_timeout_s: float = flag(25.0, "seconds; a step that takes longer counts as a hung rank and ends the job")
 
     def __post_init__(self) -> None:
         for name, least in (

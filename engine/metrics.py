@@ -1,4 +1,4 @@
-"""What the engine is busy with, as a line in the log now and then. Knows numbers only."""
+"""The engine's throughput, as a log line every few seconds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ INTERVAL_S = 10.0
 
 
 class Statistics:
-    """Counts steps, and logs what they were like, at most every `INTERVAL_S` seconds and only where there were any."""
+    """Counts steps, and logs their averages at most every INTERVAL_S seconds; an idle engine logs nothing."""
 
     def __init__(self) -> None:
         self._reset(time.monotonic())
@@ -20,7 +20,7 @@ class Statistics:
         self._num_steps = self._num_sequences = self._most = 0
 
     def count(self, num_sequences: int, num_waiting: int) -> None:
-        """Take note of a step that gives each of `num_sequences` a token, while `num_waiting` requests wait."""
+        """Count a step: num_sequences get a token each, num_waiting requests wait."""
         now = time.monotonic()
         if now - self._since >= INTERVAL_S:
             if self._num_steps > 1:

@@ -1,4 +1,4 @@
-"""Ends the process when something that must be quick takes too long: a rank that hangs would hang the job."""
+"""Ends the process if a step takes longer than its limit: a hung rank would hang the whole job."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _CHECK_INTERVAL_S = 0.5
 class Watchdog:
     """Watches one activity at a time, from a thread of its own.
 
-    When a limit is exceeded the process may be stuck inside MPI or NCCL, where no exception reaches it; so it
-    leaves with exit code 1 and without clean-up, and the launcher (mpirun, srun) ends the other ranks.
+    A process past its limit may be stuck inside MPI or NCCL, and no exception reaches it there. So it exits with code
+    1 and without clean-up; the launcher (mpirun, srun) ends the other ranks. before_exit: called first.
     """
 
     def __init__(self, before_exit: Callable[[], None] = lambda: None) -> None:
@@ -28,7 +28,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def limit(self, seconds: float, message: str) -> Iterator[None]:
-        """While inside, the process has `seconds`; past them it logs `message` and ends."""
+        """While inside, the process has `seconds`; after them it logs `message` and exits."""
         self._message = message
         self._deadline = time.monotonic() + seconds
         try:
@@ -37,7 +37,7 @@ class Watchdog:
             self._deadline = float("inf")
 
     def allow(self, seconds: float, message: str) -> None:
-        """From now on the process has `seconds`, for the way out: nothing lifts this but another call or `limit`."""
+        """Give the process `seconds` from now to end; only another call or `limit` removes this limit."""
         self._message = message
         self._deadline = time.monotonic() + seconds
 

@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
-# Ranks that wait inside MPI yield their core: on a CPU they share it with ranks that compute.
+# Waiting ranks yield their core inside MPI: on a CPU, computing ranks share it.
 os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
 
-from mpi4py import MPI  # noqa: E402 - initializes MPI, which reads the variable above
+from mpi4py import MPI  # noqa: E402 - the import initializes MPI, after the variable above is set
 
-_HEADER_BYTES = 3584  # a plan of some hundred decode chunks fits, below the size that MPI sends without waiting
+_HEADER_BYTES = 3584  # holds a plan of some hundred decode chunks; below MPI's eager limit
 _LENGTH_BYTES = 8
-_YIELD_S = 0.002  # how long a waiting rank only yields its core before it starts to sleep
-_SLEEP_SHARE = 0.01  # a sleep lasts this share of the wait so far, so it delays what comes by no more
-_LONGEST_SLEEP_S = 0.005  # a look costs about 50 µs: 1 % of a core
+_YIELD_S = 0.002  # a waiting rank yields its core for so long, then it sleeps
+_SLEEP_SHARE = 0.01  # a sleep lasts this share of the wait so far: the largest relative delay of a message
+_LONGEST_SLEEP_S = 0.005  # a poll costs about 50 µs: 1 % of a core
 
 
 class Group:
@@ -37,19 +37,19 @@ class Group:
         self._comm.Allreduce(MPI.IN_PLACE, array)
 
     def all_gather(self, array: np.ndarray, out: np.ndarray) -> None:
-        """Every rank's array [n], in rank order, into out [ranks · n]."""
+        """Gather every rank's array [n], in rank order, into out [ranks · n]."""
         self._comm.Allgather(array, out)
 
     def send(self, array: np.ndarray, rank: int) -> None:
-        """To one rank of the group, which calls `receive`."""
+        """Send the array to one rank of the group, which calls `receive`."""
         self._comm.Send(array, dest=rank)
 
     def receive(self, array: np.ndarray, rank: int) -> None:
-        """From one rank of the group, into the array."""
+        """Receive into the array, from one rank of the group."""
         self._comm.Recv(array, source=rank)
 
     def broadcast(self, value: Any) -> Any:
-        """The group's first rank's value, on every rank."""
+        """Return the first rank's value on every rank."""
         return self._comm.bcast(value, root=0)
 
     def min(self, value: int) -> int:
@@ -58,7 +58,7 @@ class Group:
 
 
 class World:
-    """The MPI world: who this process is, and the control channel from rank 0 to all."""
+    """The MPI world: this process's rank, and the control channel from rank 0 to all."""
 
     def __init__(self) -> None:
         self._comm = MPI.COMM_WORLD
@@ -76,7 +76,7 @@ class World:
         return Group(self._comm.Split(color=color, key=key))
 
     def check_size(self, expected: int, command: str) -> None:
-        """Raise ValueError, with the command that would be right, where the world has another size."""
+        """Raise ValueError if the world has another size; command: the right command, for the message."""
         if self.size == expected:
             return
         tasks = int(os.environ.get("SLURM_NTASKS", 1)) if "SLURM_PROCID" in os.environ else 1
@@ -85,7 +85,7 @@ class World:
         raise ValueError(f"tp × pp takes {expected} ranks and {self.size} were started: {command}")
 
     def send(self, message: Any) -> None:
-        """Rank 0: send a picklable message to all other ranks, which wait in `receive`."""
+        """Rank 0: send a picklable message to all other ranks; they call `receive`."""
         if self.size == 1:
             return
         payload = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
@@ -98,9 +98,9 @@ class World:
             self._wait(self._comm.Ibcast(np.frombuffer(payload, np.uint8), root=0))
 
     def receive(self, timeout_s: float | None = None) -> Any:
-        """Other ranks: wait for rank 0's next message, yielding at first, then sleeping up to 5 ms a time.
+        """Other ranks: wait for rank 0's next message, yielding the core at first, then sleeping up to 5 ms.
 
-        Raises RuntimeError where none comes within `timeout_s`: rank 0 sends a sign of life far more often.
+        Raises RuntimeError if none comes within `timeout_s`: an idle rank 0 sends heartbeats far more often.
         """
         self._wait(self._comm.Ibcast(self._buffer, root=0), timeout_s)
         length = int.from_bytes(self._buffer[:_LENGTH_BYTES].tobytes(), "little")
@@ -112,7 +112,7 @@ class World:
         return pickle.loads(payload.tobytes())
 
     def barrier(self, timeout_s: float | None = None) -> None:
-        """Meet all ranks; raises RuntimeError where one does not come within `timeout_s`."""
+        """Wait for all ranks. Raises RuntimeError if one does not come within `timeout_s`."""
         self._wait(self._comm.Ibarrier(), timeout_s)
 
     def gather(self, value: Any) -> list[Any]:
@@ -121,7 +121,7 @@ class World:
         return self._comm.allgather(value)
 
     def agree(self, error: str | None) -> str | None:
-        """The first error that any rank reports, on every rank; None where all went well."""
+        """Return the first error in rank order, on every rank; None if no rank has one."""
         return next((text for text in self.gather(error) if text is not None), None)
 
     def abort(self) -> None:

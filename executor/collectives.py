@@ -1,7 +1,6 @@
 """Collectives on tensors over the tp and pp groups: MPI on a CPU, NCCL on GPUs.
 
-The only module that imports torch.distributed. One thread per rank calls it. MPI ranks on one node talk through shared
-memory.
+The only module that imports torch.distributed. One thread of each rank calls it. MPI uses shared memory within a node.
 """
 
 from __future__ import annotations
@@ -22,16 +21,21 @@ class Comm:
         self.parallel = parallel
         self._world = world
         if parallel.world_size == 1:
-            self._backend: _MpiBackend | _NcclBackend | None = None
+            self._joined: _MpiGroups | _NcclGroups | None = None
         elif device.type == "cuda":
-            self._backend = _NcclBackend(world, parallel, device)
+            self._joined = _NcclGroups(world, parallel, device)
         else:
-            self._backend = _MpiBackend(world, parallel)
+            self._joined = _MpiGroups(world, parallel)
+
+    @property
+    def _groups(self) -> _MpiGroups | _NcclGroups:
+        assert self._joined is not None, "a single rank has no one to talk to"
+        return self._joined
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the tp group, in place; returns the tensor."""
         if self.parallel.tp > 1:
-            self._backend.all_reduce(tensor)
+            self._groups.all_reduce(tensor)
         return tensor
 
     def all_gather_last(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -39,25 +43,25 @@ class Comm:
         if self.parallel.tp == 1:
             return tensor
         parts = tensor.new_empty((self.parallel.tp, *tensor.shape))  # [tp, n, local]
-        self._backend.all_gather(parts, tensor.contiguous())
+        self._groups.all_gather(parts, tensor.contiguous())
         return parts.movedim(0, -2).flatten(-2)
 
     def send_forward(self, tensor: torch.Tensor) -> None:
-        """To the same tp rank of the next stage."""
-        self._backend.send(tensor.contiguous(), self.parallel.rank + self.parallel.tp)
+        """Send the tensor to the same tp rank of the next stage."""
+        self._groups.send(tensor.contiguous(), self.parallel.rank + self.parallel.tp)
 
     def receive_forward(self, tensor: torch.Tensor) -> torch.Tensor:
-        """From the same tp rank of the stage before, into the tensor; returns it."""
-        self._backend.receive(tensor, self.parallel.rank - self.parallel.tp)
+        """Receive into the tensor, from the same tp rank of the previous stage; returns the tensor."""
+        self._groups.receive(tensor, self.parallel.rank - self.parallel.tp)
         return tensor
 
     def return_results(self, values: torch.Tensor) -> torch.Tensor:
-        """The last stage's results, also on the first stage (the stages between have no use for them)."""
+        """Copy the last stage's results to the first stage; middle stages do nothing. Returns the values."""
         parallel = self.parallel
         if parallel.pp > 1 and parallel.is_last_stage:
-            self._backend.send(values, parallel.tp_rank)
+            self._groups.send(values, parallel.tp_rank)
         elif parallel.pp > 1 and parallel.is_first_stage:
-            self._backend.receive(values, parallel.tp_rank + (parallel.pp - 1) * parallel.tp)
+            self._groups.receive(values, parallel.tp_rank + (parallel.pp - 1) * parallel.tp)
         return values
 
     def min_over_ranks(self, value: int) -> int:
@@ -65,13 +69,13 @@ class Comm:
         return value if self.parallel.world_size == 1 else self._world.all_ranks.min(value)
 
     def close(self) -> None:
-        """Leave the groups; every rank does, once nothing more is computed."""
-        if isinstance(self._backend, _NcclBackend):
-            self._backend.close()
+        """Leave the groups; every rank calls this after its last collective."""
+        if isinstance(self._joined, _NcclGroups):
+            self._joined.close()
 
 
-class _MpiBackend:
-    """CPU tensors over MPI. bf16 travels as fp32, which MPI can add; fp16 likewise."""
+class _MpiGroups:
+    """CPU tensors over MPI. bf16 and fp16 are summed as fp32: MPI adds neither."""
 
     def __init__(self, world: World, parallel: ParallelConfig) -> None:
         self._world = world.all_ranks
@@ -99,8 +103,8 @@ def _bytes(tensor: torch.Tensor) -> np.ndarray:
     return tensor.view(-1).view(torch.uint8).numpy()
 
 
-class _NcclBackend:
-    """CUDA tensors over NCCL; MPI tells every rank where the rendezvous is."""
+class _NcclGroups:
+    """CUDA tensors over NCCL; rank 0 sends the rendezvous' address over MPI."""
 
     def __init__(self, world: World, parallel: ParallelConfig, device: torch.device) -> None:
         import torch.distributed as dist

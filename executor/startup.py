@@ -1,4 +1,4 @@
-"""From a converted folder to an executor: which executor, device and number format, and why."""
+"""From a converted folder to an executor: pick executor, device and data type, then load this rank's weights."""
 
 from __future__ import annotations
 
@@ -30,17 +30,31 @@ _FT_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 144, 160, 192, 224, 256)
 
 @dataclass(frozen=True)
 class Backend:
-    """What runs the model, and the reason for it (logged)."""
+    """The engine that runs the model, with its device and data type, and the reason for the engine (logged)."""
 
-    engine: str
+    engine: str  # torch or fastertransformer
     reason: str
     device: torch.device
     dtype: torch.dtype
+    lib_path: Path  # FasterTransformer's library
+
+
+@dataclass(frozen=True)
+class WeightFolder:
+    """A converted folder and its config.ini."""
+
+    path: Path
+    config: ModelConfig
+
+    @classmethod
+    def read(cls, path: Path) -> WeightFolder:
+        """Read the folder's config.ini. Raises ValueError for a bad one."""
+        return cls(path, ModelConfig.read(path / "config.ini"))
 
 
 def pick_backend(engine_config: EngineConfig, model_config: ModelConfig, lib_path: Path, local_rank: int) -> Backend:
-    """Pick engine, device and dtype. Raises ValueError or RuntimeError where a wish cannot be met."""
-    device = _choose_device(engine_config.device, local_rank)
+    """Pick engine, device and dtype. Raises ValueError or RuntimeError if the machine cannot do what a flag asks."""
+    device = _pick_device(engine_config.device, local_rank)
     dtype = computation_dtype(engine_config.data_type, device)
     engine, reason = engine_config.engine, "chosen by --engine"
     if engine == "auto":
@@ -58,31 +72,30 @@ def pick_backend(engine_config: EngineConfig, model_config: ModelConfig, lib_pat
         raise ValueError(lacking)
     elif (model_config.activation_type, model_config.gelu_form) == ("gelu", "erf"):
         _LOG.warning("gelu_form is erf, and FasterTransformer computes the tanh form: results differ slightly")
-    return Backend(engine, reason, device, dtype)
+    return Backend(engine, reason, device, dtype, lib_path)
 
 
 def connect(world: World, parallel: ParallelConfig, backend: Backend) -> Comm | None:
-    """Join the tp and pp groups: all ranks meet here. None for FasterTransformer's op, which does so by itself."""
+    """Join the tp and pp groups; collective. None for FasterTransformer's op, which makes its own groups."""
     if backend.device.type == "cuda":
         torch.cuda.set_device(backend.device)
     return Comm(world, parallel, backend.device) if backend.engine == "torch" else None
 
 
 def load(
-    folder: Path,
-    model_config: ModelConfig,
+    weights: WeightFolder,
     engine_config: EngineConfig,
     parallel: ParallelConfig,
     world: World,
     comm: Comm | None,
     backend: Backend,
-    lib_path: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Executor:
     """Load this rank's weights into its executor.
 
-    Raises ValueError or RuntimeError where that fails, which may be on one rank only: the ranks must agree that all
-    went well before they meet in the executor's `prepare`.
+    comm: of `connect`. progress: called with (parts loaded, parts in all).
+    Raises ValueError or RuntimeError for bad weights, possibly on one rank only: the ranks must agree on success before
+    the executor's `prepare`, which is collective.
     """
     if backend.device.type == "cpu":
         torch.set_num_threads(claim_cores(world.local_size))
@@ -90,10 +103,17 @@ def load(
         from executor.fastertransformer import FasterTransformerExecutor
 
         return FasterTransformerExecutor(
-            folder, model_config, engine_config, parallel, backend.device, backend.dtype, lib_path, progress
+            weights.path,
+            weights.config,
+            engine_config,
+            parallel,
+            backend.device,
+            backend.dtype,
+            backend.lib_path,
+            progress,
         )
-    reader = ShardReader(folder, model_config, parallel.tp_rank, backend.dtype)
-    counter = _Counter(GPT.num_load_steps(model_config, comm), progress)
+    reader = ShardReader(weights.path, weights.config, parallel.tp_rank, backend.dtype)
+    counter = _Counter(GPT.num_load_steps(weights.config, comm), progress)
     return TorchExecutor(reader, engine_config, comm, backend.device, world.local_size, counter)
 
 
@@ -113,9 +133,9 @@ class _Counter:
 def claim_cores(local_size: int) -> int:
     """The number of threads for this rank: OMP_NUM_THREADS, else SLURM_CPUS_PER_TASK under srun, else its share.
 
-    mpirun binds each rank to one core where there are few ranks, which would leave the others idle and put Triton on
-    the same core; that binding is lifted. What taskset, numactl or Slurm set is the user's wish and stays.
-    OMP_THREAD_LIMIT is a ceiling: with more threads than it allows, oneDNN's packed linear gives wrong results.
+    local_size: ranks on this node. With few ranks, mpirun binds each one to a single core: the other cores would be
+    idle, and Triton would share that core. This binding is removed; bindings of taskset, numactl or Slurm are kept.
+    OMP_THREAD_LIMIT is a ceiling: with more threads, oneDNN's packed linear gives wrong results.
     """
     threads = _wished_threads() or _share_of_cores(local_size)
     return min(threads, _positive("OMP_THREAD_LIMIT") or threads)
@@ -130,18 +150,18 @@ def _share_of_cores(local_size: int) -> int:
     is_bound_by_mpirun = "OMPI_COMM_WORLD_SIZE" in os.environ and "SLURM_JOB_ID" not in os.environ
     share = max(1, (os.cpu_count() or 1) // local_size)
     if is_bound_by_mpirun and len(os.sched_getaffinity(0)) < share:
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))  # the kernel keeps what the container allows
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))  # the kernel removes cores outside the container
         return max(1, len(os.sched_getaffinity(0)) // local_size)
     return max(1, min(share, len(os.sched_getaffinity(0))))
 
 
 def _positive(variable: str) -> int:
-    """An environment variable's whole number; 0 where it is absent or no number."""
+    """An environment variable's whole number; 0 for an absent one or another text."""
     value = os.environ.get(variable, "")
     return int(value) if value.isdigit() else 0
 
 
-def _choose_device(wish: str, local_rank: int) -> torch.device:
+def _pick_device(wish: str, local_rank: int) -> torch.device:
     count = torch.cuda.device_count() if wish != "cpu" else 0
     if wish == "cuda" and count == 0:
         raise RuntimeError("device is cuda, and torch sees no GPU")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.flags import flag
 from readers.checkpoint import Weight
 from readers.shards import Shards, Trained
 from readers.tokens import CheckpointTokenizer
@@ -40,10 +41,19 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What a source may not say by itself. tokenizer: its folder or .model file; num_heads: of attention."""
+    """Facts that a source may lack; flags of convert.py and server.py."""
 
-    tokenizer: Path | None = None
-    num_heads: int | None = None
+    tokenizer: Path | None = flag(
+        None,
+        "NeMo, Megatron-LM: a .model file, or a folder with vocab.json and merges.txt, tokenizer.model or "
+        "tokenizer.json; by default the checkpoint's own, or the one beside it",
+        type=Path,
+    )
+    num_heads: int | None = flag(None, "Megatron-LM: attention heads, for a checkpoint without arguments", type=int)
+
+    def __post_init__(self) -> None:
+        if self.num_heads is not None and self.num_heads < 0:
+            raise ValueError(f"num_heads is {self.num_heads}; it must be 0 or more")
 
     def describe(self) -> dict[str, Any]:
         """For the manifest: other options make another folder."""

@@ -266,7 +266,7 @@ def test_results_computed_ahead_come_in_order_and_threads_are_as_before() -> Non
 def test_config_ini(tmp_path: Path) -> None:
     settings = dict(n_inner=24, activation_function="relu", layer_norm_epsilon=1e-3)
     make_gpt2(tmp_path / "hf", **TINY, **settings)
-    convert.convert(tmp_path / "hf", tmp_path / "out", 4, "bf16", model_name="parrot")
+    convert.convert(tmp_path / "hf", tmp_path / "out", 4, "bf16", convert.Names("parrot"))
     config = config_ini(tmp_path / "out/4-gpu")
     expected = dict(model_name="parrot", head_num="4", size_per_head="4", inter_size="24", num_layer="2")
     expected |= dict(max_pos_seq_len="8", vocab_size="37", start_id="36", end_id="36", weight_data_type="bf16")
@@ -290,7 +290,7 @@ def test_tanh_gelus_are_fastertransformers_gelu(tmp_path: Path, activation: str)
 
 
 def test_manifest(source: Path, tmp_path: Path) -> None:
-    folder = convert.convert(source, tmp_path, 2, "fp16", source_name="me/parrot", revision="abc")
+    folder = convert.convert(source, tmp_path, 2, "fp16", convert.Names(source_name="me/parrot", revision="abc"))
     manifest = json.loads((folder / "manifest.json").read_text())
     assert {key: manifest[key] for key in ("source_name", "revision", "converter_version", "tensor_para_size")} == {
         "source_name": "me/parrot",

@@ -1,4 +1,4 @@
-"""The load test of client.py --bench: its arithmetic, its loops, and a run against a stand-in for the server."""
+"""client.py --bench: its arithmetic, its loops, and a run against a stand-in for the server."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import client
-from cli import bench as load
-from cli.bench import Load, Trace
+from cli import bench
+from cli.bench import Bench, Trace
 from cli.parameters import Prompt, parameters_of
 from cli.transport import Busy, make_inputs
 from tests.support.standin_server import standin
@@ -41,7 +41,7 @@ def random_traces(num: int = 200) -> list[Trace]:
 def test_figures_are_numpys() -> None:
     traces = random_traces()
     traces[3].finished, traces[4].finished, traces[4].error = None, None, "refused"  # cancelled; failed
-    found = load.figures(traces, 8.0)
+    found = bench.figures(traces, 8.0)
     done = [trace for trace in traces if trace.finished is not None]
     ttfts = np.array([trace.responses[0][0] - trace.started for trace in done])
     expected = {"mean": ttfts.mean(), "max": ttfts.max()} | {f"p{p}": np.percentile(ttfts, p) for p in (50, 90, 99)}
@@ -70,19 +70,19 @@ def test_a_response_may_have_several_tokens_or_none() -> None:
 
 def test_tokens_of_several_samples_are_counted_without_prompt_and_padding() -> None:
     response = {"output_ids": np.zeros((2, 9)), "sequence_length": np.array([9, 6])}
-    assert load._num_new_tokens(response, num_prompt_tokens=4) == 5 + 2
-    assert load._num_new_tokens({"output_ids": np.zeros((1, 3))}, 4) == 3
-    assert load._num_new_tokens({"sentences": np.array([""])}, 4) == 0
+    assert bench._num_new_tokens(response, num_prompt_tokens=4) == 5 + 2
+    assert bench._num_new_tokens({"output_ids": np.zeros((1, 3))}, 4) == 3
+    assert bench._num_new_tokens({"sentences": np.array([""])}, 4) == 0
 
 
 def test_no_request_that_finished_makes_no_figures() -> None:
-    found = load.figures([Trace(0.0, 5, error="refused")], 1.0)
+    found = bench.figures([Trace(0.0, 5, error="refused")], 1.0)
     assert (found["ttft_ms"], found["num_failed"], found["requests_per_s"]) == ({}, 1, 0.0)
-    assert "0 of 1 requests finished, 1 failed" in load.table(found)
+    assert "0 of 1 requests finished, 1 failed" in bench.table(found)
 
 
 def test_arrivals_are_poisson_and_come_again() -> None:
-    first, again, other = (list(itertools.islice(load.arrivals(50.0, seed), 5000)) for seed in (1, 1, 2))
+    first, again, other = (list(itertools.islice(bench.arrivals(50.0, seed), 5000)) for seed in (1, 1, 2))
     assert first == again != other
     gaps = np.diff([0.0, *first])
     assert gaps.mean() == pytest.approx(1 / 50, rel=0.05) and gaps.std() == pytest.approx(1 / 50, rel=0.05)
@@ -91,7 +91,7 @@ def test_arrivals_are_poisson_and_come_again() -> None:
 def test_requests_come_again_and_keep_the_command_lines_parameters() -> None:
     flags = parse("--bench-prompt-len", "3:9", "--bench-output-len", "4:6", "--bench-vocab", "7", "--top-k", "2")
     given = make_inputs(Prompt({}, parameters_of(flags)))
-    first, again = (list(itertools.islice(load.make_requests(flags, given), 300)) for _ in range(2))
+    first, again = (list(itertools.islice(bench.make_requests(flags, given), 300)) for _ in range(2))
     for one, other in zip(first, again, strict=True):
         assert {name: a.tolist() for name, a in one.items()} == {name: a.tolist() for name, a in other.items()}
     assert {len(inputs["input_ids"]) for inputs in first} == set(range(3, 10))
@@ -99,10 +99,10 @@ def test_requests_come_again_and_keep_the_command_lines_parameters() -> None:
     assert {token for inputs in first for token in inputs["input_ids"]} == set(range(7))
     assert all(inputs["runtime_top_k"].item() == 2 and inputs["ignore_eos"].item() for inputs in first)
     keep_eos = make_inputs(Prompt({}, parameters_of(parse("--no-ignore-eos"))))
-    assert not next(load.make_requests(flags, keep_eos))["ignore_eos"].item()
+    assert not next(bench.make_requests(flags, keep_eos))["ignore_eos"].item()
 
 
-class FakeAsker:
+class FakeTransport:
     """Answers with two tokens, `seconds` after it was asked."""
 
     def __init__(self, seconds: float, failing: Callable[[int], bool] = lambda number: False) -> None:
@@ -124,44 +124,44 @@ class FakeAsker:
             on_response({"output_ids": np.zeros((1, 0)), "finish_reason": np.array([b"cancelled"], dtype=object)})
 
 
-def loaded(asker: FakeAsker, *arguments: str) -> Load:
+def run_bench(transport: FakeTransport, *arguments: str) -> Bench:
     flags = parse(*arguments)
-    it = Load(flags, asker, load.make_requests(flags, {}))
+    it = Bench(flags, transport, bench.make_requests(flags, {}))
     asyncio.run(it.run())
     return it
 
 
 def test_a_closed_loop_keeps_so_many_running() -> None:
-    asker = FakeAsker(0.02)
-    it = loaded(asker, "--concurrency", "3", "--num-requests", "10")
-    assert (asker.most, len(it.traces)) == (3, 10)
+    transport = FakeTransport(0.02)
+    it = run_bench(transport, "--concurrency", "3", "--num-requests", "10")
+    assert (transport.most, len(it.traces)) == (3, 10)
     assert all(0.02 <= trace.finished - trace.started < 0.2 for trace in it.traces)
 
 
 def test_an_open_loop_does_not_wait_for_answers_and_counts_from_the_arrival() -> None:
-    asker = FakeAsker(0.5)
-    it = loaded(asker, "--rate", "100", "--num-requests", "20", "--seed", "3")
-    assert asker.most == 20
-    assert [trace.started for trace in it.traces] == list(itertools.islice(load.arrivals(100, 3), 20))
+    transport = FakeTransport(0.5)
+    it = run_bench(transport, "--rate", "100", "--num-requests", "20", "--seed", "3")
+    assert transport.most == 20
+    assert [trace.started for trace in it.traces] == list(itertools.islice(bench.arrivals(100, 3), 20))
     assert all(trace.ttft >= 0.5 for trace in it.traces)
 
 
 @pytest.mark.parametrize("rate", [[], ["--rate", "40"]])
 def test_a_duration_ends_the_sending(rate: list[str]) -> None:
-    it = loaded(FakeAsker(0.05), "--duration", "0.4", "--concurrency", "2", *rate)
+    it = run_bench(FakeTransport(0.05), "--duration", "0.4", "--concurrency", "2", *rate)
     assert all(trace.started < 0.4 and trace.finished for trace in it.traces)
     assert 5 < len(it.traces) < 40 and it.now() < 1.0
 
 
 def test_failures_and_cancelled_requests_are_no_latencies() -> None:
-    it = loaded(FakeAsker(0.01, lambda number: number % 2 == 0), "--num-requests", "6", "--concurrency", "1")
+    it = run_bench(FakeTransport(0.01, lambda number: number % 2 == 0), "--num-requests", "6", "--concurrency", "1")
     assert [trace.error for trace in it.traces] == ["the queue is full", None] * 3
     assert [trace.finished is None for trace in it.traces] == [True, False] * 3
 
-    async def interrupted() -> Load:
-        flags, asker = parse("--rate", "100"), FakeAsker(0.3)
-        it = Load(flags, asker, load.make_requests(flags, {}))
-        asyncio.get_running_loop().call_later(0.1, setattr, asker, "is_stopping", True)
+    async def interrupted() -> Bench:
+        flags, transport = parse("--rate", "100"), FakeTransport(0.3)
+        it = Bench(flags, transport, bench.make_requests(flags, {}))
+        asyncio.get_running_loop().call_later(0.1, setattr, transport, "is_stopping", True)
         await it.run()
         return it
 
@@ -204,5 +204,5 @@ def test_bench_without_matplotlib_says_so_at_once(
 def test_plot_draws_a_page(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for traces in (random_traces(), [Trace(0.0, 5, error="refused")]):
-        load.plot(traces, load.figures(traces, 8.0), str(tmp_path / "page.png"), "title")
+        bench.plot(traces, bench.figures(traces, 8.0), str(tmp_path / "page.png"), "title")
         assert (tmp_path / "page.png").stat().st_size > 10_000

@@ -64,9 +64,27 @@ def test_url_gets_scheme_and_port(text: str, url: str) -> None:
 
 
 def test_one_thing_is_asked() -> None:
-    for arguments in ([], ["--bench", "--prompts", "a"], ["--prompts", "a", "--prompts-file", "b"]):
+    for arguments in (["--bench", "--prompts", "a"], ["--prompts", "a", "--prompts-file", "b"]):
         with pytest.raises(SystemExit):
             client.parse_flags(arguments)
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_four_default_prompts(server: StandinServer, stream: list[str]) -> None:
+    code, out, err = server.ask("--output-len", "2", "--concurrency", "1", *stream)
+    prompts = ["Q: How are you?", "Q: How big is the universe?", "1 2 3 4 ", "a b c d "]
+    rule = out.splitlines()[0]
+    assert (code, err) == (0, "")
+    assert out == "".join(f"{rule}\n{prompt} w0 w1\n" for prompt in prompts) + f"{rule}\n"
+    assert [inputs["prompts"].item().decode() for inputs in server.model.asked] == prompts
+
+
+def test_default_prompts_are_not_added_to_others(server: StandinServer, tmp_path: Path) -> None:
+    assert not client.parse_flags(["--bench"]).prompts
+    assert not client.parse_flags(["--prompts-file", "f"]).prompts
+    assert server.ask("--prompts", "mine", "--output-len", "1")[0] == 0
+    assert server.ask("--prompts-file", write(tmp_path / "p.txt", "file"), "--output-len", "1")[0] == 0
+    assert [inputs["prompts"].item() for inputs in server.model.asked] == [b"mine", b"file"]
 
 
 def test_help_needs_no_numpy() -> None:

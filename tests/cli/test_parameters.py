@@ -88,7 +88,7 @@ def test_lines_of_text_are_prompts_as_they_are(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     path.write_bytes("\ufeffone\\n é\r\n \n  two\u2028three ".encode())
     prompts = read_prompts(parse_flags(["--prompts-file", str(path), "--top-k", "2"]))
-    assert [prompt.asked["prompt"] for prompt in prompts] == ["one\\n é", "  two\u2028three "]
+    assert [prompt.content["prompt"] for prompt in prompts] == ["one\\n é", "  two\u2028three "]
     assert prompts[0].parameters == {"output_len": 32, "top_k": 2}
 
 

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from cli import transport as wire
+from cli import transport
 from client import parse_flags
 from tests.support.standin_server import StandinServer, standin, wait_for
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandinServer]:
-    monkeypatch.setattr(wire, "_FIRST_PAUSE_S", 0.02)
+    monkeypatch.setattr(transport, "_FIRST_PAUSE_S", 0.02)
     with standin() as it:
         yield it
 
@@ -56,7 +56,7 @@ def test_a_stranger_behind_the_url_is_named(server: StandinServer, monkeypatch: 
     def no_json(*args: object) -> dict:
         return json.loads("<html>")
 
-    monkeypatch.setattr(wire, "_arrays", no_json)
+    monkeypatch.setattr(transport, "_arrays", no_json)
     code, _, err = server.ask("--prompts", "a", "--stream")
     sentence = "the answer cannot be read (JSONDecodeError: Expecting value: line 1 column 1 (char 0))"
     assert (code, err) == (1, f"client.py: {sentence}\n")
@@ -103,7 +103,7 @@ def test_a_model_that_comes_late_is_waited_for() -> None:
             return self.calls == 3
 
     late = Late()
-    assert asyncio.run(wire.Asker(late, flags).is_ready()) and late.calls == 3
+    assert asyncio.run(transport.Transport(late, flags).is_ready()) and late.calls == 3
 
 
 @pytest.mark.parametrize(
@@ -116,12 +116,12 @@ def test_a_model_that_comes_late_is_waited_for() -> None:
     ],
 )
 def test_the_servers_own_sentence_is_shown(text: str) -> None:
-    assert wire._sentence(text) == "the sentence"
+    assert transport._sentence(text) == "the sentence"
 
 
 def test_alternatives_of_an_event_get_their_shape_back() -> None:
     response = {"model_name": "x", "sentences": ["a", "b"], "output_ids": [1, 2], "top_token_ids": list(range(6))}
-    arrays = wire._arrays(response, num_alternatives=3)
+    arrays = transport._arrays(response, num_alternatives=3)
     assert arrays["output_ids"].tolist() == [[1], [2]]
     assert arrays["top_token_ids"].tolist() == [[[0, 1, 2]], [[3, 4, 5]]]
-    assert wire._arrays({"sentences": "a", "output_ids": 7}, 1)["output_ids"].tolist() == [[7]]
+    assert transport._arrays({"sentences": "a", "output_ids": 7}, 1)["output_ids"].tolist() == [[7]]

@@ -16,10 +16,9 @@ from engine.engine import follow
 from engine.startup import make_engine
 from engine.watchdog import Watchdog
 from engine.world import World
-from executor.startup import connect, load, pick_backend
+from executor.startup import WeightFolder, connect, load, pick_backend
 from tests.support.engines import save_logits
 from tests.support.traffic import VOCAB_SIZE, make_request, results, run_alone, run_crowd, vocabulary
-from weights.model_config import ModelConfig
 
 
 def main() -> None:
@@ -51,11 +50,10 @@ def main() -> None:
         max_step_tokens=max(24, flags.max_batch_size),
         block_size=4,
     )
-    model_config = ModelConfig.read(flags.folder / "config.ini")
+    weights = WeightFolder.read(flags.folder)
+    model_config = weights.config
     backend = pick_backend(limits, model_config, flags.lib_path, world.local_rank)
-    executor = load(
-        flags.folder, model_config, limits, parallel, world, connect(world, parallel, backend), backend, flags.lib_path
-    )
+    executor = load(weights, limits, parallel, world, connect(world, parallel, backend), backend)
     executor.prepare()
     items = json.loads(flags.requests.read_text())
     if flags.logits is not None:

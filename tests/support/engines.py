@@ -16,8 +16,7 @@ from engine.request import Request, SamplingParams
 from engine.watchdog import Watchdog
 from engine.world import World
 from executor.runner import TorchExecutor
-from executor.startup import connect, load, pick_backend
-from weights.model_config import ModelConfig
+from executor.startup import WeightFolder, connect, load, pick_backend
 
 NEW_TOKENS = 64
 
@@ -37,21 +36,13 @@ def hf_greedy(model: GPT2LMHeadModel, prompt_ids: list[int], new_tokens: int = N
 
 def make_engine(folder: Path, **limits: object) -> Engine:
     world = World()
-    config = ModelConfig.read(folder / "config.ini")
+    weights = WeightFolder.read(folder)
     settings = EngineConfig(device="cpu", **limits)
-    backend = pick_backend(settings, config, Path("none"), 0)
-    executor = load(
-        folder,
-        config,
-        settings,
-        ParallelConfig(),
-        world,
-        connect(world, ParallelConfig(), backend),
-        backend,
-        Path("none"),
-    )
+    backend = pick_backend(settings, weights.config, Path("none"), 0)
+    parallel = ParallelConfig()
+    executor = load(weights, settings, parallel, world, connect(world, parallel, backend), backend)
     executor.prepare()
-    return startup.make_engine(executor, config, settings, world, Watchdog())
+    return startup.make_engine(executor, weights.config, settings, world, Watchdog())
 
 
 def request(prompt_ids: list[int], sampling: SamplingParams) -> Request:
