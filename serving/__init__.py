@@ -1,1 +1,1 @@
-"""Triton's side of rank 0: starting and ending PyTriton, and the one patch that it needs."""
+"""Rank 0's front ends, a folder for each, and the generation layer that they share."""

@@ -1,12 +1,12 @@
 """Tokens → text: the bytes that tokens stand for, and text in pieces while its tokens come.
 
-Owns what there is to know about decoding with a tokenizer of transformers, and where stop words cut a text.
-It must not know the engine, Triton or a tensor.
+All decoding with a tokenizer of transformers is here, and the cutting at stop words. It imports nothing of the
+project.
 
 Decoding is not concatenation: a character may take several tokens, the first token of a text may lose its space,
-and SentencePiece's byte fallback makes U+FFFD of a whole run of byte tokens where any of it is invalid. So a
-tokenizer is one of three kinds, told by its decoder: byte-level (bytes add up), pieces (texts add up, but for runs
-of byte tokens), and others, of which only `decode` is known.
+and SentencePiece's byte fallback makes U+FFFD of a whole run of byte tokens where any of it is invalid. The decoder
+tells a tokenizer's kind. Byte-level: bytes add up. Pieces: texts add up, except for runs of byte tokens. Others: only
+`decode` is known.
 """
 
 from __future__ import annotations
@@ -77,10 +77,11 @@ def whole_text(
     stop_words: Sequence[str] = (),
     keep_stop_word: bool = False,
 ) -> str:
-    """The text of a finished request: the prompt's where asked, and what the output adds to it.
+    """The text of a finished request: the prompt's, where asked, and the output's.
 
-    That begins where the text of both differs from the prompt's alone (in the character that the prompt's last
-    token began, for instance). It is cut where the stop word begins that ends first, or behind it.
+    The output's text begins where the text of both differs from the prompt's alone: in the middle of a character,
+    for instance, where the prompt's last token began it. It is cut at the stop word that ends first: before it, or
+    after it where keep_stop_word.
     """
     text = _decode(tokenizer, [*prompt_ids, *output_ids], skip_special_tokens)
     begin = _num_shared(_decode(tokenizer, prompt_ids, skip_special_tokens), text)
@@ -93,8 +94,8 @@ def whole_text(
 def token_bytes(tokenizer: Any, vocab_size: int) -> list[bytes]:
     """The bytes that each id adds in the middle of a text: [vocab_size], b"" for ids that the tokenizer lacks.
 
-    A special token stands for its content. Of tokenizers that are neither byte-level nor of pieces, `decode` is
-    asked for every id; tokens of theirs that are a part of a character are what it makes of them (U+FFFD, nothing).
+    A special token stands for its content. A tokenizer that is neither byte-level nor of pieces decodes every id by
+    itself; a token that is a part of a character then gives U+FFFD or nothing.
     """
     found = [b""] * vocab_size
     spelling = _spelling(tokenizer)
@@ -125,8 +126,8 @@ class _Spelling:
     def bytes_of(self, token: str) -> bytes:
         """The bytes of a byte-level token or a piece in the middle of a text."""
         if self.is_byte_level:  # a token with any other character (an added one) is plain text
-            numbers = [_BYTE_OF.get(symbol) for symbol in token]
-            return token.encode() if None in numbers else bytes(numbers)
+            is_spelled = all(symbol in _BYTE_OF for symbol in token)
+            return bytes(_BYTE_OF[symbol] for symbol in token) if is_spelled else token.encode()
         if self.is_byte(token):
             return bytes([int(token[3:5], 16)])
         for old, new in self.replacements:

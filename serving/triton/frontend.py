@@ -1,4 +1,4 @@
-"""Starting, watching and ending Triton Inference Server from rank 0 (through PyTriton)."""
+"""Starts, watches and ends Triton Inference Server from rank 0, through PyTriton."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.flags import flag
 
@@ -81,7 +81,7 @@ class TritonFrontend:
     def __init__(self, flags: TritonFlags, verbose: bool) -> None:
         self.flags = flags
         self.verbose = verbose
-        self._triton = None
+        self._triton: Any = None  # pytriton.triton.Triton, which is imported late
 
     @property
     def urls(self) -> list[str]:
@@ -153,7 +153,7 @@ class TritonFrontend:
 
 
 def _prepare_environment() -> None:
-    """What PyTriton and Triton's Python stub read from the environment."""
+    """Set the variables that PyTriton and Triton's Python stub read. RuntimeError where the stub lacks its library."""
     os.environ["PYTRITON_NO_TENSORSTORE"] = "1"  # small tensors travel in the message: quicker, fewer traps
     library = f"libpython{sysconfig.get_python_version()}.so.1.0"
     folder = next((folder for folder in _library_folders() if (folder / library).exists()), None)
@@ -167,7 +167,7 @@ def _prepare_environment() -> None:
 
 
 def _library_folders() -> list[Path]:
-    """Where an interpreter's own libpython can be: as it was built, or where it was moved (uv, conda)."""
+    """Folders that may hold this interpreter's libpython: those of its build, and of its place now (uv, conda)."""
     built = Path(sysconfig.get_config_var("LIBDIR") or "/usr/lib")
     return [built, built / (sysconfig.get_config_var("MULTIARCH") or ""), Path(sys.base_prefix) / "lib"]
 

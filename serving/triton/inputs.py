@@ -88,14 +88,14 @@ def parse(arrays: dict[str, np.ndarray]) -> Iterator[GenerationRequest]:
 
 
 def _parse_row(values: _Values, row: int) -> GenerationRequest:
-    given = {}
+    given: dict[str, Any] = {}
     for name, (dtype, field) in _SAMPLING.items():
         value = values.text(name) if dtype is bytes else values.one(name, None)
         if value is not None:
             given[field] = value
     end_id = values.one("end_id", None)
     return GenerationRequest(
-        _prompt_ids(values, row) if values.has("input_ids") else values.many("prompts")[0],
+        _prompt(values, row),
         SamplingParams(**given),
         start_id=values.one("start_id", None),
         end_ids=None if end_id is None else (end_id,),
@@ -111,7 +111,10 @@ def _parse_row(values: _Values, row: int) -> GenerationRequest:
     )
 
 
-def _prompt_ids(values: _Values, row: int) -> np.ndarray:
+def _prompt(values: _Values, row: int) -> Any:
+    """Text as bytes or str, or an array of token ids, not copied: its length is checked first."""
+    if not values.has("input_ids"):
+        return values.many("prompts")[0]
     input_ids = values.many("input_ids")
     length = values.one("input_lengths", len(input_ids))
     if length > len(input_ids):

@@ -38,10 +38,11 @@ _STUB = "\n\n" + Path(__file__).with_name("stub_model.py").read_text(encoding="u
 
 
 class CancellableHandler(stock.InferenceHandler):
-    """Runs the callable; leaves in the request's scope how to cancel it, and ends a cancelled one quietly."""
+    """Runs the callable for one request. `cancel` in the request's scope cancels it; that is logged nowhere."""
 
     async def _handle_requests(self, scope: dict[str, Any], requests: list[Any]) -> None:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
         scope["cancel"] = lambda: loop.call_soon_threadsafe(task.cancel)
         send = self._requests_responses_connector.send
         try:
@@ -58,7 +59,7 @@ class CancellableHandler(stock.InferenceHandler):
 
 
 class CancellableConnector(stock.RequestsResponsesConnector):
-    """Takes the stub's messages: a request to run, or word that a request's client has gone."""
+    """Takes the stub's messages: a request to run, or that a request's client has gone."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -82,7 +83,7 @@ class CancellableConnector(stock.RequestsResponsesConnector):
 
 
 def digest(folder: Path) -> str:
-    """Of the text that the patch builds on, in an installed PyTriton's folder."""
+    """The sha256 of the files that the patch builds on, in an installed PyTriton's folder."""
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in _FILES)).hexdigest()
 
 

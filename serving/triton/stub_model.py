@@ -49,7 +49,7 @@ class TritonPythonModel(TritonPythonModel):  # type: ignore[no-redef,misc]
         self._server._handle_responses_fn = self._answer
         self._stock_wrap_request = self._requests_server._wrap_request
         self._requests_server._wrap_request = self._wrap_request
-        self._poll_task = None
+        self._poll_task: asyncio.Task[None] | None = None
         self._poll_s = _POLL_S
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
