@@ -40,17 +40,17 @@ def max_rows(num_slots: int) -> int:
 class DecodeGraphs:
     """One graph for each batch size, captured when this is made: every rank must make it."""
 
-    def __init__(self, model: GPT, cache: KVCache, tokens: torch.Tensor, counters: torch.Tensor) -> None:
+    def __init__(self, model: GPT, cache: KVCache, tokens: torch.Tensor, workspace: torch.Tensor) -> None:
         """tokens: [slots + 1, max_seq_len] int64, what each slot has so far; graphs read it and write to it.
 
-        counters: of kernels.decode_attention, for `max_rows` of as many slots. Raises RuntimeError where a graph
+        workspace: of kernels.decode_attention, for `max_rows` of as many slots. Raises RuntimeError where a graph
         cannot be made.
         """
         self._model = model
         self._cache = cache
         self._tokens = tokens
         self._nobody = len(tokens) - 1
-        self._counters = counters
+        self._workspace = workspace
         self._sizes = _sizes(self._nobody)
         self.most = self._sizes[-1]
         # Slots and positions of a step, one after the other, so that one copy brings both.
@@ -114,7 +114,7 @@ class DecodeGraphs:
     def _step(self, size: int) -> torch.Tensor:
         slots, positions = self._inputs_of(size)[:, :size]
         kv_locs = self._cache.table[slots, positions].long()
-        decodes = DecodeMetadata(self._cache.table, slots, positions, self._counters)
+        decodes = DecodeMetadata(self._cache.table, slots, positions, self._workspace)
         x = self._model.forward(StepInput(self._tokens[slots, positions], positions, kv_locs, [], decodes), self._cache)
         logits = self._model.logits(x, out=self._logits[:size])
         log_probs, token_ids = logits.max(dim=-1)

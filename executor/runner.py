@@ -21,7 +21,7 @@ from executor.kv_cache import DecodeMetadata, KVCache
 from executor.model import GPT, StepInput
 from executor.output_layout import Admitted, Layout, choose
 from kernels import runs_on
-from kernels.decode_attention import make_counters
+from kernels.decode_attention import make_workspace
 from weights.reader import TORCH_DTYPES, ShardReader
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -73,7 +73,7 @@ class TorchExecutor:
         self.num_blocks = 0
         self._admitted: dict[int, Admitted] = {}  # per slot
         num_slots = engine_config.max_batch_size
-        self._counters: torch.Tensor | None = None  # kernels.decode_attention's, on a GPU
+        self._workspace: torch.Tensor | None = None  # kernels.decode_attention's, on a GPU
         self._graphs: DecodeGraphs | None = None
         # The last row is nobody's, as the cache's last place.
         self._tokens = torch.zeros(num_slots + 1, self.max_seq_len, dtype=torch.int64, device=device)
@@ -102,10 +102,10 @@ class TorchExecutor:
         self.cache = KVCache(num_blocks=self.num_blocks, device=self.device, **shape, **slots)
         if slots:
             heads_local = config.head_num // comm.parallel.tp
-            self._counters = make_counters(max_rows(limits.max_batch_size), heads_local, self.device)
+            self._workspace = make_workspace(max_rows(limits.max_batch_size), heads_local, self.device)
             if comm.parallel.pp == 1 and not limits.enforce_eager:
                 with torch.inference_mode():
-                    self._graphs = DecodeGraphs(self.model, self.cache, self._tokens, self._counters)
+                    self._graphs = DecodeGraphs(self.model, self.cache, self._tokens, self._workspace)
 
     def close(self) -> None:
         """Free what must go before the ranks leave their groups."""
@@ -189,7 +189,7 @@ class TorchExecutor:
     def _input(self, plan: Plan) -> StepInput:
         slots, positions, places, segments = [], [], [], []
         num_decodes = row = 0
-        if self._counters is not None:
+        if self._workspace is not None:
             num_decodes = sum(1 for _ in takewhile(lambda chunk: chunk.length == 1, plan.chunks))
         for chunk in plan.chunks:
             slots.append(np.full(chunk.length, chunk.slot))
@@ -203,7 +203,7 @@ class TorchExecutor:
         decodes = None
         if num_decodes:
             first = own_slots[:num_decodes], own_positions[:num_decodes]
-            decodes = DecodeMetadata(self.cache.table, *first, self._counters)
+            decodes = DecodeMetadata(self.cache.table, *first, self._workspace)
         token_ids = self._tokens[own_slots, own_positions]
         return StepInput(token_ids, own_positions, self._tensor(np.concatenate(places)), segments, decodes)
 

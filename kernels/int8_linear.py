@@ -21,8 +21,11 @@ _SPLIT_COUNTERS = 4096  # output tiles that may be split; a launch has fewer
 _FEW_ROWS = 256  # beyond, on an H200, widening the weights and cuBLAS are quicker
 
 
-def make_counters(device: torch.device) -> torch.Tensor:
-    """What `int8_linear` counts finished splits in: zeros, and zeros again after every call; one a linear."""
+def make_workspace(device: torch.device) -> torch.Tensor:
+    """The split-k workspace of one linear: a count of finished splits per output tile, int32.
+
+    It is zeros before a call, and the call leaves it zeros.
+    """
     return torch.zeros(_SPLIT_COUNTERS, dtype=torch.int32, device=device)
 
 
@@ -38,11 +41,11 @@ def int8_linear(
     weight: torch.Tensor,
     scales: torch.Tensor,
     bias: torch.Tensor | None,
-    counters: torch.Tensor,
+    workspace: torch.Tensor,
 ) -> torch.Tensor:
     """x [rows, in] bf16 or fp16, weight [out, in] int8, scales [out] fp32, bias [out] as x → [rows, out] as x.
 
-    counters: of `make_counters`, on x's device; two calls at once must not share one. Raises ValueError where shapes
+    workspace: of `make_workspace`, on x's device; two calls at once must not share one. Raises ValueError where shapes
     or dtypes do not fit. Sums are in fp32 and their order is fixed. It is the reference's work where there is no
     Triton, no GPU, or another dtype.
     """
@@ -51,7 +54,7 @@ def int8_linear(
         return reference(x, weight, scales, bias)
     if not 0 < len(x) <= _FEW_ROWS:
         return F.linear(x, int8_widen.int8_widen(weight, scales, x.dtype), bias)
-    return launch(x.contiguous(), weight, scales, bias, counters, *plan(len(x), *weight.shape))
+    return launch(x.contiguous(), weight, scales, bias, workspace, *plan(len(x), *weight.shape))
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -90,7 +93,7 @@ def launch(
     weight: torch.Tensor,
     scales: torch.Tensor,
     bias: torch.Tensor | None,
-    counters: torch.Tensor,
+    workspace: torch.Tensor,
     block_m: int,
     block_n: int,
     block_k: int,
@@ -109,7 +112,7 @@ def launch(
         out if bias is None else bias,
         out,
         partials,
-        counters,
+        workspace,
         rows,
         num_out,
         num_in,
@@ -136,7 +139,7 @@ if triton is not None:
         bias,
         out,
         partials,  # [splits, rows, num_out] fp32
-        counters,
+        workspace,
         rows,
         num_out,
         num_in,
@@ -171,7 +174,7 @@ if triton is not None:
         is_last = True
         if is_split:
             num_splits = tl.num_programs(1)
-            counter = counters + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+            counter = workspace + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
             tl.store(partials + split * rows * num_out + places, sums, mask=is_place)
             tl.debug_barrier()  # all of the program's sums are there before it counts
             is_last = tl.atomic_add(counter, 1, sem="acq_rel") == num_splits - 1

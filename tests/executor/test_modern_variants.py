@@ -15,7 +15,7 @@ import torch
 from convert import convert
 from engine.config import EngineConfig, ParallelConfig
 from engine.request import SamplingParams
-from executor.attention import rotate, rotation_frequencies
+from executor.rope import rotary_cos_sin, rotary_inv_freq, rotate
 from executor.startup import pick_backend
 from tests.executor.test_quantization import write_dequantized
 from tests.readers.test_megatron import edit_content
@@ -160,8 +160,7 @@ def test_rotation_by_its_definition() -> None:
     angles = positions[:, None] / 2.0 * 123.0 ** (-np.arange(0, 6, 2) / 6)  # [tokens, 3]
     turned = (x[..., :3] + 1j * x[..., 3:6]) * np.exp(1j * angles)[:, None]
     expected = np.concatenate([turned.real, turned.imag, x[..., 6:]], -1)
-    ours_angles = torch.tensor(positions)[:, None, None] * rotation_frequencies(config)
-    ours = rotate(torch.tensor(x).float(), (ours_angles.cos(), ours_angles.sin()))
+    ours = rotate(torch.tensor(x).float(), rotary_cos_sin(torch.tensor(positions), rotary_inv_freq(config)))
     np.testing.assert_allclose(ours.numpy(), expected, atol=5e-3)  # 30000 radians in fp32
     np.testing.assert_allclose(ours.numpy()[:3], expected[:3], atol=2e-6)
 
