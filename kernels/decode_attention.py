@@ -67,7 +67,7 @@ def decode_attention(
     query: [rows, heads, head_dim], strided in all axes but the last; keys, values: [kv_locs, kv_heads, head_dim]
     contiguous; table: [slots, length] int32 contiguous, where each slot's tokens lie; slots, positions: [rows] int64
     contiguous, each query's own; workspace: of `make_workspace` for as many rows and heads; slopes: [heads] fp32.
-    Returns [rows, heads, head_dim] as query. Sums are in fp32, and their order depends on rows, heads and positions only.
+    Returns [rows, heads, head_dim] as query. Sums are in fp32; their order depends on rows, heads and positions only.
     """
     if not runs_on(query.device):
         return reference(query, keys, values, table, slots, positions, slopes)
