@@ -240,7 +240,9 @@ class _Start:
 
     def pick_backend(self) -> None:
         """Which engine, device and number format; rank 0 also reads the tokenizer."""
-        self.backend = pick_backend(self.engine_config, self.model_config, self.lib_path, self.world.local_rank)
+        self.backend = pick_backend(
+            self.engine_config, self.model_config, self.lib_path, self.world.local_rank, self.flags.pp
+        )
         if self.world.rank == 0:
             self.tokenizer = _load_tokenizer(self.folder)
 

@@ -73,7 +73,7 @@ class Attention:
         """dtype, device: of the computation."""
         self.head_dim = config.size_per_head
         self.is_grouped = config.kv_head_num != config.head_num  # decides the layout of query_key_value
-        self.group = config.head_num // config.kv_head_num
+        self.group = config.head_num // parallel.tp // config.kv_heads_local(parallel.tp)  # queries of a KV head, here
         self.slopes = None  # ALiBi's, [heads_local] fp32
         if config.use_attention_linear_bias:
             self.slopes = alibi_slopes(config.head_num).chunk(parallel.tp)[parallel.tp_rank].to(device)

@@ -142,7 +142,9 @@ def read_weights(
     scales = [torch.empty(0, dtype=dtype, device=device)] * num_int8
     own_layers = parallel.layers(num_layer)
     for layer in own_layers:
-        for kind, spec in enumerate(layer_specs(config, layer)):
+        specs = layer_specs(config, layer)
+        assert len(specs) == 12, specs  # startup refuses models without all biases
+        for kind, spec in enumerate(specs):
             tensor = reader.read(spec)
             if spec.name.endswith(("query_key_value.weight", "query_key_value.bias")):
                 tensor = tensor.flatten(-2)  # [h, 3, h/t] as one matrix, which the quantizer needs

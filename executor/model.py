@@ -144,7 +144,7 @@ class GPT:
             if self.pre_decoder_layernorm is not None:
                 _, residual = self.pre_decoder_layernorm(residual)
         else:
-            residual = torch.empty(num_tokens, self.config.hidden, dtype=self.dtype, device=self.device)
+            residual = torch.empty(num_tokens, self.config.hidden_size, dtype=self.dtype, device=self.device)
             self.comm.receive_forward(residual)
         attention_step = self.attention.step(step.positions, step.kv_locs, step.decodes, step.chunks)
         hidden = None
@@ -181,8 +181,9 @@ class Layer:
             return Norm(weights[f"{name}.weight"], weights.get(f"{name}.bias"), config.layernorm_eps)
 
         def linear(name: str, kind: Callable[..., Linear]) -> Linear:
-            weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"].flatten()
-            return kind(make_matmul(weight if isinstance(weight, Int8Matrix) else weight.flatten(1)), bias)
+            weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+            matmul = make_matmul(weight if isinstance(weight, Int8Matrix) else weight.flatten(1))
+            return kind(matmul, None if bias is None else bias.flatten())
 
         self.input_layernorm = norm("input_layernorm")
         self.post_attention_layernorm = norm("post_attention_layernorm")

@@ -85,7 +85,7 @@ class TorchExecutor:
         shape = dict(
             num_layers=len(comm.parallel.layers(config.num_layer)),
             block_size=limits.block_size,
-            kv_heads_local=config.kv_head_num // comm.parallel.tp,
+            kv_heads_local=config.kv_heads_local(comm.parallel.tp),
             head_dim=config.size_per_head,
             dtype=self.model.dtype,
         )

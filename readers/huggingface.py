@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from readers.checkpoint import Checkpoint, Entry, Weight, copy_tokenizer, tokenizer_files
+from readers.checkpoint import Checkpoint, Entry, Weight, copy_tokenizer, read_json, tokenizer_files
 from weights.model_config import DATA_TYPES, ModelConfig
 from weights.table import WeightSpec, weight_specs
 
@@ -99,12 +99,13 @@ class HuggingFaceReader:
         for name, value in self.required.items():
             if self._settings.get(name, value) != value:
                 raise ValueError(f"{self._path}: {name} is {self._settings[name]}; only {value} is supported")
-        end_id = self._token_id("eos_token_id")
+        end_ids = self._end_ids()
         return ModelConfig(
             model_name=model_name,
             vocab_size=self._size("vocab_size"),
-            start_id=end_id if self._settings["bos_token_id"] is None else self._token_id("bos_token_id"),
-            end_id=end_id,
+            start_id=end_ids[0] if self._settings["bos_token_id"] is None else self._token_id("bos_token_id"),
+            end_id=end_ids[0],
+            end_ids=end_ids,
             weight_data_type=weight_data_type,
             tensor_para_size=tp,
             **self.shape(),
@@ -200,10 +201,38 @@ class HuggingFaceReader:
         return value
 
     def _token_id(self, name: str) -> int:
-        value, vocab_size = self._settings[name], self._size("vocab_size")
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab_size:
-            raise ValueError(f"{self._path}: {name} is {value!r}; it must be one of the {vocab_size} token ids")
+        value = self._settings[name]
+        if not self._is_token_id(value):
+            raise ValueError(f"{self._path}: {name} is {value!r}; it must be one of the {self._vocab_size} token ids")
         return value
+
+    def _end_ids(self) -> tuple[int, ...]:
+        """All tokens that end a text, the one that FasterTransformer gets first.
+
+        Both files have one id or a list. As transformers' generate does, a list in generation_config.json overrules
+        config.json; a single id there is passed over, as it always was here. config.json's id leads where it is in
+        the list.
+        """
+        path, value = self._path, self._settings["eos_token_id"]
+        first = value
+        generation = self._source / "generation_config.json"
+        if generation.is_file():
+            ids = read_json(generation).get("eos_token_id")
+            if isinstance(ids, list):
+                path, value = generation, ids
+        if not isinstance(value, list):
+            return (self._token_id("eos_token_id"),)
+        if not value or not all(map(self._is_token_id, value)):
+            raise ValueError(f"{path}: eos_token_id is {value!r}; it must be one of the {self._vocab_size} token ids")
+        ids = list(dict.fromkeys(value))
+        return tuple(sorted(ids, key=lambda token_id: token_id != first))
+
+    def _is_token_id(self, value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < self._vocab_size
+
+    @property
+    def _vocab_size(self) -> int:
+        return self._size("vocab_size")
 
     def _heads(self, heads_name: str, hidden_name: str) -> dict[str, int]:
         heads, hidden = self._size(heads_name), self._size(hidden_name)

@@ -155,7 +155,7 @@ class ShardedReader:
 
     def _rows(self, name: str, shape: dict[str, Any]) -> int:
         whole = self.shards.whole_shape(name)
-        hidden = shape["head_num"] * shape["size_per_head"]
+        hidden = shape["hidden_size"]
         if whole is None:
             raise ValueError(f"{self.settings.name}: the weight files hold no {name}")
         if len(whole) != 2 or whole[1] != hidden:

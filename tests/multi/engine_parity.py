@@ -52,7 +52,7 @@ def main() -> None:
         block_size=4,
     )
     model_config = ModelConfig.read(flags.folder / "config.ini")
-    backend = pick_backend(limits, model_config, flags.lib_path, world.local_rank)
+    backend = pick_backend(limits, model_config, flags.lib_path, world.local_rank, flags.pp)
     executor = load(
         flags.folder, model_config, limits, parallel, world, connect(world, parallel, backend), backend, flags.lib_path
     )
