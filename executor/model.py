@@ -1,9 +1,9 @@
 """The GPT of one rank: its pipeline stage's layers, over its tensor-parallel shards.
 
-Axis names: tokens - the rows of a step, all requests' new tokens end to end; hidden - head_num · size_per_head;
-heads_local - head_num / tp; kv_heads_local - kv_head_num / tp; group - head_num / kv_head_num; head_dim -
-size_per_head; inter_local - inter_size / tp; vocab_local - the vocabulary's rows on this rank, ⌈vocab / tp⌉ (the
-last ranks' are padded); rows - tokens whose logits are wanted.
+Axis names: tokens - the rows of a step, all requests' new tokens one after another; hidden_size - of the residual;
+heads_local - head_num / tp; kv_heads_local - kv_head_num / tp, at least 1; head_dim - size_per_head; inter_local -
+inter_size / tp; vocab_local - the vocabulary's rows on this rank, ⌈vocab / tp⌉ (padded on the last ranks); rows -
+tokens with logits to compute.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from weights.table import WeightSpec, layer_specs, outer_specs
 
 
 def check_supported(config: ModelConfig) -> None:
-    """Raise ValueError, naming the key, for a model that this executor does not compute."""
+    """Raise ValueError with the key's name for a model that this executor does not support."""
     if config.has_adapters:
         raise ValueError("has_adapters is True; the torch engine computes False only")
 
 
 def activation(config: ModelConfig) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The function between the MLP's two linears: [tokens, inter_local] → the same; a gate's halves → one of them."""
+    """The function between the MLP's linears: [tokens, inter_local] → the same; swiglu takes twice that width."""
     functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "gelu": partial(F.gelu, approximate="none" if config.gelu_form == "erf" else "tanh"),
         "relu": F.relu,
@@ -50,11 +50,11 @@ def _swiglu(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class StepInput:
-    """One step's tensors, the same on every rank but for the device."""
+    """One step's tensors, the same on every rank except for the device."""
 
     token_ids: torch.Tensor  # [tokens] int64
     positions: torch.Tensor  # [tokens] int64, in each token's own request
-    kv_locs: torch.Tensor  # [tokens] int64, where the token's keys and values go in the flat cache
+    kv_locs: torch.Tensor  # [tokens] int64, locations of the tokens' keys and values in the flat cache
     chunks: list[PrefillChunk]
     decodes: DecodeMetadata | None = None  # the first rows, before the chunks'
 
@@ -70,7 +70,7 @@ class GPT:
         progress: Callable[[], None],
         int8_mode: int = 0,
     ) -> None:
-        """Read this rank's weights; with int8_mode 1, the layers' matrices as int8."""
+        """Read this rank's weights; int8_mode 1 quantizes the layers' matrices. Calls `progress` after each part."""
         config = reader.config
         check_supported(config)
         self.config = config
@@ -115,7 +115,7 @@ class GPT:
 
     @staticmethod
     def num_load_steps(config: ModelConfig, comm: Comm) -> int:
-        """How many times loading calls `progress` on this rank."""
+        """The number of `progress` calls while this rank loads."""
         parallel = comm.parallel
         return len(parallel.layers(config.num_layer)) + parallel.is_first_stage + parallel.is_last_stage
 

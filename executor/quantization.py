@@ -58,14 +58,14 @@ def relative_error(matrix: Int8Matrix, weight: torch.Tensor) -> float:
 
 
 def _parts(weight: torch.Tensor) -> list[slice]:
-    """Columns to have in fp32 at a time: 4 million values on a GPU, and few on a CPU, whose heap keeps what it had."""
+    """Column ranges to widen to fp32 at a time: 4 million values on a GPU; fewer on a CPU, whose heap never shrinks."""
     most = 1 << 22 if weight.device.type == "cuda" else 1 << 18
     count = max(1, most // len(weight))
     return [slice(first, first + count) for first in range(0, weight.shape[1], count)]
 
 
 class Quantizer:
-    """Reads matrices as int8, a few columns at a time in fp32, and keeps account of what that costs in precision."""
+    """Reads matrices as int8, a few columns at a time in fp32, and records the relative error of each."""
 
     def __init__(self, reader: ShardReader, device: torch.device) -> None:
         self.reader = reader
@@ -75,9 +75,9 @@ class Quantizer:
     def read(self, spec: WeightSpec) -> Int8Matrix:
         """This rank's shard, quantized on the device; axes after the first are one. Raises ValueError on a wrong file.
 
-        A column split over ranks needs the other ranks' largest values: they are read from those ranks' files. That
-        reads 5/12 of the layers tp times, from the page cache where ranks share a host; asking the ranks themselves
-        would make loading collective, and a rank that cannot read its files could no longer say so by itself.
+        A column split over ranks needs the other ranks' largest values, which come from those ranks' files. That reads
+        5/12 of the layers tp times, from the page cache where ranks share a host. A collective instead would make
+        loading collective: a rank that cannot read its files could not report that alone.
         """
         weight = self._map(spec, self.reader.tp_rank)
         column_max = _column_max(weight)
@@ -93,7 +93,7 @@ class Quantizer:
         return self.reader.map(spec, rank).flatten(1).to(self.device)
 
     def report(self) -> None:
-        """Log how many matrices there are and how far they lie from their originals."""
+        """Log the number of matrices and their relative errors."""
         mean, largest = sum(self.errors) / len(self.errors), max(self.errors)
         _LOG.info(
             "int8: %d matrices quantized, relative error %.2e at most, %.2e mean", len(self.errors), largest, mean

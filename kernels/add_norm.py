@@ -1,7 +1,4 @@
-"""x + delta and its LayerNorm or RMSNorm in one pass, where torch takes two kernels.
-
-What it must not know: what is added, and where in the model.
-"""
+"""residual + hidden and the LayerNorm or RMSNorm of the sum, fused; torch needs two kernels. Stateless."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Attention of one new token per sequence over all of its tokens, wherever in the cache they lie.
+"""Attention of one new token per sequence over all of its tokens, at any locations of the cache.
 
-What it must not know: what a sequence is, and when its tokens were written.
+Stateless: a row is (slot, position); table[slot] holds the KV locations of the slot's tokens.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def decode_attention(
     """softmax(q · kᵀ / √head_dim + slope · (key's position − query's)) · v, one query per sequence.
 
     query: [rows, heads, head_dim], strided in all axes but the last; keys, values: [kv_locs, kv_heads, head_dim]
-    contiguous; table: [slots, length] int32 contiguous, where each slot's tokens lie; slots, positions: [rows] int64
+    contiguous; table: [slots, length] int32 contiguous, each slot's KV locations; slots, positions: [rows] int64
     contiguous, each query's own; workspace: of `make_workspace` for as many rows and heads; slopes: [heads] fp32.
     Returns [rows, heads, head_dim] as query. Sums are in fp32; their order depends on rows, heads and positions only.
     """
@@ -133,7 +133,7 @@ if triton is not None:
         dims: tl.constexpr,
         block: tl.constexpr,
     ):
-        """One head of one sequence, or a part of its tokens; whoever comes last adds the parts up."""
+        """One head of one sequence, or a split of its tokens; the last program to finish adds up the splits."""
         row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         d = tl.arange(0, dims)
         is_dim = d < head_dim

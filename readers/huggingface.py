@@ -1,7 +1,7 @@
-"""What the readers of Hugging Face folders share: config.json's values, stored against expected tensors, tied heads.
+"""Shared by the readers of Hugging Face folders: checked values of config.json, checked tensors, tied heads.
 
-A reader of one architecture says what its tensors are called, how they are shaped, and how the table's weights
-(weights.table) are made of them; everything is checked here. The only tensor it knows by name is `lm_head.weight`.
+A reader of one architecture gives the names and shapes of its tensors and the recipe of each weight of the table
+(weights.table); everything is checked here. The only tensor that this module knows by name is `lm_head.weight`.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _FLOATS = ("fp64", *DATA_TYPES)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one weight of the table is made: `build` takes the tensors of `parts` in order, and gives it whole.
+    """The recipe of one weight of the table: `build` takes the tensors of `parts` in order and returns it whole.
 
-    `parts`: the architecture's names, without prefix → the shapes that config.json asks for. `label` tells of the
-    weight in messages: the word between the parts, or, where there are none, why not.
+    `parts`: the architecture's names, without prefix → the shapes that config.json asks for. `label` is for messages:
+    the word between the parts or, without parts, the reason.
     """
 
     parts: Mapping[str, tuple[int, ...]]
@@ -47,7 +47,7 @@ class Recipe:
 
 
 def as_stored(name: str, shape: tuple[int, ...]) -> Recipe:
-    """A tensor that lies as the table has it."""
+    """A tensor already in the table's layout."""
     return Recipe({name: shape}, lambda tensor: tensor)
 
 
@@ -95,7 +95,7 @@ class HuggingFaceReader:
         raise NotImplementedError
 
     def config(self, weight_data_type: str, tp: int, model_name: str) -> ModelConfig:
-        """The model's config.ini. Raises ValueError, naming config.json's key, for what cannot be served."""
+        """The model's config.ini. Raises ValueError with config.json's key for a model that cannot be served."""
         for name, value in self.required.items():
             if self._settings.get(name, value) != value:
                 raise ValueError(f"{self._path}: {name} is {self._settings[name]}; only {value} is supported")
@@ -168,8 +168,8 @@ class HuggingFaceReader:
     def _is_tied(self, entries: dict[str, tuple[str, Entry]]) -> bool:
         """Whether the head is the embedding, or is stored as the embedding again.
 
-        What is stored decides, as in transformers 5, whatever tie_word_embeddings says: .bin files hold both
-        tensors of a tied model, and a head that was trained apart would be lost.
+        The stored tensors decide, as in transformers 5, not tie_word_embeddings: .bin files hold both tensors of a tied
+        model, and a head that was trained apart would be lost.
         """
         (wte_name, _), (head_name, _) = entries[self.embedding], entries[HEAD]
         if wte_name == head_name:
@@ -210,8 +210,7 @@ class HuggingFaceReader:
         """All tokens that end a text, the one that FasterTransformer gets first.
 
         Both files have one id or a list. As transformers' generate does, a list in generation_config.json overrules
-        config.json; a single id there is passed over, as it always was here. config.json's id leads where it is in
-        the list.
+        config.json. A single id there is ignored. config.json's id comes first if the list has it.
         """
         path, value = self._path, self._settings["eos_token_id"]
         first = value

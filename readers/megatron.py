@@ -1,7 +1,8 @@
 """Megatron-LM GPT: a folder of iterations, or one iteration → settings, shards and tokenizer.
 
-Owns where the ranks' files lie, the training arguments and their defaults, what is read off the tensors where there
-are none, and the order of q, k and v in each checkpoint_version. Megatron-LM itself is not needed. It knows no tensor.
+Owns the location of the ranks' files, the training arguments and their defaults, the sizes read off the tensors of
+checkpoints without arguments, and the order of q, k and v in each checkpoint_version. Megatron-LM itself is not
+needed. It knows no tensor.
 
 Format: megatron/checkpointing.py (files, versions: fix_query_key_value_ordering), megatron/arguments.py.
 """
@@ -84,7 +85,7 @@ class MegatronReader(ShardedReader):
 
     @cached_property
     def _facts(self) -> dict[str, Any]:
-        """What rank 0's file, or the one for all ranks, holds beside the model."""
+        """The values beside the model in rank 0's file, or in the one for all ranks."""
         if self._distributed is not None:
             content = self._distributed.common()
             if content.get("args") is None:

@@ -1,7 +1,7 @@
 """NeMo Megatron GPT: a .nemo archive or its unpacked folder → settings, shards and tokenizer.
 
-Owns model_config.yaml (or the settings inside a Lightning checkpoint, *last.ckpt), NeMo's defaults, where the ranks'
-files lie, and which tokenizer file is meant. NeMo itself is not needed. It knows no tensor.
+Owns model_config.yaml (or the settings inside a Lightning checkpoint, *last.ckpt), NeMo's defaults, the location of the
+ranks' files, and the choice of the tokenizer's file. NeMo itself is not needed. It knows no tensor.
 
 Format: nemo/collections/nlp: parts/nlp_overrides.py (files), models/language_modeling/megatron_gpt_model.py and
 megatron_base_model.py (settings and their defaults, tokenizer), modules/common/tokenizer_utils.py.
@@ -257,7 +257,7 @@ class NemoReader(ShardedReader):
         )
 
     def _used_files(self) -> list[Path]:
-        """What of a folder is read: settings, weights, tokenizer."""
+        """The files of a folder that are read: settings, weights, tokenizer."""
         names = [_CONFIG, *_ARTIFACTS.values()]
         files = [path for pattern in names for path in sorted(self._source.glob(pattern)) if path.is_file()]
         if self._distributed is not None:
@@ -268,7 +268,7 @@ class NemoReader(ShardedReader):
 
 
 def _state(content: dict[str, Any]) -> dict[str, Any]:
-    """The model of a Lightning checkpoint, or what is nothing but the model."""
+    """The model of a Lightning checkpoint, or the content itself if it is nothing else."""
     return content.get("state_dict", content)
 
 
