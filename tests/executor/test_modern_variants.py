@@ -149,7 +149,7 @@ def test_each_rank_gets_a_copy_of_its_kv_head(name: str, tp: int, trained: tuple
         ("wide-heads", 1, 3),  # stages of 2, 1 and 1 layers
         ("wide-heads-each-with-keys", 2, 1),
         ("megatron-narrow-heads", 4, 1),
-        ("nemotron-multi-query", 2, 3),
+        ("nemotron-multi-query", 2, 1),
     ],
 )
 def test_sizes_that_follow_from_no_other_over_ranks(name: str, tp: int, pp: int, tmp_path: Path) -> None:
