@@ -132,7 +132,7 @@ def convert(
         config = reader.config(source_data_type if weight_data_type == "auto" else weight_data_type, tp, model_name)
         weights = reader.weights(config)
         specs = {spec.name: spec for spec in weight_specs(config)}
-        total = sum(prod(specs[weight.name].shape) for weight in weights) * DATA_TYPES[config.weight_data_type]
+        total = sum(specs[weight.name].num_elements(tp) for weight in weights) * DATA_TYPES[config.weight_data_type]
         if (free := shutil.disk_usage(output_dir).free) < total:
             raise RuntimeError(f"{output_dir}: the conversion needs {total:,} bytes, and {free:,} are free")
         with _temporary_folder(folder, total) as temporary:
@@ -214,8 +214,8 @@ class _Writer:
         """One weight's files in chunks of rows: (file name, rows, origin for messages)."""
         tensor = weight.load()
         assert tuple(tensor.shape) == spec.shape, (spec, tuple(tensor.shape))
-        shards = (tensor,) if spec.split_axis is None else tensor.chunk(self._tp, dim=spec.split_axis)
-        for tp_rank, shard in enumerate(shards):
+        for tp_rank in range(1 if spec.split_axis is None else self._tp):
+            shard = spec.shard(tensor, self._tp, tp_rank)
             assert tuple(shard.shape) == spec.shard_shape(self._tp), (spec, tuple(shard.shape))
             row_bytes = prod(shard.shape[1:]) * DATA_TYPES[self._data_type]
             for rows in shard.split(max(1, _CHUNK_BYTES // row_bytes)):

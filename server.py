@@ -218,8 +218,8 @@ class _Start:
 
     def pick_backend(self) -> None:
         """Pick engine, device and data type; rank 0 also reads the tokenizer."""
-        lib_path = Path(self.flags.lib_path)
-        self.backend = pick_backend(self.engine_config, self.model_config, lib_path, self.world.local_rank)
+        lib_path, local_rank = Path(self.flags.lib_path), self.world.local_rank
+        self.backend = pick_backend(self.engine_config, self.model_config, lib_path, local_rank, self.flags.pp)
         if self.world.rank == 0:
             self.tokenizer = _load_tokenizer(self.weights.path)
 
@@ -285,7 +285,7 @@ def _lead(start: _Start, triton_flags: TritonFlags, started: float) -> int:
     watchdog = Watchdog(before_exit=frontend.kill)
     engine = make_engine(start.executor, start.model_config, start.engine_config, start.world, watchdog)
     config = start.model_config
-    encoder = RequestEncoder(start.tokenizer, (config.end_id,), config.vocab_size, start.executor.max_seq_len)
+    encoder = RequestEncoder(start.tokenizer, config.end_ids, config.vocab_size, start.executor.max_seq_len)
     model = GPTModel(Generator(engine, encoder))
     name = start.triton_name
     is_over = threading.Event()

@@ -97,7 +97,7 @@ def claim_device(world: World, wish: str, threads: int) -> torch.device:
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes that one decode step must read: all weights but the embedding lookups; the tied head counts once."""
-    h = config.hidden
+    h = config.hidden_size
     per_layer = 4 * h * h + 2 * h * config.inter_size
     return (config.num_layer * per_layer + config.vocab_size * h) * dtype.itemsize
 

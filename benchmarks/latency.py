@@ -134,7 +134,7 @@ def _hf_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> 
     hf_config = GPT2Config(
         vocab_size=config.vocab_size,
         n_positions=config.max_pos_seq_len,
-        n_embd=config.hidden,
+        n_embd=config.hidden_size,
         n_layer=config.num_layer,
         n_head=config.head_num,
         bos_token_id=config.start_id,

@@ -43,15 +43,18 @@ class ParallelConfig:
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp - 1
 
-    def layers(self, num_layer: int) -> range:
-        """The layers of this rank's stage. Raises ValueError where pp does not divide num_layer."""
-        if num_layer % self.pp:
-            allowed = [str(n) for n in range(1, num_layer + 1) if num_layer % n == 0]
-            raise ValueError(
-                f"pp {self.pp} does not divide this model's {num_layer} layers; possible: {', '.join(allowed)}"
-            )
-        per_stage = num_layer // self.pp
-        return range(self.pp_rank * per_stage, (self.pp_rank + 1) * per_stage)
+    def layers(self, num_layer: int, pp_rank: int | None = None) -> range:
+        """The layers of this rank's stage, or of another. Raises ValueError where pp is above num_layer.
+
+        Where pp does not divide num_layer, the first num_layer % pp stages have one layer more than the others: the
+        last stage computes the LM head as well.
+        """
+        if self.pp > num_layer:
+            raise ValueError(f"pp {self.pp} is above this model's {num_layer} layers; possible: 1 to {num_layer}")
+        stage = self.pp_rank if pp_rank is None else pp_rank
+        size, num_larger = divmod(num_layer, self.pp)
+        first = stage * size + min(stage, num_larger)
+        return range(first, first + size + (stage < num_larger))
 
 
 @dataclass(frozen=True)

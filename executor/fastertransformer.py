@@ -1,9 +1,9 @@
 """Drives FasterTransformer's torch op, `torch.classes.FasterTransformer.ParallelGptOp`: one object per rank.
 
-Owns how the op is called; it must not know whose rows these are, nor where a text ends (engine.static). Argument
-order, weight order and the meaning of results were read from FasterTransformer's source
-(th_op/multi_gpu_gpt/ParallelGptOp.cc and examples/pytorch/gpt/utils). The op checks little and reads wrong dtypes
-as they lie in memory, so everything is made exactly as it wants it here.
+Owns the call of the op, not the requests behind its rows nor the end of a text (engine.static). Argument order, weight
+order and the meaning of results come from FasterTransformer's source (th_op/multi_gpu_gpt/ParallelGptOp.cc and
+examples/pytorch/gpt/utils). The op checks little and misreads wrong dtypes, so everything is made exactly as it
+expects.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def read_weights(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
     """(weights, int8_weights, scales) in the op's order: kind by kind, each over all layers, then the outer ones.
 
-    Another stage's layers are empty tensors; so are, with int8_mode 1, the matrices that int8_weights holds.
+    Other stages' layers are empty tensors. With int8_mode 1, so are the matrices in int8_weights.
     """
     config, dtype = reader.config, reader.dtype
     empty = torch.empty(0, dtype=dtype, device=device)
@@ -142,7 +142,9 @@ def read_weights(
     scales = [torch.empty(0, dtype=dtype, device=device)] * num_int8
     own_layers = parallel.layers(num_layer)
     for layer in own_layers:
-        for kind, spec in enumerate(layer_specs(config, layer)):
+        specs = layer_specs(config, layer)
+        assert len(specs) == 12, specs  # startup refuses models without all biases
+        for kind, spec in enumerate(specs):
             tensor = reader.read(spec)
             if spec.name.endswith(("query_key_value.weight", "query_key_value.bias")):
                 tensor = tensor.flatten(-2)  # [h, 3, h/t] as one matrix, which the quantizer needs

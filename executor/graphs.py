@@ -42,15 +42,15 @@ def max_rows(num_slots: int) -> int:
 class DecodeGraphs:
     """One graph for each batch size, captured when this is made: every rank must make it."""
 
-    def __init__(self, model: GPT, cache: KVCache, slots: SlotState, counters: torch.Tensor) -> None:
-        """slots: graphs read and write it. counters: of kernels.decode_attention, for `max_rows` of as many slots.
+    def __init__(self, model: GPT, cache: KVCache, slots: SlotState, workspace: torch.Tensor) -> None:
+        """slots: graphs read and write it. workspace: of kernels.decode_attention, for `max_rows` of as many slots.
 
         Raises RuntimeError where a graph cannot be made.
         """
         self._model = model
         self._cache = cache
         self._slots = slots
-        self._counters = counters
+        self._workspace = workspace
         self._sizes = _sizes(slots.dummy_slot)
         self.most = self._sizes[-1]
         self._inputs = torch.zeros(self.most, dtype=torch.int64, device=slots.device)  # the slots of a step
@@ -107,7 +107,7 @@ class DecodeGraphs:
         slots, seq_slots = self._slots, self._inputs[:size]
         positions = slots.positions[seq_slots]
         kv_locs = slots.kv_loc_table[seq_slots, positions].long()
-        decodes = DecodeMetadata(slots.kv_loc_table, seq_slots, positions, self._counters)
+        decodes = DecodeMetadata(slots.kv_loc_table, seq_slots, positions, self._workspace)
         step = StepInput(slots.token_ids[seq_slots, positions], positions, kv_locs, [], decodes)
         hidden = self._model.forward(step, self._cache)
         assert hidden is not None, "graphs are made for one pipeline stage only"

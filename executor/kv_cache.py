@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from kernels.store_kv import store_kv
+
 
 @dataclass(frozen=True)
 class PrefillChunk:
@@ -32,11 +34,22 @@ class DecodeMetadata(NamedTuple):
     table: torch.Tensor  # [slots, max_seq_len] int32
     slots: torch.Tensor  # [rows] int64
     positions: torch.Tensor  # [rows] int64
-    counters: torch.Tensor
+    workspace: torch.Tensor
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer. A storage format adds its fields here; signatures stay."""
+
+    keys: torch.Tensor  # [num_blocks · block_size + 1, kv_heads_local, head_dim]
+    values: torch.Tensor  # as keys
+
+    def write(self, key: torch.Tensor, value: torch.Tensor, kv_locs: torch.Tensor) -> None:
+        """Store new tokens: key and value [tokens, kv_heads_local, head_dim], at kv_locs [tokens] int64."""
+        store_kv(key, value, self.keys, self.values, kv_locs)
 
 
 class KVCache:
-    """Keys and values, flat: [num_blocks · block_size + 1, kv_heads_local, head_dim] for each layer of the stage.
+    """The keys and values of the stage's layers: `layers[i]` is the stage's layer i.
 
     The last location is the dummy slot's: padding rows write there.
     """
@@ -52,8 +65,9 @@ class KVCache:
         device: torch.device,
     ) -> None:
         shape = (num_blocks * block_size + 1, kv_heads_local, head_dim)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.layers = [
+            LayerCache(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2))) for _ in range(num_layers)
+        ]
         self.block_size = block_size
         self.device = device
 

@@ -1,9 +1,9 @@
 """The GPT of one rank: its pipeline stage's layers, over its tensor-parallel shards.
 
-Axis names: tokens - the rows of a step, all requests' new tokens end to end; hidden - head_num · size_per_head;
-heads_local - head_num / tp; kv_heads_local - kv_head_num / tp; group - head_num / kv_head_num; head_dim -
-size_per_head; inter_local - inter_size / tp; vocab_local - the vocabulary's rows on this rank, ⌈vocab / tp⌉ (the
-last ranks' are padded); rows - tokens whose logits are wanted.
+Axis names: tokens - the rows of a step, all requests' new tokens one after another; hidden_size - of the residual;
+heads_local - head_num / tp; kv_heads_local - kv_head_num / tp, at least 1; head_dim - size_per_head; inter_local -
+inter_size / tp; vocab_local - the vocabulary's rows on this rank, ⌈vocab / tp⌉ (padded on the last ranks); rows -
+tokens with logits to compute.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from executor.attention import AttentionStep, alibi_slopes, attend, has_flash, rotary_inv_freq, rotate
+from executor.attention import Attention, AttentionStep
 from executor.collectives import Comm
-from executor.kv_cache import DecodeMetadata, KVCache, PrefillChunk
-from executor.layers import Linear, LMHead, Norm, RowParallelLinear, VocabEmbedding, can_pack
+from executor.kv_cache import DecodeMetadata, KVCache, LayerCache, PrefillChunk
+from executor.layers import Linear, LMHead, Norm, RowParallelLinear, VocabEmbedding
+from executor.matmul import make_matmul
 from executor.quantization import Int8Matrix, Quantizer
-from kernels.store_kv import store_kv
 from weights.model_config import ModelConfig
 from weights.reader import ShardReader
 from weights.table import WeightSpec, layer_specs, outer_specs
 
 
 def check_supported(config: ModelConfig) -> None:
-    """Raise ValueError, naming the key, for a model that this executor does not compute."""
+    """Raise ValueError with the key's name for a model that this executor does not support."""
     if config.has_adapters:
         raise ValueError("has_adapters is True; the torch engine computes False only")
 
 
 def activation(config: ModelConfig) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The function between the MLP's two linears: [tokens, inter_local] → the same; a gate's halves → one of them."""
+    """The function between the MLP's linears: [tokens, inter_local] → the same; swiglu takes twice that width."""
     functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "gelu": partial(F.gelu, approximate="none" if config.gelu_form == "erf" else "tanh"),
         "relu": F.relu,
@@ -50,11 +50,11 @@ def _swiglu(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class StepInput:
-    """One step's tensors, the same on every rank but for the device."""
+    """One step's tensors, the same on every rank except for the device."""
 
     token_ids: torch.Tensor  # [tokens] int64
     positions: torch.Tensor  # [tokens] int64, in each token's own request
-    kv_locs: torch.Tensor  # [tokens] int64, where the token's keys and values go in the flat cache
+    kv_locs: torch.Tensor  # [tokens] int64, locations of the tokens' keys and values in the flat cache
     chunks: list[PrefillChunk]
     decodes: DecodeMetadata | None = None  # the first rows, before the chunks'
 
@@ -70,7 +70,7 @@ class GPT:
         progress: Callable[[], None],
         int8_mode: int = 0,
     ) -> None:
-        """Read this rank's weights; with int8_mode 1, the layers' matrices as int8."""
+        """Read this rank's weights; int8_mode 1 quantizes the layers' matrices. Calls `progress` after each part."""
         config = reader.config
         check_supported(config)
         self.config = config
@@ -78,14 +78,9 @@ class GPT:
         self.device = device
         self.dtype = reader.dtype
         self._reader = reader
-        self._is_packed = can_pack(reader.dtype, device)
         parallel = comm.parallel
         outer = {spec.name: spec for spec in outer_specs(config)}
-        self.slopes = None  # ALiBi's, [heads_local]
-        if config.use_attention_linear_bias:
-            self.slopes = alibi_slopes(config.head_num).chunk(parallel.tp)[parallel.tp_rank].to(device)
-        self.inv_freq = rotary_inv_freq(config).to(device)  # [rotary_embedding / 2]
-        self.has_flash = has_flash(config.size_per_head, reader.dtype, device)
+        self.attention = Attention(config, parallel, reader.dtype, device)
         vocab_local = -(-config.vocab_size // parallel.tp)
         first_id = parallel.tp_rank * vocab_local
         wte = None
@@ -103,7 +98,7 @@ class GPT:
                 spec.name.split(".", 2)[2]: quantizer.read(spec) if quantizer and spec.is_matrix else self._load(spec)
                 for spec in layer_specs(config, layer)
             }
-            self.layers.append(Layer(config, comm, weights, self._is_packed))
+            self.layers.append(Layer(config, comm, weights, self.attention))
             progress()
         if quantizer is not None:
             quantizer.report()
@@ -115,12 +110,12 @@ class GPT:
                 rows = wte
             else:
                 rows = self._vocab_rows(outer["wte" if is_tied else "lm_head.weight"], first_id, vocab_local)
-            self.lm_head = LMHead(rows, config.vocab_size, self._is_packed, comm)
+            self.lm_head = LMHead(make_matmul(rows.t()), config.vocab_size, comm)
             progress()
 
     @staticmethod
     def num_load_steps(config: ModelConfig, comm: Comm) -> int:
-        """How many times loading calls `progress` on this rank."""
+        """The number of `progress` calls while this rank loads."""
         parallel = comm.parallel
         return len(parallel.layers(config.num_layer)) + parallel.is_first_stage + parallel.is_last_stage
 
@@ -143,41 +138,32 @@ class GPT:
         parallel = self.comm.parallel
         num_tokens = step.positions.shape[0]
         if parallel.is_first_stage:
-            x = self.embedding(step.token_ids)
+            residual = self.embedding(step.token_ids)
             if self.position_table is not None:
-                x = x + F.embedding(step.positions, self.position_table)
+                residual = residual + F.embedding(step.positions, self.position_table)
             if self.pre_decoder_layernorm is not None:
-                _, x = self.pre_decoder_layernorm(x)
+                _, residual = self.pre_decoder_layernorm(residual)
         else:
-            x = torch.empty(num_tokens, self.config.hidden, dtype=self.dtype, device=self.device)
-            self.comm.receive_forward(x)
-        attention_step = AttentionStep.of(
-            step.positions,
-            step.kv_locs,
-            step.decodes,
-            step.chunks,
-            self.slopes,
-            self.inv_freq,
-            self.dtype,
-            self.has_flash,
-        )
-        delta = None
-        for index, layer in enumerate(self.layers):
-            x, delta = layer.forward(x, delta, attention_step, cache.keys[index], cache.values[index])
-        if delta is not None:
-            x = x + delta
+            residual = torch.empty(num_tokens, self.config.hidden_size, dtype=self.dtype, device=self.device)
+            self.comm.receive_forward(residual)
+        attention_step = self.attention.step(step.positions, step.kv_locs, step.decodes, step.chunks)
+        hidden = None
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            residual, hidden = layer.forward(residual, hidden, attention_step, layer_cache)
+        if hidden is not None:
+            residual = residual + hidden
         if not parallel.is_last_stage:
-            self.comm.send_forward(x)
+            self.comm.send_forward(residual)
             return None
-        return x
+        return residual
 
-    def logits(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """[rows, hidden] of the last stage's hidden states → logits [rows, vocab] fp32, in `out` where it is given."""
-        return self.lm_head(x if self.final_layernorm is None else self.final_layernorm(x)[1], out)
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The last stage's hidden states [rows, hidden_size] → logits [rows, vocab] fp32, in `out` if given."""
+        return self.lm_head(hidden if self.final_layernorm is None else self.final_layernorm(hidden)[1], out)
 
 
 class Layer:
-    """A transformer layer; where it normalizes is the configuration's:
+    """A transformer layer. The configuration decides the place of the norms:
 
     pre_layernorm: x + attention(ln(x)), then x + mlp(ln(x)); post_layernorm: ln(x + attention(x)), then
     ln(x + mlp(x)). With apply_residual_connection_post_layernorm the first becomes ln(x) + attention(ln(x)), then
@@ -185,11 +171,9 @@ class Layer:
     """
 
     def __init__(
-        self, config: ModelConfig, comm: Comm, weights: dict[str, torch.Tensor | Int8Matrix], is_packed: bool
+        self, config: ModelConfig, comm: Comm, weights: dict[str, torch.Tensor | Int8Matrix], attention: Attention
     ) -> None:
         """weights: by their names within a layer, as `layer_specs` has them; the matrices may be int8."""
-        self.group = config.head_num // config.kv_head_num
-        self.head_dim = config.size_per_head
         self.is_post_layernorm = config.layernorm_type == "post_layernorm"
         self.is_residual_normed = config.apply_residual_connection_post_layernorm
 
@@ -197,56 +181,38 @@ class Layer:
             return Norm(weights[f"{name}.weight"], weights.get(f"{name}.bias"), config.layernorm_eps)
 
         def linear(name: str, kind: Callable[..., Linear]) -> Linear:
-            weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"].flatten()
-            return kind(weight if isinstance(weight, Int8Matrix) else weight.flatten(1), bias, is_packed)
+            weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+            matmul = make_matmul(weight if isinstance(weight, Int8Matrix) else weight.flatten(1))
+            return kind(matmul, None if bias is None else bias.flatten())
 
         self.input_layernorm = norm("input_layernorm")
         self.post_attention_layernorm = norm("post_attention_layernorm")
         self.query_key_value = linear("attention.query_key_value", Linear)
+        self.attention = attention
         self.dense = linear("attention.dense", partial(RowParallelLinear, comm=comm))
         self.up = linear("mlp.dense_h_to_4h", Linear)
         self.activation = activation(config)
         self.down = linear("mlp.dense_4h_to_h", partial(RowParallelLinear, comm=comm))
 
     def forward(
-        self,
-        x: torch.Tensor,
-        delta: torch.Tensor | None,
-        step: AttentionStep,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        self, residual: torch.Tensor, hidden: torch.Tensor | None, step: AttentionStep, cache: LayerCache
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(x, delta), [tokens, hidden] each, which stand for their sum → the same of the next layer.
+        """(residual, hidden) of the layer before → the same of this layer; [tokens, hidden_size] each.
 
-        The sum is left to the norm that comes next, which adds in passing. Writes the tokens' keys and values into
-        the cache.
+        The two are not yet added: the next norm fuses the add. Writes the tokens' keys and values into the cache.
         """
         if self.is_post_layernorm:
-            _, x = self.input_layernorm(x, self.attention(x, step, keys, values))
-            return self.post_attention_layernorm(x, self.mlp(x))[1], None
-        x, normed = self.input_layernorm(x, delta)
-        x = normed if self.is_residual_normed else x
-        x, normed = self.post_attention_layernorm(x, self.attention(normed, step, keys, values))
-        return normed if self.is_residual_normed else x, self.mlp(normed)
+            _, residual = self.input_layernorm(residual, self.attend(residual, step, cache))
+            return self.post_attention_layernorm(residual, self.mlp(residual))[1], None
+        residual, normed = self.input_layernorm(residual, hidden)
+        residual = normed if self.is_residual_normed else residual
+        residual, normed = self.post_attention_layernorm(residual, self.attend(normed, step, cache))
+        return normed if self.is_residual_normed else residual, self.mlp(normed)
 
-    def attention(self, x: torch.Tensor, step: AttentionStep, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """[tokens, hidden] → [tokens, hidden]"""
-        query, key, value = self._split(self.query_key_value(x))
-        if step.cos_sin is not None:
-            query, key = rotate(query, step.cos_sin), rotate(key, step.cos_sin)
-        store_kv(key, value, keys, values, step.kv_locs)
-        return self.dense(attend(query, key, value, keys, values, step))
+    def attend(self, hidden: torch.Tensor, step: AttentionStep, cache: LayerCache) -> torch.Tensor:
+        """[tokens, hidden_size] → [tokens, hidden_size]"""
+        return self.dense(self.attention(self.query_key_value(hidden), cache, step))
 
-    def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Queries [tokens, heads_local, head_dim], keys and values [tokens, kv_heads_local, head_dim]."""
-        if self.group == 1:
-            return qkv.unflatten(-1, (3, -1, self.head_dim)).unbind(1)
-        grouped = qkv.unflatten(
-            -1, (-1, self.group + 2, self.head_dim)
-        )  # [tokens, kv_heads_local, group + 2, head_dim]
-        query, key, value = grouped.split([self.group, 1, 1], 2)
-        return query.flatten(1, 2), key.flatten(1, 2), value.flatten(1, 2)
-
-    def mlp(self, x: torch.Tensor) -> torch.Tensor:
-        """[tokens, hidden] → [tokens, hidden]"""
-        return self.down(self.activation(self.up(x)))
+    def mlp(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[tokens, hidden_size] → [tokens, hidden_size]"""
+        return self.down(self.activation(self.up(hidden)))

@@ -23,7 +23,7 @@ from executor.output_layout import OutputLayout
 from executor.slots import SlotState
 from executor.token_choice import sample_tokens
 from kernels import runs_on
-from kernels.decode_attention import make_counters
+from kernels.decode_attention import make_workspace
 from weights.reader import TORCH_DTYPES, ShardReader
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -73,7 +73,7 @@ class TorchExecutor:
         self.max_seq_len = engine_config.max_seq_len or reader.config.max_pos_seq_len
         self.max_step_tokens = engine_config.max_step_tokens or (512 if device.type == "cpu" else 8192)
         self.num_blocks = 0
-        self._counters: torch.Tensor | None = None  # kernels.decode_attention's, on a GPU
+        self._workspace: torch.Tensor | None = None  # kernels.decode_attention's, on a GPU
         self._graphs: DecodeGraphs | None = None
 
     def prepare(self) -> None:
@@ -83,7 +83,7 @@ class TorchExecutor:
         shape: dict[str, Any] = dict(
             num_layers=len(comm.parallel.layers(config.num_layer)),
             block_size=limits.block_size,
-            kv_heads_local=config.kv_head_num // comm.parallel.tp,
+            kv_heads_local=config.kv_heads_local(comm.parallel.tp),
             head_dim=config.size_per_head,
             dtype=self.model.dtype,
         )
@@ -100,10 +100,10 @@ class TorchExecutor:
         self.slots = SlotState(num_slots, max_seq_len, limits.block_size, self.num_blocks, self.device)
         if has_kernels:
             heads_local = config.head_num // comm.parallel.tp
-            self._counters = make_counters(max_rows(num_slots), heads_local, self.device)
+            self._workspace = make_workspace(max_rows(num_slots), heads_local, self.device)
             if comm.parallel.pp == 1 and not limits.enforce_eager:
                 with torch.inference_mode():
-                    self._graphs = DecodeGraphs(self.model, self.cache, self.slots, self._counters)
+                    self._graphs = DecodeGraphs(self.model, self.cache, self.slots, self._workspace)
 
     def close(self) -> None:
         """Free what must go before the ranks leave their groups."""
@@ -167,10 +167,10 @@ class TorchExecutor:
         positions = np.concatenate([plan.decode_positions, *ranges])
         seq_slots, token_positions = self.slots.tensor(np.stack([slots, positions]))
         decodes, parts = None, []
-        if self._counters is not None and num_decodes:
+        if self._workspace is not None and num_decodes:
             table = self.slots.kv_loc_table
             first = seq_slots[:num_decodes], token_positions[:num_decodes]
-            decodes = DecodeMetadata(table, *first, self._counters)
+            decodes = DecodeMetadata(table, *first, self._workspace)
         else:
             decode_rows = zip(plan.decode_slots.tolist(), plan.decode_positions.tolist(), strict=True)
             parts = [self.slots.chunk(slot, row, position, 1) for row, (slot, position) in enumerate(decode_rows)]

@@ -52,13 +52,15 @@ class WeightFolder:
         return cls(path, ModelConfig.read(path / "config.ini"))
 
 
-def pick_backend(engine_config: EngineConfig, model_config: ModelConfig, lib_path: Path, local_rank: int) -> Backend:
+def pick_backend(
+    engine_config: EngineConfig, model_config: ModelConfig, lib_path: Path, local_rank: int, pp: int = 1
+) -> Backend:
     """Pick engine, device and dtype. Raises ValueError or RuntimeError if the machine cannot do what a flag asks."""
     device = _pick_device(engine_config.device, local_rank)
     dtype = computation_dtype(engine_config.data_type, device)
     engine, reason = engine_config.engine, "chosen by --engine"
     if engine == "auto":
-        missing = _why_not_fastertransformer(model_config, lib_path, device)
+        missing = _why_not_fastertransformer(model_config, lib_path, device, pp)
         engine = "torch" if missing else "fastertransformer"
         reason = missing or f"{lib_path} is there"
     positions = model_config.max_pos_seq_len
@@ -68,7 +70,7 @@ def pick_backend(engine_config: EngineConfig, model_config: ModelConfig, lib_pat
         check_supported(model_config)
     elif not lib_path.is_file():
         raise ValueError(f"lib_path is {lib_path}, and there is no such file")
-    elif lacking := _what_fastertransformer_lacks(model_config):
+    elif lacking := _what_fastertransformer_lacks(model_config, pp):
         raise ValueError(lacking)
     elif (model_config.activation_type, model_config.gelu_form) == ("gelu", "erf"):
         _LOG.warning("gelu_form is erf, and FasterTransformer computes the tanh form: results differ slightly")
@@ -111,6 +113,12 @@ def load(
             backend.dtype,
             backend.lib_path,
             progress,
+        )
+    num_layer = weights.config.num_layer
+    if parallel.rank == 0 and num_layer % parallel.pp:
+        sizes = [len(parallel.layers(num_layer, stage)) for stage in range(parallel.pp)]
+        _LOG.info(
+            "pp %d does not divide %d layers: the stages have %s", parallel.pp, num_layer, ", ".join(map(str, sizes))
         )
     reader = ShardReader(weights.path, weights.config, parallel.tp_rank, backend.dtype)
     counter = _Counter(GPT.num_load_steps(weights.config, comm), progress)
@@ -174,18 +182,18 @@ def _pick_device(wish: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _why_not_fastertransformer(config: ModelConfig, lib_path: Path, device: torch.device) -> str | None:
+def _why_not_fastertransformer(config: ModelConfig, lib_path: Path, device: torch.device, pp: int) -> str | None:
     if not lib_path.is_file():
         return f"no FasterTransformer library at {lib_path}"
     if device.type != "cuda":
         return "FasterTransformer needs a GPU"
     if config.size_per_head not in _FT_HEAD_SIZES:
         return f"FasterTransformer has no kernel for size_per_head {config.size_per_head}"
-    return _what_fastertransformer_lacks(config)
+    return _what_fastertransformer_lacks(config, pp)
 
 
-def _what_fastertransformer_lacks(config: ModelConfig) -> str | None:
-    """A sentence naming the key of what its op, or our driver of it, does not compute; None: it computes this model."""
+def _what_fastertransformer_lacks(config: ModelConfig, pp: int) -> str | None:
+    """The reason why its op, or our driver of it, cannot run this model, with the key's name; None: it can."""
     if config.apply_residual_connection_post_layernorm:
         return "apply_residual_connection_post_layernorm is True; FasterTransformer computes False only"
     for key, known in (
@@ -193,10 +201,20 @@ def _what_fastertransformer_lacks(config: ModelConfig) -> str | None:
         ("activation_type", ("gelu", "relu")),
         ("kv_head_num", (config.head_num,)),
         ("rotary_embedding", (0,)),
+        ("hidden_size", (config.attention_size,)),
+        ("has_qkv_bias", (True,)),
+        ("has_dense_bias", (True,)),
+        ("has_mlp_bias", (True,)),
     ):
         if getattr(config, key) not in known:
             computed = " and ".join(map(str, known))
             return f"{key} is {getattr(config, key)}; FasterTransformer's GPT computes {computed} only"
+    if len(config.end_ids) > 1:
+        return (
+            f"end_ids is {', '.join(map(str, config.end_ids))}; FasterTransformer's GPT ends a text at one token only"
+        )
     if config.has_adapters:
         return "has_adapters is True; the fastertransformer engine loads no adapters"
+    if config.num_layer % pp:
+        return f"pp is {pp}; FasterTransformer's must divide the model's {config.num_layer} layers"
     return None

@@ -1,6 +1,6 @@
-"""GPU kernels in the Triton language, one a file: the kernel, a checked wrapper and its reference in plain torch.
+"""GPU kernels in the Triton language, one per file: the kernel, a checked wrapper and its reference in plain torch.
 
-They know tensors and nothing of the engine. The language is triton-lang's, no kin of the Triton that serves.
+Kernels know tensors only. "Triton" here is triton-lang's language, not the inference server.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 
 @functools.cache
 def runs_on(device: torch.device) -> bool:
-    """Whether kernels run there: a GPU of compute capability 8.0 or later (the first with bf16), and Triton installed.
+    """Whether kernels run on the device: compute capability 8.0 or later (the first with bf16), and Triton installed.
 
-    Elsewhere their wrappers do the references' work.
+    Elsewhere the wrappers call the references.
     """
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return False

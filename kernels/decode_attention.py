@@ -1,6 +1,6 @@
-"""Attention of one new token per sequence over all of its tokens, wherever in the cache they lie.
+"""Attention of one new token per sequence over all of its tokens, at any locations of the cache.
 
-What it must not know: what a sequence is, and when its tokens were written.
+Stateless: a row is (slot, position); table[slot] holds the KV locations of the slot's tokens.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ _MOST_SPLITS = 32
 _BLOCK_ELEMENTS = 4096  # of keys that a program reads at once
 
 
-def make_counters(num_rows: int, num_heads: int, device: torch.device) -> torch.Tensor:
-    """What `decode_attention` counts finished splits in: zeros, and zeros again after every call."""
+def make_workspace(num_rows: int, num_heads: int, device: torch.device) -> torch.Tensor:
+    """The split-k workspace of `decode_attention`: a count of finished splits per row and head, int32.
+
+    It is zeros before a call, and the call leaves it zeros.
+    """
     return torch.zeros(num_rows * num_heads, dtype=torch.int32, device=device)
 
 
@@ -56,15 +59,15 @@ def decode_attention(
     table: torch.Tensor,
     slots: torch.Tensor,
     positions: torch.Tensor,
-    counters: torch.Tensor,
+    workspace: torch.Tensor,
     slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(q · kᵀ / √head_dim + slope · (key's position − query's)) · v, one query per sequence.
 
     query: [rows, heads, head_dim], strided in all axes but the last; keys, values: [kv_locs, kv_heads, head_dim]
-    contiguous; table: [slots, length] int32 contiguous, where each slot's tokens lie; slots, positions: [rows] int64
-    contiguous, each query's own; counters: of `make_counters` for as many rows and heads; slopes: [heads] fp32. Returns
-    [rows, heads, head_dim] as query. Sums are in fp32, and their order depends on rows, heads and positions only.
+    contiguous; table: [slots, length] int32 contiguous, each slot's KV locations; slots, positions: [rows] int64
+    contiguous, each query's own; workspace: of `make_workspace` for as many rows and heads; slopes: [heads] fp32.
+    Returns [rows, heads, head_dim] as query. Sums are in fp32; their order depends on rows, heads and positions only.
     """
     if not runs_on(query.device):
         return reference(query, keys, values, table, slots, positions, slopes)
@@ -86,7 +89,7 @@ def decode_attention(
         out if slopes is None else slopes,
         out,
         partials,
-        counters,
+        workspace,
         query.stride(0),
         query.stride(1),
         table.stride(0),
@@ -117,7 +120,7 @@ if triton is not None:
         slopes,
         out,
         partials,  # [rows · heads, splits, head_dim + 2] fp32: the weighted values, the largest score, the weights' sum
-        counters,
+        workspace,
         query_stride,
         head_stride,
         table_stride,
@@ -130,7 +133,7 @@ if triton is not None:
         dims: tl.constexpr,
         block: tl.constexpr,
     ):
-        """One head of one sequence, or a part of its tokens; whoever comes last adds the parts up."""
+        """One head of one sequence, or a split of its tokens; the last program to finish adds up the splits."""
         row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         d = tl.arange(0, dims)
         is_dim = d < head_dim
@@ -174,7 +177,7 @@ if triton is not None:
             tl.store(part + head_dim, largest)
             tl.store(part + head_dim + 1, weight_sum)
             tl.debug_barrier()  # all of the program's part is there before it counts
-            is_last = tl.atomic_add(counters + line, 1, sem="acq_rel") == num_splits - 1
+            is_last = tl.atomic_add(workspace + line, 1, sem="acq_rel") == num_splits - 1
             if is_last:
                 lines = partials + (line * num_splits + tl.arange(0, num_splits)) * (head_dim + 2)
                 maxima = tl.load(lines + head_dim, cache_modifier=".cg")
@@ -183,6 +186,6 @@ if triton is not None:
                 kv_locs = lines[:, None] + d[None, :]
                 parts = tl.load(kv_locs, mask=is_dim[None, :], other=0.0, cache_modifier=".cg")
                 sums = tl.sum(shares[:, None] * parts, 0)
-                tl.store(counters + line, 0)
+                tl.store(workspace + line, 0)
         if is_last:
             tl.store(out + line * head_dim + d, (sums / weight_sum).to(out.dtype.element_ty), mask=is_dim)

@@ -1,7 +1,7 @@
-"""y = x · (W · scale)ᵀ + b with W in int8: the weights cross the memory as bytes and are widened in registers.
+"""y = x · (W · scale)ᵀ + b with W in int8: weights are read as bytes and widened in registers.
 
-For the few rows of a decode step, where reading the weights is all the time there is. What it must not know: whose
-rows these are, nor how the weights were quantized.
+Made for the few rows of a decode step, whose time is the time to read the weights. Stateless; it does not depend on
+the quantization scheme.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ _SPLIT_COUNTERS = 4096  # output tiles that may be split; a launch has fewer
 _FEW_ROWS = 256  # beyond, on an H200, widening the weights and cuBLAS are quicker
 
 
-def make_counters(device: torch.device) -> torch.Tensor:
-    """What `int8_linear` counts finished splits in: zeros, and zeros again after every call; one a linear."""
+def make_workspace(device: torch.device) -> torch.Tensor:
+    """The split-k workspace of one linear: a count of finished splits per output tile, int32.
+
+    It is zeros before a call, and the call leaves it zeros.
+    """
     return torch.zeros(_SPLIT_COUNTERS, dtype=torch.int32, device=device)
 
 
@@ -38,20 +41,20 @@ def int8_linear(
     weight: torch.Tensor,
     scales: torch.Tensor,
     bias: torch.Tensor | None,
-    counters: torch.Tensor,
+    workspace: torch.Tensor,
 ) -> torch.Tensor:
     """x [rows, in] bf16 or fp16, weight [out, in] int8, scales [out] fp32, bias [out] as x → [rows, out] as x.
 
-    counters: of `make_counters`, on x's device; two calls at once must not share one. Raises ValueError where shapes
-    or dtypes do not fit. Sums are in fp32 and their order is fixed. It is the reference's work where there is no
-    Triton, no GPU, or another dtype.
+    workspace: of `make_workspace`, on x's device; two calls at once must not share one. Raises ValueError where shapes
+    or dtypes do not fit. Sums are in fp32 and their order is fixed. Without Triton
+    or a GPU, or with another dtype, it calls the reference.
     """
     _check(x, weight, scales, bias)
     if not runs_on(x.device) or x.dtype not in (torch.bfloat16, torch.float16):
         return reference(x, weight, scales, bias)
     if not 0 < len(x) <= _FEW_ROWS:
         return F.linear(x, int8_widen.int8_widen(weight, scales, x.dtype), bias)
-    return launch(x.contiguous(), weight, scales, bias, counters, *plan(len(x), *weight.shape))
+    return launch(x.contiguous(), weight, scales, bias, workspace, *plan(len(x), *weight.shape))
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -66,9 +69,9 @@ def _check(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: to
 
 
 def plan(rows: int, num_out: int, num_in: int) -> tuple[int, int, int, int, int, int]:
-    """(rows, outs and ins of a tile, splits of the in axis, warps, pipeline stages): measured on an H200.
+    """(rows, outs and ins of a tile, splits of the in axis, warps, pipeline stages), as measured on an H200.
 
-    `wanted` programs keep its 132 multiprocessors busy; the in axis is split where there are fewer tiles.
+    `wanted` programs keep its 132 multiprocessors busy; with fewer tiles the in axis is split.
     """
     if rows <= 16:
         block_m, block_n, block_k, warps, stages, wanted = 16, 32, 256, 2, 3, 512
@@ -90,7 +93,7 @@ def launch(
     weight: torch.Tensor,
     scales: torch.Tensor,
     bias: torch.Tensor | None,
-    counters: torch.Tensor,
+    workspace: torch.Tensor,
     block_m: int,
     block_n: int,
     block_k: int,
@@ -98,7 +101,7 @@ def launch(
     warps: int,
     stages: int,
 ) -> torch.Tensor:
-    """`int8_linear` unchecked, with a plan of one's own."""
+    """`int8_linear` without checks, with the caller's plan."""
     (rows, num_in), num_out = x.shape, len(weight)
     out = torch.empty(rows, num_out, dtype=x.dtype, device=x.device)
     partials = torch.empty(splits, rows, num_out, dtype=torch.float32, device=x.device) if splits > 1 else out
@@ -109,7 +112,7 @@ def launch(
         out if bias is None else bias,
         out,
         partials,
-        counters,
+        workspace,
         rows,
         num_out,
         num_in,
@@ -136,7 +139,7 @@ if triton is not None:
         bias,
         out,
         partials,  # [splits, rows, num_out] fp32
-        counters,
+        workspace,
         rows,
         num_out,
         num_in,
@@ -150,7 +153,7 @@ if triton is not None:
     ):
         """A tile of yᵀ = W · xᵀ: with W on the left, its bytes are widened on their way into the matrix units.
 
-        The programs of a tile's splits leave partial sums; whoever comes last adds them, always in the same order.
+        The programs of a tile's splits store partial sums; the last to finish adds them, always in the same order.
         """
         outs = tl.program_id(0) * block_n + tl.arange(0, block_n)
         ms = tl.program_id(2) * block_m + tl.arange(0, block_m)
@@ -171,7 +174,7 @@ if triton is not None:
         is_last = True
         if is_split:
             num_splits = tl.num_programs(1)
-            counter = counters + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+            counter = workspace + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
             tl.store(partials + split * rows * num_out + places, sums, mask=is_place)
             tl.debug_barrier()  # all of the program's sums are there before it counts
             is_last = tl.atomic_add(counter, 1, sem="acq_rel") == num_splits - 1

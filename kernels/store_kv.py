@@ -1,7 +1,4 @@
-"""New tokens' keys and values into the cache, both at once, where torch takes a kernel for each.
-
-What it must not know: whose tokens these are.
-"""
+"""Writes new tokens' keys and values into the cache with one launch; torch needs one for each. Stateless."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ def reference(
 def store_kv(
     key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, kv_locs: torch.Tensor
 ) -> None:
-    """Write key and value, [tokens, heads, head_dim], to keys and values, [kv_locs, heads, head_dim], at the kv_locs.
+    """keys[kv_locs] = key, values[kv_locs] = value; [tokens, heads, head_dim] into [num_locs, heads, head_dim].
 
     kv_locs: [tokens] int64; key and value may be strided in all axes but the last, keys and values are contiguous.
     """

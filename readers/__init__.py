@@ -1,6 +1,6 @@
-"""Source checkpoints → canonical tensors: one module an architecture or a trainer, streamed.
+"""Source checkpoints → canonical tensors: one module per architecture or trainer, streamed.
 
-A reader alone knows its source's names, transposes and interleavings; what it gives is FasterTransformer's table
+Only a reader knows its source's names, transposes and interleavings. It yields FasterTransformer's table
 (weights.table), unsplit. `convert.py` splits, casts and writes.
 """
 
@@ -23,22 +23,22 @@ __all__ = ["READERS", "Reader", "SourceOptions", "Weight", "open_reader"]
 
 
 class Reader(Protocol):
-    """What convert.py asks of a source."""
+    """The interface of a source for convert.py."""
 
-    files: list[Path]  # every file that is read or copied: the source's identity
+    files: list[Path]  # every file that is read or copied; they identify the source
 
     def data_type(self) -> str:
         """The stored data type that --weight-data-type auto stands for: fp32, fp16 or bf16."""
         ...
 
     def config(self, weight_data_type: str, tp: int, model_name: str) -> ModelConfig:
-        """The model's config.ini; reads no weight. Raises ValueError for what cannot be served."""
+        """The model's config.ini, without reading a weight. Raises ValueError for a model that cannot be served."""
         ...
 
     def weights(self, config: ModelConfig) -> list[Weight]:
-        """All weights of the table, checked for names, shapes and data types, none of them read yet.
+        """All weights of the table, checked for names, shapes and data types, not yet read.
 
-        `lm_head.weight` is left out where it is the embedding. Raises ValueError.
+        A tied `lm_head.weight` is left out. Raises ValueError.
         """
         ...
 
@@ -47,7 +47,7 @@ class Reader(Protocol):
         ...
 
 
-# config.json's model_type -> what makes a reader from the folder and the parsed config.json
+# config.json's model_type -> the reader's class, called with the folder and the parsed config.json
 READERS: dict[str, Callable[[Path, dict[str, Any]], Reader]] = {
     "bloom": BloomReader,
     "gpt2": GPT2Reader,

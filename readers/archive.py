@@ -1,8 +1,7 @@
 """A checkpoint's files by name: in a folder, in a plain tar archive, or in a gzipped one.
 
-Owns what an archive may do: nothing but files and folders, none outside, no more than it can hold. A plain archive
-is read where it lies; a gzipped one is unpacked into a file without a name, which is gone when the process is.
-It knows no checkpoint.
+Owns the rules for archives: only files and folders, none outside the target, size limited. A plain archive is read in
+place. A gzipped one is unpacked into a nameless file that ends with the process. It knows no checkpoint.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _SMALL_BYTES = 256 << 20  # configurations and tokenizers
 
 @dataclass(frozen=True)
 class Place:
-    """Where a file's bytes lie: `size` bytes at `offset` of `path`. `name` is what messages call it."""
+    """The location of a file's bytes: `size` bytes at `offset` of `path`. Messages call it `name`."""
 
     path: Path
     offset: int

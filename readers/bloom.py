@@ -1,9 +1,9 @@
 """Hugging Face BLOOM: config.json → ModelConfig, tensors → FasterTransformer's table.
 
-What is peculiar to BLOOM, after examples/pytorch/gpt/utils/huggingface_bloom_convert.py: q, k and v are interleaved
-head by head; a layernorm follows the embedding; positions are ALiBi's, so there is no table of them and no limit to
-the length. That converter calls apply_residual_connection_post_layernorm post_layernorm, which is something else; here
-it is a key of its own.
+Peculiar to BLOOM (see examples/pytorch/gpt/utils/huggingface_bloom_convert.py): q, k and v are interleaved head by
+head; a layernorm follows the embedding; positions are ALiBi's, so there is no position table and no limit to the
+length. That converter calls apply_residual_connection_post_layernorm post_layernorm, which is something else; here it
+has a key of its own.
 """
 
 from __future__ import annotations

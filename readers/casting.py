@@ -1,6 +1,6 @@
-"""Stored tensors → what is written: transposed, cast, checked, by threads that work ahead of the one that writes.
+"""Stored tensors → bytes to write: transposed, cast and checked by threads, ahead of the thread that writes.
 
-Owns the quick ways of a CPU. It knows neither checkpoints nor files.
+Owns the fast ways to do this on a CPU. It knows neither checkpoints nor files.
 """
 
 from __future__ import annotations

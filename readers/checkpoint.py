@@ -1,7 +1,7 @@
 """A Hugging Face folder's weight files: safetensors or pytorch_model.bin, in one file or in shards.
 
-Owns where each tensor lies, the bound on memory while tensors are read one after another, and one sentence
-for each way in which such files are broken. It knows no architecture: the readers beside it do.
+Owns the location of each tensor, the bound on memory while tensors are read one after another, and one sentence for
+each way in which such files can be broken. It knows no architecture.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Entry:
-    """What a checkpoint's header says of one tensor; `data_type` is fp64, fp32, fp16, bf16 or a foreign name."""
+    """A tensor's header in a checkpoint; `data_type` is fp64, fp32, fp16, bf16 or a foreign name."""
 
     path: Path
     shape: tuple[int, ...]
@@ -84,7 +84,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a Hugging Face folder that its tokenizer needs, as far as they exist."""
+    """The existing files of a Hugging Face folder that its tokenizer needs."""
     return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 

@@ -1,8 +1,7 @@
-"""Megatron-core's distributed checkpoints, torch_dist and zarr: whole tensors in chunks, whatever ranks wrote them.
+"""Megatron-core's distributed checkpoints, torch_dist and zarr: whole tensors in chunks, independent of the ranks.
 
-Owns both formats, the grid that a tensor's chunks make up, and layers stacked on a first axis, which are given one by
-one, numbered as in a rank's file. A tensor is read when it is asked for, out of the chunks that hold it alone.
-It must not know the table.
+Owns both formats, the grid of a tensor's chunks, and layers stacked on a first axis, which are given one by one and
+numbered as in a rank's file. A tensor is read on demand, from its own chunks only. It knows no table.
 
 Format: megatron/core/dist_checkpointing (metadata.json: core.py, common state: serialization.py, strategies/torch.py,
 strategies/zarr.py of its releases up to 0.9), torch/distributed/checkpoint (metadata.py, filesystem.py); zarr's
@@ -121,17 +120,17 @@ class DistributedCheckpoint:
         self._files = files
 
     def headers(self) -> Iterator[Shard]:
-        """Every tensor of the model, each layer's apart. Raises ValueError for what is not whole."""
+        """Every tensor of the model, layers apart. Raises ValueError for an incomplete tensor."""
         for name, (whole, layer) in self._tensors.items():
             yield Shard(name, whole.shape if layer is None else whole.shape[1:], whole.dtype)
 
     def open(self) -> tuple[Callable[[str], torch.Tensor], bool]:
-        """What reads a tensor by its name, and whether it views a file that stays mapped: each has its own mapping."""
+        """A function that reads a tensor by name, and False: no mapping outlives its tensor."""
         return self._read, False
 
     @cached_property
     def common_place(self) -> Place:
-        """What was saved beside the tensors. Raises ValueError where there is nothing."""
+        """The file with the values saved beside the tensors. Raises ValueError without one."""
         if _COMMON in self._files:
             return self._files[_COMMON]
         blob = self._blobs.get((_COMMON_KEY, None)) if self._backend == "torch_dist" else None
@@ -140,7 +139,7 @@ class DistributedCheckpoint:
         return blob
 
     def common(self) -> dict[str, Any]:
-        """What `common_place` holds. Raises ValueError."""
+        """The content of `common_place`. Raises ValueError."""
         content, _ = load_any(self.common_place)
         if _COMMON not in self._files and isinstance(content, list) and len(content) == 1:
             content = content[0]
@@ -206,7 +205,7 @@ class DistributedCheckpoint:
 
     @cached_property
     def _blobs(self) -> dict[tuple[str, tuple[int, ...] | None], Place]:
-        """Where each tensor's chunk lies, by the tensor's key and the chunk's offsets; None for what is no tensor."""
+        """Each chunk's location, by the tensor's key and the chunk's offsets (None for a value that is no tensor)."""
         blobs = {}
         for index, info in self._metadata["storage_data"].items():
             try:

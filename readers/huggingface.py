@@ -1,7 +1,7 @@
-"""What the readers of Hugging Face folders share: config.json's values, stored against expected tensors, tied heads.
+"""Shared by the readers of Hugging Face folders: checked values of config.json, checked tensors, tied heads.
 
-A reader of one architecture says what its tensors are called, how they are shaped, and how the table's weights
-(weights.table) are made of them; everything is checked here. The only tensor it knows by name is `lm_head.weight`.
+A reader of one architecture gives the names and shapes of its tensors and the recipe of each weight of the table
+(weights.table); everything is checked here. The only tensor that this module knows by name is `lm_head.weight`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from readers.checkpoint import Checkpoint, Entry, Weight, copy_tokenizer, tokenizer_files
+from readers.checkpoint import Checkpoint, Entry, Weight, copy_tokenizer, read_json, tokenizer_files
 from weights.model_config import DATA_TYPES, ModelConfig
 from weights.table import WeightSpec, weight_specs
 
@@ -35,10 +35,10 @@ _FLOATS = ("fp64", *DATA_TYPES)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one weight of the table is made: `build` takes the tensors of `parts` in order, and gives it whole.
+    """The recipe of one weight of the table: `build` takes the tensors of `parts` in order and returns it whole.
 
-    `parts`: the architecture's names, without prefix → the shapes that config.json asks for. `label` tells of the
-    weight in messages: the word between the parts, or, where there are none, why not.
+    `parts`: the architecture's names, without prefix → the shapes that config.json asks for. `label` is for messages:
+    the word between the parts or, without parts, the reason.
     """
 
     parts: Mapping[str, tuple[int, ...]]
@@ -47,7 +47,7 @@ class Recipe:
 
 
 def as_stored(name: str, shape: tuple[int, ...]) -> Recipe:
-    """A tensor that lies as the table has it."""
+    """A tensor already in the table's layout."""
     return Recipe({name: shape}, lambda tensor: tensor)
 
 
@@ -95,16 +95,17 @@ class HuggingFaceReader:
         raise NotImplementedError
 
     def config(self, weight_data_type: str, tp: int, model_name: str) -> ModelConfig:
-        """The model's config.ini. Raises ValueError, naming config.json's key, for what cannot be served."""
+        """The model's config.ini. Raises ValueError with config.json's key for a model that cannot be served."""
         for name, value in self.required.items():
             if self._settings.get(name, value) != value:
                 raise ValueError(f"{self._path}: {name} is {self._settings[name]}; only {value} is supported")
-        end_id = self._token_id("eos_token_id")
+        end_ids = self._end_ids()
         return ModelConfig(
             model_name=model_name,
             vocab_size=self._size("vocab_size"),
-            start_id=end_id if self._settings["bos_token_id"] is None else self._token_id("bos_token_id"),
-            end_id=end_id,
+            start_id=end_ids[0] if self._settings["bos_token_id"] is None else self._token_id("bos_token_id"),
+            end_id=end_ids[0],
+            end_ids=end_ids,
             weight_data_type=weight_data_type,
             tensor_para_size=tp,
             **self.shape(),
@@ -167,8 +168,8 @@ class HuggingFaceReader:
     def _is_tied(self, entries: dict[str, tuple[str, Entry]]) -> bool:
         """Whether the head is the embedding, or is stored as the embedding again.
 
-        What is stored decides, as in transformers 5, whatever tie_word_embeddings says: .bin files hold both
-        tensors of a tied model, and a head that was trained apart would be lost.
+        The stored tensors decide, as in transformers 5, not tie_word_embeddings: .bin files hold both tensors of a tied
+        model, and a head that was trained apart would be lost.
         """
         (wte_name, _), (head_name, _) = entries[self.embedding], entries[HEAD]
         if wte_name == head_name:
@@ -200,10 +201,37 @@ class HuggingFaceReader:
         return value
 
     def _token_id(self, name: str) -> int:
-        value, vocab_size = self._settings[name], self._size("vocab_size")
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab_size:
-            raise ValueError(f"{self._path}: {name} is {value!r}; it must be one of the {vocab_size} token ids")
+        value = self._settings[name]
+        if not self._is_token_id(value):
+            raise ValueError(f"{self._path}: {name} is {value!r}; it must be one of the {self._vocab_size} token ids")
         return value
+
+    def _end_ids(self) -> tuple[int, ...]:
+        """All tokens that end a text, the one that FasterTransformer gets first.
+
+        Both files have one id or a list. As transformers' generate does, a list in generation_config.json overrules
+        config.json. A single id there is ignored. config.json's id comes first if the list has it.
+        """
+        path, value = self._path, self._settings["eos_token_id"]
+        first = value
+        generation = self._source / "generation_config.json"
+        if generation.is_file():
+            ids = read_json(generation).get("eos_token_id")
+            if isinstance(ids, list):
+                path, value = generation, ids
+        if not isinstance(value, list):
+            return (self._token_id("eos_token_id"),)
+        if not value or not all(map(self._is_token_id, value)):
+            raise ValueError(f"{path}: eos_token_id is {value!r}; it must be one of the {self._vocab_size} token ids")
+        ids = list(dict.fromkeys(value))
+        return tuple(sorted(ids, key=lambda token_id: token_id != first))
+
+    def _is_token_id(self, value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < self._vocab_size
+
+    @property
+    def _vocab_size(self) -> int:
+        return self._size("vocab_size")
 
     def _heads(self, heads_name: str, hidden_name: str) -> dict[str, int]:
         heads, hidden = self._size(heads_name), self._size(hidden_name)

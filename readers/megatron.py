@@ -1,7 +1,8 @@
 """Megatron-LM GPT: a folder of iterations, or one iteration → settings, shards and tokenizer.
 
-Owns where the ranks' files lie, the training arguments and their defaults, what is read off the tensors where there
-are none, and the order of q, k and v in each checkpoint_version. Megatron-LM itself is not needed. It knows no tensor.
+Owns the location of the ranks' files, the training arguments and their defaults, the sizes read off the tensors of
+checkpoints without arguments, and the order of q, k and v in each checkpoint_version. Megatron-LM itself is not
+needed. It knows no tensor.
 
 Format: megatron/checkpointing.py (files, versions: fix_query_key_value_ordering), megatron/arguments.py.
 """
@@ -84,7 +85,7 @@ class MegatronReader(ShardedReader):
 
     @cached_property
     def _facts(self) -> dict[str, Any]:
-        """What rank 0's file, or the one for all ranks, holds beside the model."""
+        """The values beside the model in rank 0's file, or in the one for all ranks."""
         if self._distributed is not None:
             content = self._distributed.common()
             if content.get("args") is None:
@@ -170,16 +171,17 @@ class MegatronReader(ShardedReader):
         wpe = self.shards.whole_shape("wpe") or (0, 0)
         inter = self.shards.whole_shape("layers.0.mlp.dense_h_to_4h.weight") or (0,)
         hidden = settings.size("hidden_size", wpe[-1])
-        if hidden % heads:
+        if hidden % heads and settings.get("kv_channels") is None:
             raise ValueError(f"{settings.name}: {heads} attention heads do not divide hidden size {hidden}")
-        settings.require("kv_channels", hidden // heads)
+        size_per_head = settings.size("kv_channels", hidden // heads)
         activations = [name for name in ("swiglu", "squared_relu") if settings.get(name, False)]
         is_fused = settings.get("bias_gelu_fusion", not settings.values)  # the first versions knew the tanh form only
         eps = "norm_epsilon" if "norm_epsilon" in settings.values else "layernorm_epsilon"
         shape = {
             "head_num": heads,
             "kv_head_num": self.trained.kv_heads,
-            "size_per_head": hidden // heads,
+            "size_per_head": size_per_head,
+            "hidden_size": hidden,
             "inter_size": settings.size("ffn_hidden_size", inter[0] // (1 + ("swiglu" in activations))),
             "num_layer": settings.size("num_layers", self.shards.num_layers),
             "layernorm_eps": settings.fraction(eps, 1e-5),
@@ -190,7 +192,7 @@ class MegatronReader(ShardedReader):
         else:
             shape |= gelu(is_fused and self.trained.has_biases, bool(settings.get("openai_gelu", False)))
         if settings.get("position_embedding_type") == "rope" or settings.get("use_rotary_position_embeddings", False):
-            shape |= rotation(settings, hidden // heads, "rotary_percent", "rotary_seq_len_interpolation_factor")
+            shape |= rotation(settings, size_per_head, "rotary_percent", "rotary_seq_len_interpolation_factor")
             # The modules before Megatron-core add a table of positions as well unless they are told not to.
             shape["has_positional_encoding"] = self.shards.whole_shape("wpe") is not None
         else:

@@ -1,7 +1,7 @@
 """NeMo Megatron GPT: a .nemo archive or its unpacked folder → settings, shards and tokenizer.
 
-Owns model_config.yaml (or the settings inside a Lightning checkpoint, *last.ckpt), NeMo's defaults, where the ranks'
-files lie, and which tokenizer file is meant. NeMo itself is not needed. It knows no tensor.
+Owns model_config.yaml (or the settings inside a Lightning checkpoint, *last.ckpt), NeMo's defaults, the location of the
+ranks' files, and the choice of the tokenizer's file. NeMo itself is not needed. It knows no tensor.
 
 Format: nemo/collections/nlp: parts/nlp_overrides.py (files), models/language_modeling/megatron_gpt_model.py and
 megatron_base_model.py (settings and their defaults, tokenizer), modules/common/tokenizer_utils.py.
@@ -182,14 +182,15 @@ class NemoReader(ShardedReader):
         settings.require_all(_REQUIRED | (_REQUIRED_OF_CORE if self._is_core else _REQUIRED_OF_LEGACY))
         activation = settings.require("activation", *_ACTIVATIONS)
         heads, hidden = self.trained.heads, settings.size("hidden_size")
-        if hidden % heads:
+        if hidden % heads and settings.get("kv_channels") is None:
             raise ValueError(f"{settings.name}: num_attention_heads {heads} does not divide hidden_size {hidden}")
-        settings.require("kv_channels", hidden // heads)
+        size_per_head = settings.size("kv_channels", hidden // heads)
         is_fused = settings.get("bias_activation_fusion", settings.get("bias_gelu_fusion", True))
         shape = {
             "head_num": heads,
             "kv_head_num": self.trained.kv_heads,
-            "size_per_head": hidden // heads,
+            "size_per_head": size_per_head,
+            "hidden_size": hidden,
             "inter_size": settings.size("ffn_hidden_size", 4 * hidden),
             "num_layer": settings.size("num_layers"),
             "layernorm_eps": settings.fraction("layernorm_epsilon", 1e-5),
@@ -201,7 +202,7 @@ class NemoReader(ShardedReader):
             settings.require("openai_gelu", False)
             shape["activation_type"] = _ACTIVATIONS[activation]
         if settings.get("position_embedding_type") == "rope":
-            shape |= rotation(settings, hidden // heads, "rotary_percentage", "seq_len_interpolation_factor")
+            shape |= rotation(settings, size_per_head, "rotary_percentage", "seq_len_interpolation_factor")
         return shape
 
     @cached_property
@@ -256,7 +257,7 @@ class NemoReader(ShardedReader):
         )
 
     def _used_files(self) -> list[Path]:
-        """What of a folder is read: settings, weights, tokenizer."""
+        """The files of a folder that are read: settings, weights, tokenizer."""
         names = [_CONFIG, *_ARTIFACTS.values()]
         files = [path for pattern in names for path in sorted(self._source.glob(pattern)) if path.is_file()]
         if self._distributed is not None:
@@ -267,7 +268,7 @@ class NemoReader(ShardedReader):
 
 
 def _state(content: dict[str, Any]) -> dict[str, Any]:
-    """The model of a Lightning checkpoint, or what is nothing but the model."""
+    """The model of a Lightning checkpoint, or the content itself if it is nothing else."""
     return content.get("state_dict", content)
 
 

@@ -1,10 +1,9 @@
 """Hugging Face OPT: config.json → ModelConfig, tensors → FasterTransformer's table.
 
-What is peculiar to OPT, after examples/pytorch/gpt/utils/huggingface_opt_convert.py: q, k and v are three linears;
-the position table has two rows that no token uses; opt-350m normalizes after the residual sum, has no last layernorm,
-and embeds in fewer dimensions than it computes in, its two projections being multiplied into wte and lm_head;
-lm_head.weight is always written. Beyond that converter: models without biases, without layernorm weights, with
-another activation and with a head of their own.
+Peculiar to OPT (see examples/pytorch/gpt/utils/huggingface_opt_convert.py): q, k and v are three linears; the position
+table has two unused rows; opt-350m normalizes after the residual sum, has no last layernorm, and embeds in fewer
+dimensions, so its two projections are multiplied into wte and lm_head; lm_head.weight is always written. Beyond that
+converter: models without biases, without layernorm weights, with another activation and with an untied head.
 """
 
 from __future__ import annotations

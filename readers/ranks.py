@@ -1,7 +1,4 @@
-"""The files of Megatron's ranks: which of a checkpoint's names are theirs, and the tensors of one of them.
-
-It must not know the table.
-"""
+"""The files of Megatron's ranks: the grid of their names, and the tensors of one file. It knows no table."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from readers.torchfile import load, tensors
 
 
 class RankFile:
-    """One rank's file of torch.save; `state` takes the (nested) state dict out of what it holds."""
+    """One rank's file of torch.save; `state` takes the (nested) state dict out of its content."""
 
     def __init__(self, place: Place, state: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
         self.name = place.name
@@ -30,7 +27,7 @@ class RankFile:
             yield Shard(stored, tuple(tensor.shape), tensor.dtype)
 
     def open(self) -> tuple[Callable[[str], torch.Tensor], bool]:
-        """What gives a tensor by its name, and whether it views the file, mapped (else all of it is in memory)."""
+        """A function that returns a tensor by name, and whether tensors view the mapped file (else it is in memory)."""
         content, is_mapped = load(self._place)
         return dict(tensors(self._state(content), self.name)).__getitem__, is_mapped
 

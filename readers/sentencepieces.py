@@ -2,7 +2,7 @@
 
 Owns the model file's format (sentencepiece_model.proto, of which a few fields are read) and the emulation by the
 `tokenizers` package: unigram and BPE, byte fallback, user-defined symbols, and the model's own normalization.
-It knows no checkpoint, and no special token but those that the model has.
+It knows no checkpoint, and no special token beyond the model's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MANY = 1 << 20
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """What a model file says; ids are -1 where there is no such token."""
+    """The content of a model file; an id is -1 if there is no such token."""
 
     pieces: list[tuple[str, float, int]]  # piece, score, type
     model_type: int

@@ -1,6 +1,6 @@
-"""What the readers of NeMo's and of Megatron-LM's checkpoints share: settings, and the way from them to the table.
+"""Shared by the readers of NeMo's and Megatron-LM's checkpoints: checked settings, and the way from them to the table.
 
-A reader of one of the two finds the files, the settings and the tokenizer; the shards know the tensors.
+Each of the two readers finds its files, settings and tokenizer; readers.shards knows the tensors.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class SourceOptions:
 
 @dataclass(frozen=True)
 class Settings:
-    """A model's settings, by name; `name` is what messages call the file they are from."""
+    """A model's settings, by name; messages call their file `name`."""
 
     name: str
     values: dict[str, Any]
@@ -93,7 +93,7 @@ class Settings:
         return value
 
     def number(self, key: str, default: float) -> float:
-        """A value as a float, from text too, because YAML's parser takes 1e-5 for text; nan for what is none."""
+        """A value as a float, from text too, because YAML's parser takes 1e-5 for text; nan if it is no number."""
         value = self.get(key, default)
         try:
             return math.nan if isinstance(value, bool) else float(value)
@@ -125,7 +125,7 @@ class ShardedReader:
     tokenizer: CheckpointTokenizer
 
     def shape(self) -> dict[str, Any]:
-        """ModelConfig's fields that the settings alone tell. Raises ValueError for what cannot be served."""
+        """ModelConfig's fields that follow from the settings. Raises ValueError for a model that cannot be served."""
         raise NotImplementedError
 
     def config(self, weight_data_type: str, tp: int, model_name: str) -> ModelConfig:
@@ -165,7 +165,7 @@ class ShardedReader:
 
     def _rows(self, name: str, shape: dict[str, Any]) -> int:
         whole = self.shards.whole_shape(name)
-        hidden = shape["head_num"] * shape["size_per_head"]
+        hidden = shape["hidden_size"]
         if whole is None:
             raise ValueError(f"{self.settings.name}: the weight files hold no {name}")
         if len(whole) != 2 or whole[1] != hidden:
@@ -174,7 +174,7 @@ class ShardedReader:
 
 
 def whatever_pipeline(settings: Settings) -> Settings:
-    """Without what only ranks' files depend on: a distributed checkpoint numbers the layers of the whole model."""
+    """Drop the settings that concern only ranks' files: a distributed checkpoint numbers the whole model's layers."""
     return Settings(settings.name, settings.values | {"virtual_pipeline_model_parallel_size": None})
 
 
@@ -187,9 +187,10 @@ def query_groups(settings: Settings, heads: int, default: int | None = None) -> 
 
 
 def rotation(settings: Settings, head_dim: int, share_key: str, factor_key: str) -> dict[str, Any]:
-    """ModelConfig's rotary fields; settings: what share of a head is turned, the base, and what divides positions.
+    """ModelConfig's rotary fields. share_key: the setting for the rotated share of a head; factor_key: for the divisor
+    of positions.
 
-    max_pos_seq_len is the length of training, which such a model may leave behind. Raises ValueError.
+    max_pos_seq_len is the length of training, no limit for such a model. Raises ValueError.
     """
     settings.require("rotary_interleaved", False)
     share = 1.0 if settings.number(share_key, 1) == 1 else settings.fraction(share_key, 1)

@@ -1,10 +1,10 @@
-"""Weights of Megatron's GPT, trained on tp × pp ranks: their files put together, one weight of the table at a time.
+"""Weights of Megatron's GPT, trained on tp × pp ranks: puts their shards together, one weight of the table at a time.
 
-Owns what NeMo and Megatron-LM have in common: the names of Megatron's modules (of megatron.model, `legacy`, and of
-megatron.core), which axis training splits, layers numbered anew on each pipeline rank, and q, k, v interleaved by
-head, or by group where several heads of queries read one of keys. A weight is made of its shards when it is written,
-so memory holds one weight and no file. A distributed checkpoint comes as the only rank's file.
-It must not know where the files come from nor what the model is called.
+Owns the common ground of NeMo and Megatron-LM: the names of Megatron's modules (of megatron.model, `legacy`, and of
+megatron.core), the axis that training splits, layers numbered anew on each pipeline rank, and q, k, v interleaved by
+head, or by group where several query heads share a KV head. A weight is assembled when it is written, so memory holds
+one weight and no file. A distributed checkpoint counts as a single rank's file. It knows neither the origin of the
+files nor the model's name.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Shard:
-    """What one file says of one tensor."""
+    """A tensor's header in one file."""
 
     stored: str  # its name there
     shape: tuple[int, ...]
@@ -106,16 +106,16 @@ class Shard:
 
 
 class Source(Protocol):
-    """What holds the tensors of a rank, or of the whole model: readers.ranks, readers.distributed."""
+    """The tensors of a rank, or of the whole model: readers.ranks, readers.distributed."""
 
-    name: str  # what messages call it
+    name: str  # for messages
 
     def headers(self) -> Iterable[Shard]:
         """Every tensor, in any order. Raises ValueError for a file that is not whole."""
         ...
 
     def open(self) -> tuple[Callable[[str], torch.Tensor], bool]:
-        """What gives a tensor by its stored name, and whether what it gives counts as memory until it is let go."""
+        """A function that returns a tensor by its stored name, and whether tensors keep the file mapped."""
         ...
 
 
@@ -299,7 +299,7 @@ class Shards:
         return whole if spec.name in ("wte", "wpe", _HEAD) or whole.ndim == 1 else whole.T
 
     def _compare(self, parts: list[torch.Tensor], pp_rank: int, local: str) -> None:
-        """What all ranks hold should be equal; training may let it drift, and FasterTransformer takes rank 0's."""
+        """Warn if ranks' copies of a weight differ: training may let them drift. FasterTransformer takes rank 0's."""
         for tp_rank, part in enumerate(parts):
             if not self._has_warned and not torch.equal(part, parts[0]):
                 self._has_warned = True
@@ -328,7 +328,7 @@ class Shards:
 
 
 def _table_name(stored: str) -> str | None:
-    """Megatron's name → the table's, the layer numbered as stored; None for what is not in the table."""
+    """Megatron's name → the table's, the layer numbered as stored; None if the table has no such weight."""
     name = stored[_PREFIX.match(stored).end() :]
     found = _LAYER.fullmatch(name)
     if found is None:

@@ -1,8 +1,7 @@
-"""Tokenizers of checkpoints that bring no Hugging Face one: GPT-2 BPE files, sentencepiece models, names on the Hub.
+"""Tokenizers of checkpoints without a Hugging Face one: GPT-2 BPE files, sentencepiece models, names on the Hub.
 
-Owns how each becomes a tokenizer that AutoTokenizer.from_pretrained reads offline, its begin and end tokens, and
-the copies that FasterTransformer's converter makes. It runs no code of the tokenizer's author.
-It knows no checkpoint.
+Turns each into a tokenizer that AutoTokenizer.from_pretrained reads offline, finds its begin and end tokens, and keeps
+the copies that FasterTransformer's converter makes. It runs no code of the tokenizer's author and knows no checkpoint.
 """
 
 from __future__ import annotations

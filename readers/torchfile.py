@@ -1,7 +1,7 @@
-"""One file of torch.save: nested dicts with tensors, of which nothing but tensors and plain values is unpickled.
+"""One file of torch.save: nested dicts of tensors; only tensors and plain values are unpickled.
 
-Owns the weights-only load, where the file is an archive's member too, and the stand-ins for what trainers store
-beside their weights. A stand-in keeps what it is given and does nothing; any other name is refused.
+Owns the weights-only load, also of a member of an archive, and the stand-ins for other objects that trainers store
+beside their weights. A stand-in keeps its arguments and does nothing; any other name is refused.
 It knows no checkpoint.
 """
 
@@ -71,7 +71,7 @@ def load(place: Place) -> tuple[dict[str, Any], bool]:
 
 
 def load_any(place: Place) -> tuple[Any, bool]:
-    """What the file holds, and whether its tensors are views of the mapped file (else they are in memory).
+    """The file's content, and whether its tensors are views of the mapped file (else they are in memory).
 
     Files from before PyTorch 1.6 cannot be mapped. Raises ValueError for a file that is no whole one of torch.save
     or whose pickle asks for more than tensors, plain values and stand-ins.
@@ -121,7 +121,7 @@ def tensors(content: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def plain(value: Any) -> Any:
-    """OmegaConf's stand-ins → dicts, lists and plain values. Raises ValueError for what grows without end."""
+    """OmegaConf's stand-ins → dicts, lists and plain values. Raises ValueError for endless ones."""
     num_left = _MAX_SETTINGS
 
     def walk(node: Any) -> Any:
@@ -179,7 +179,7 @@ def _load_member(place: Place, file: Any) -> Any:
 
 
 def refusal(error: Exception, allowed: str) -> str:
-    """What a weights-only load objected to and what is `allowed`, without its advice on how to load it all the same."""
+    """The objection of a weights-only load and the `allowed` content, without torch's advice to load it anyway."""
     found = re.search(r"GLOBAL (\S+)", str(error))
     if found:
         return f"refused, because its pickle asks for {found[1]}; {allowed}"
@@ -188,5 +188,5 @@ def refusal(error: Exception, allowed: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without what follows its first line; its class where it says nothing."""
+    """The first line of an error's message; its class if there is none."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,4 +1,4 @@
-"""The model: the `[gpt]` section of a FasterTransformer config.ini, checked once. No torch here."""
+"""The model: the `[gpt]` section of a FasterTransformer config.ini, checked once. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,24 +16,30 @@ _NORMALIZATIONS = ("layernorm", "rmsnorm")
 _GELU_FORMS = ("tanh", "erf")
 _LAYERNORM_TYPES = ("pre_layernorm", "post_layernorm")
 _LENGTH_WITHOUT_POSITIONS = 2048  # tokens; such a model has no limit of its own
+# Keys that came after the first converted folders: a folder that does not need them stays as it was, byte for byte.
+_WRITTEN_IF_CHANGED = ("hidden_size", "end_ids", "has_qkv_bias", "has_dense_bias", "has_mlp_bias")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A GPT's shape and switches, under FasterTransformer's names and defaults for absent keys.
+    """A GPT's shape and switches, under FasterTransformer's names and with its defaults for absent keys.
 
-    Sizes are those of the whole model, not of one rank. `inter_size` 0 stands for 4 × hidden. `max_pos_seq_len` is
-    the number of positions; for a model without any it is but the default of EngineConfig.max_seq_len, 0 for 2048.
+    Sizes are of the whole model, not of one rank. `inter_size` 0 stands for 4 × hidden_size. `max_pos_seq_len` is the
+    number of positions; a model without positions takes it as the default of EngineConfig.max_seq_len (0: 2048).
 
-    Some keys and values are ours; the op for which FasterTransformer's GPT reads this file has none of them.
-    `gelu_form`: tanh, as its gelu is, or erf, the exact one. `apply_residual_connection_post_layernorm`, a variant of
-    pre_layernorm under BLOOM's name: what is added to attention's and to the MLP's output is their normalized input
-    (its converter takes it for post_layernorm). `normalization_type`: rmsnorm has no bias and subtracts no mean.
-    `activation_type`: squared_relu, and swiglu, whose MLP has two matrices before it. `kv_head_num`: heads of keys
-    and values, each read by head_num / kv_head_num heads; 0 stands for head_num. `rotary_embedding` (the key that
-    FasterTransformer's GPT-J and GPT-NeoX have): how many of a head's first elements are turned by the position, 0
-    for none; `rotary_base` to the power of -2i / rotary_embedding is how far, in radians for each position, and
-    `rotary_interpolation_factor` divides positions.
+    Keys and values beyond FasterTransformer's GPT op:
+    - `gelu_form`: tanh, the op's own form, or erf, the exact one.
+    - `apply_residual_connection_post_layernorm` (BLOOM's name), a variant of pre_layernorm: the residual of attention
+      and MLP is their normalized input. FasterTransformer's converter takes it for post_layernorm.
+    - `normalization_type`: rmsnorm has no bias and subtracts no mean.
+    - `activation_type`: squared_relu, and swiglu, whose MLP has two matrices before the activation.
+    - `kv_head_num`: heads of keys and values; head_num / kv_head_num query heads share one. 0 stands for head_num.
+    - `rotary_embedding` (FasterTransformer's GPT-J and GPT-NeoX have it): the number of a head's first elements that
+      the position rotates, 0 for none. `rotary_base`^(-2i / rotary_embedding) is the angle per position, in radians;
+      `rotary_interpolation_factor` divides positions.
+    - `hidden_size`: 0 stands for head_num · size_per_head.
+    - `end_ids`: all tokens that end a text, `end_id` first; empty stands for `end_id` alone.
+    - `has_qkv_bias`, `has_dense_bias`, `has_mlp_bias`: False means that these .bias files do not exist.
     """
 
     head_num: int
@@ -63,17 +69,30 @@ class ModelConfig:
     rotary_embedding: int = 0
     rotary_base: float = 10000.0
     rotary_interpolation_factor: float = 1.0
+    hidden_size: int = 0
+    end_ids: tuple[int, ...] = ()
+    has_qkv_bias: bool = True
+    has_dense_bias: bool = True
+    has_mlp_bias: bool = True
 
     def __post_init__(self) -> None:
-        if self.inter_size == 0:
-            object.__setattr__(self, "inter_size", 4 * self.hidden)
-        if self.kv_head_num == 0:
-            object.__setattr__(self, "kv_head_num", self.head_num)
-        if not self.has_positional_encoding and self.max_pos_seq_len == 0:
-            object.__setattr__(self, "max_pos_seq_len", _LENGTH_WITHOUT_POSITIONS)
+        def set_default(name: str, value: object) -> None:
+            object.__setattr__(self, name, getattr(self, name) or value)
+
+        set_default("hidden_size", self.attention_size)
+        set_default("inter_size", 4 * self.hidden_size)
+        set_default("kv_head_num", self.head_num)
+        set_default("end_ids", (self.end_id,))
+        if not self.has_positional_encoding:
+            set_default("max_pos_seq_len", _LENGTH_WITHOUT_POSITIONS)
+        self._check_ranges()
+        self._check_combinations()
+
+    def _check_ranges(self) -> None:
         for name in (
             "head_num",
             "size_per_head",
+            "hidden_size",
             "num_layer",
             "vocab_size",
             "inter_size",
@@ -92,6 +111,14 @@ class ModelConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"config.ini: {name} is {getattr(self, name)!r}; known: {', '.join(allowed)}")
+        for name in ("rotary_base", "rotary_interpolation_factor"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"config.ini: {name} is {getattr(self, name)}; it must be above 0")
+        for name, value in (("start_id", self.start_id), *(("end_id", value) for value in self.end_ids)):
+            if not 0 <= value < self.vocab_size:
+                raise ValueError(f"config.ini: {name} is {value}; the vocabulary has {self.vocab_size} tokens")
+
+    def _check_combinations(self) -> None:
         if self.apply_residual_connection_post_layernorm and self.layernorm_type != "pre_layernorm":
             raise ValueError(
                 f"config.ini: apply_residual_connection_post_layernorm is True; layernorm_type must be pre_layernorm "
@@ -106,17 +133,15 @@ class ModelConfig:
                 f"config.ini: rotary_embedding is {self.rotary_embedding}; it must be even, and at most size_per_head "
                 f"{self.size_per_head}"
             )
-        for name in ("rotary_base", "rotary_interpolation_factor"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"config.ini: {name} is {getattr(self, name)}; it must be above 0")
-        for name in ("start_id", "end_id"):
-            if not 0 <= getattr(self, name) < self.vocab_size:
-                raise ValueError(
-                    f"config.ini: {name} is {getattr(self, name)}; the vocabulary has {self.vocab_size} tokens"
-                )
+        if self.end_ids[0] != self.end_id:
+            listed = ", ".join(map(str, self.end_ids))
+            raise ValueError(f"config.ini: end_ids is {listed}; it must begin with end_id, {self.end_id}")
+        if len(set(self.end_ids)) != len(self.end_ids):
+            raise ValueError(f"config.ini: end_ids is {', '.join(map(str, self.end_ids))}; it names a token twice")
 
     @property
-    def hidden(self) -> int:
+    def attention_size(self) -> int:
+        """The width of all heads' queries together: head_num · size_per_head."""
         return self.head_num * self.size_per_head
 
     @property
@@ -125,21 +150,29 @@ class ModelConfig:
         return self.activation_type == "swiglu"
 
     def check_tp(self, tp: int) -> None:
-        """Raise ValueError where `tp` ranks cannot share the heads and the MLP evenly."""
-        heads = self.kv_head_num  # divides the heads of queries
-        allowed = [n for n in range(1, heads + 1) if heads % n == 0 and self.inter_size % n == 0]
+        """Raise ValueError unless tp divides head_num and inter_size, and divides kv_head_num or is its multiple."""
+        heads, kv_heads = self.head_num, self.kv_head_num
+        allowed = [
+            n
+            for n in range(1, heads + 1)
+            if heads % n == 0 and self.inter_size % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)
+        ]
         if tp not in allowed:
-            of_what = "heads" if heads == self.head_num else "heads of keys and values"
+            of_kv = f", {kv_heads} heads of keys and values" if kv_heads != heads else ""
             raise ValueError(
-                f"tp {tp} does not divide this model's {heads} {of_what} and inter_size {self.inter_size}; "
+                f"tp {tp} does not divide this model's {heads} heads{of_kv} and inter_size {self.inter_size}; "
                 f"possible: {', '.join(map(str, allowed))}"
             )
 
+    def kv_heads_local(self, tp: int) -> int:
+        """KV heads of one rank: at least one, which tp / kv_head_num ranks copy where tp is larger."""
+        return max(1, self.kv_head_num // tp)
+
     @classmethod
     def read(cls, path: Path) -> ModelConfig:
-        """Read a config.ini; keys that are not ours (converters write many) are passed over.
+        """Read a config.ini; ignores unknown keys, of which converters write many.
 
-        Raises ValueError with the file and the key for what is missing or cannot be parsed.
+        Raises ValueError with the file and the key for a missing or malformed value.
         """
         parser = configparser.ConfigParser(interpolation=None)
         try:
@@ -168,19 +201,32 @@ class ModelConfig:
             raise ValueError(f"{path}: {str(error).removeprefix('config.ini: ')}") from None
 
     def write(self, path: Path) -> None:
-        """Write config.ini with every key, so that FasterTransformer's defaults never come into play."""
+        """Write config.ini with every key, so that FasterTransformer's defaults never come into play.
+
+        Keys in _WRITTEN_IF_CHANGED appear only with another value than the default.
+        """
+        values = dataclasses.asdict(self)
+        defaults = {"hidden_size": self.attention_size, "end_ids": (self.end_id,)}
+        for name in _WRITTEN_IF_CHANGED:
+            if values[name] == defaults.get(name, True):
+                del values[name]
         parser = configparser.ConfigParser(interpolation=None)
-        parser["gpt"] = {
-            name: str(int(value) if isinstance(value, bool) else value)
-            for name, value in dataclasses.asdict(self).items()
-        }
+        parser["gpt"] = {name: _format(value) for name, value in values.items()}
         with path.open("w") as file:
             parser.write(file)
+
+
+def _format(value: typing.Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return str(int(value) if isinstance(value, bool) else value)
 
 
 def _parse(section: configparser.SectionProxy, name: str, kind: type) -> typing.Any:
     if kind is bool:
         return section.getboolean(name)
+    if name == "end_ids":
+        return tuple(map(int, section[name].split(",")))
     if name == "activation_type":  # FasterTransformer's own converters write Gelu and Relu
         return section[name].lower()
     return kind(section[name])

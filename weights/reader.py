@@ -16,8 +16,8 @@ TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 class ShardReader:
     """Reads one tp rank's weights from a converted folder, checking each file's size.
 
-    Tensors come memory-mapped where nothing has to be converted: a caller that takes rows of the embedding
-    reads those rows only.
+    Tensors are memory-mapped unless their dtype changes: a caller that takes rows of the embedding reads only
+    those rows.
     """
 
     def __init__(self, folder: Path, config: ModelConfig, tp_rank: int, dtype: torch.dtype) -> None:

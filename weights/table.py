@@ -2,23 +2,33 @@
 
 The converter, the torch executor and the FasterTransformer driver share this table. The layout is that of
 FasterTransformer's own converters (examples/pytorch/gpt/utils/*_convert.py): raw little-endian arrays without
-headers; every linear is stored [in, out]. No torch here.
+headers; every linear is stored [in, out]. Imports no torch at run time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
 
 from weights.model_config import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """One weight of the whole model: its name without `model.` and `.bin`, whole shape and split axis."""
+    """One weight of the whole model: its name without `model.` and `.bin`, whole shape and split axis.
+
+    head_dim: set for grouped queries, whose last two axes are [kv_heads, (group + 2) · head_dim]. With tp above
+    kv_heads, tp / kv_heads ranks copy each KV head and share its queries.
+    """
 
     name: str
     shape: tuple[int, ...]
     split_axis: int | None = None  # None: every rank reads the same, whole file
+    head_dim: int = 0
 
     @property
     def is_matrix(self) -> bool:
@@ -29,13 +39,40 @@ class WeightSpec:
         """The shape of one file when tp ranks share the weight."""
         if self.split_axis is None:
             return self.shape
+        if copies := self._kv_copies(tp):
+            return (*self.shape[:-2], 1, (self._group // copies + 2) * self.head_dim)
         shape = list(self.shape)
         shape[self.split_axis] //= tp
         return tuple(shape)
 
+    def shard(self, whole: torch.Tensor, tp: int, tp_rank: int) -> torch.Tensor:
+        """One rank's part of the whole tensor: a view, or a copy where ranks copy a KV head."""
+        if self.split_axis is None:
+            return whole
+        if copies := self._kv_copies(tp):
+            num_queries = self._group // copies
+            first = tp_rank % copies * num_queries
+            elements = [*range(first, first + num_queries), self._group, self._group + 1]  # queries, key, value
+            heads = whole.unflatten(-1, (self._group + 2, self.head_dim)).narrow(-3, tp_rank // copies, 1)
+            return heads[..., elements, :].flatten(-2)  # [..., 1, (num_queries + 2) · head_dim]
+        return whole.chunk(tp, self.split_axis)[tp_rank]
+
+    def num_elements(self, tp: int) -> int:
+        """Elements of all files together when tp ranks share the weight."""
+        return prod(self.shard_shape(tp)) * (1 if self.split_axis is None else tp)
+
     def file_name(self, tp_rank: int) -> str:
         """The name of the file that holds this weight for one tp rank."""
         return f"model.{self.name}.bin" if self.split_axis is None else f"model.{self.name}.{tp_rank}.bin"
+
+    @property
+    def _group(self) -> int:
+        """Queries of a KV head."""
+        return self.shape[-1] // self.head_dim - 2
+
+    def _kv_copies(self, tp: int) -> int:
+        """The number of ranks that copy each KV head; 0 where none does."""
+        return tp // self.shape[-2] if self.head_dim and tp > self.shape[-2] else 0
 
 
 # Parts of a layer in the order in which FasterTransformer's op takes them.
@@ -56,36 +93,46 @@ _LAYER_PARTS = (
 
 
 def layer_specs(config: ModelConfig, layer: int) -> list[WeightSpec]:
-    """The twelve weights of one layer, in the op's order; ten with rmsnorm, which has no bias.
+    """The weights of one layer, in the op's order: twelve, less the biases that the model does not have.
 
-    What FasterTransformer's op does not know is laid out as Megatron-core has it, so that ranks share it evenly:
-    grouped queries by their head of keys, its queries first, then the key, then the value; of a gated MLP's two
-    matrices the one under the activation first.
+    FasterTransformer's op has no layout for two of them; they follow Megatron-core, which lets ranks share them evenly.
+    Grouped queries: for each KV head its queries, the key, the value. A gated MLP: the matrix under the activation
+    first, then the other.
     """
-    h, i = config.hidden, config.inter_size
-    qkv: tuple[tuple[int, ...], int] = ((3, h), -1)
+    h, i, attention = config.hidden_size, config.inter_size, config.attention_size
+    qkv: tuple[int, ...] = (3, attention)
+    qkv_split = (-1, 0)
     if config.kv_head_num != config.head_num:
-        group = config.head_num // config.kv_head_num + 2
-        qkv = (config.kv_head_num, group * config.size_per_head), -2
+        group = config.head_num // config.kv_head_num
+        qkv = (config.kv_head_num, (group + 2) * config.size_per_head)
+        qkv_split = (-2, config.size_per_head)
     up = (2, i) if config.is_gated else (i,)
-    shapes: dict[str, tuple[tuple[int, ...], int | None]] = {
-        "attention.query_key_value.weight": ((h, *qkv[0]), qkv[1]),
-        "attention.query_key_value.bias": qkv,
-        "attention.dense.weight": ((h, h), 0),
-        "mlp.dense_h_to_4h.weight": ((h, *up), -1),
-        "mlp.dense_h_to_4h.bias": (up, -1),
-        "mlp.dense_4h_to_h.weight": ((i, h), 0),
+    shapes: dict[str, tuple[tuple[int, ...], int | None, int]] = {
+        "attention.query_key_value.weight": ((h, *qkv), *qkv_split),
+        "attention.query_key_value.bias": (qkv, *qkv_split),
+        "attention.dense.weight": ((attention, h), 0, 0),
+        "mlp.dense_h_to_4h.weight": ((h, *up), -1, 0),
+        "mlp.dense_h_to_4h.bias": (up, -1, 0),
+        "mlp.dense_4h_to_h.weight": ((i, h), 0, 0),
+    }
+    has_bias = {
+        "input_layernorm": config.normalization_type == "layernorm",
+        "attention.query_key_value": config.has_qkv_bias,
+        "attention.dense": config.has_dense_bias,
+        "post_attention_layernorm": config.normalization_type == "layernorm",
+        "mlp.dense_h_to_4h": config.has_mlp_bias,
+        "mlp.dense_4h_to_h": config.has_mlp_bias,
     }
     return [
         WeightSpec(f"layers.{layer}.{part}", *shapes.get(part, ((h,), None)))
         for part in _LAYER_PARTS
-        if config.normalization_type == "layernorm" or not part.endswith("layernorm.bias")
+        if part.endswith(".weight") or has_bias[part.removesuffix(".bias")]
     ]
 
 
 def outer_specs(config: ModelConfig) -> list[WeightSpec]:
     """The weights outside the layers, in the op's order; `lm_head.weight` may be absent on disk (tied)."""
-    h = config.hidden
+    h = config.hidden_size
     specs = []
     kinds = ("weight", "bias") if config.normalization_type == "layernorm" else ("weight",)
     if config.has_pre_decoder_layernorm:

@@ -108,7 +108,7 @@ def test_random_requests_are_what_they_are_without(
             flash = SimpleNamespace(default=flash_attention)
             monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
         engine = make_engine(converted(1), max_batch_size=16, max_step_tokens=24, block_size=4)
-        engine.executor.num_ahead, engine.executor.model.has_flash = int(has_graphs), has_graphs
+        engine.executor.num_ahead, engine.executor.model.attention.has_flash = int(has_graphs), has_graphs
         requests = [make_request(item, vocabulary()) for item in items]
         run_crowd(engine, requests)
         found.append([results(one) for one in requests])

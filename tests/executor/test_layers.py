@@ -12,9 +12,10 @@ import torch
 from engine.config import ParallelConfig
 from engine.plan import NewSequences
 from engine.request import SamplingParams
-from executor.attention import AttentionStep, attend
+from executor.attention import Attention
 from executor.kv_cache import KVCache
-from executor.layers import Linear, LMHead, RowParallelLinear, VocabEmbedding, can_pack
+from executor.layers import Linear, LMHead, RowParallelLinear, VocabEmbedding
+from executor.matmul import PackedMatmul, PlainMatmul, can_pack, make_matmul
 from executor.model import GPT, StepInput
 from executor.slots import SlotState
 from weights.model_config import ModelConfig
@@ -56,8 +57,15 @@ def test_linear_is_x_w_plus_b(rows: int, is_packed: bool, dtype: torch.dtype) ->
     x, weight, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((rows, 48), (48, 33), (33,)))
     for b in (bias, None):
         exact = x.double().numpy() @ weight.double().numpy() + (0 if b is None else b.double().numpy())
-        ours = Linear(weight, b, is_packed)(x).double().numpy()
+        ours = Linear(PackedMatmul(weight) if is_packed else PlainMatmul(weight), b)(x).double().numpy()
         assert np.linalg.norm(ours - exact) / np.linalg.norm(exact) < (1e-6 if dtype == torch.float32 else 5e-3)
+
+
+def test_the_factory_packs_where_one_dnn_can() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        expected = PackedMatmul if can_pack(dtype, CPU) else PlainMatmul
+        assert type(make_matmul(torch.zeros(4, 3, dtype=dtype))) is expected
+    assert not can_pack(torch.float16, CPU) and not can_pack(torch.float32, torch.device("cuda"))
 
 
 def test_row_parallel_shards_add_up_with_the_bias_once() -> None:
@@ -67,7 +75,7 @@ def test_row_parallel_shards_add_up_with_the_bias_once() -> None:
     for rank in range(4):
         comm = CountingComm(ParallelConfig(4, 1, rank))
         shard = slice(3 * rank, 3 * rank + 3)
-        parts.append(RowParallelLinear(weight[shard], bias, False, comm)(x[:, shard]))
+        parts.append(RowParallelLinear(PlainMatmul(weight[shard]), bias, comm)(x[:, shard]))
         assert comm.calls == ["all_reduce"]
     torch.testing.assert_close(sum(parts), x @ weight + bias)
 
@@ -81,7 +89,7 @@ def test_vocabulary_shards_add_up_and_padding_is_cut() -> None:
         VocabEmbedding(rows, 3 * r, CountingComm(ParallelConfig(4, 1, r)))(token_ids) for r, rows in enumerate(shards)
     ]
     torch.testing.assert_close(sum(parts), table[token_ids])
-    head = LMHead(padded, 10, False, CountingComm(ParallelConfig()))
+    head = LMHead(PlainMatmul(padded.t()), 10, CountingComm(ParallelConfig()))
     hidden = torch.randn(2, 6)
     torch.testing.assert_close(head(hidden), hidden @ table.t())
 
@@ -111,17 +119,18 @@ def test_attention_of_a_ragged_batch(is_scattered: bool) -> None:
         k, v = rng.standard_normal((2, kv_len, 2, 8))
         q = rng.standard_normal((length, 2, 8))
         slots.start([NewSequences([slot], [0], SamplingParams(1), (), [blocks[slot]])])
-        kv_locs = slots.kv_loc_table[slot, :kv_len].numpy()
-        cache.keys[0][kv_locs], cache.values[0][kv_locs] = torch.tensor(k).float(), torch.tensor(v).float()
+        kv_locs = slots.kv_loc_table[slot, :kv_len].long()
+        cache.layers[0].write(torch.tensor(k).float(), torch.tensor(v).float(), kv_locs)
         chunks.append(slots.chunk(slot, row, kv_len - length, length))
         queries.append(q)
         expected.append(attention_by_definition(q, k, v).reshape(length, 16))
         row += length
     assert isinstance(chunks[0].kv_locs, slice) != is_scattered
     nowhere = torch.zeros(row, dtype=torch.int64)
-    step = AttentionStep.of(nowhere, nowhere, None, chunks, None, torch.empty(0), torch.float32)
+    config = ModelConfig(2, 8, 1, 9, 8, 8, max_pos_seq_len=9)
+    attention = Attention(config, ParallelConfig(), torch.float32, CPU)
     own = (torch.tensor(np.concatenate(queries)).float(), nowhere, nowhere)  # on a CPU all is read from the cache
-    ours = attend(*own, cache.keys[0], cache.values[0], step)
+    ours = attention.attend(*own, cache.layers[0], attention.step(nowhere, nowhere, None, chunks))
     np.testing.assert_allclose(ours.numpy(), np.concatenate(expected), atol=2e-6)
 
 

@@ -4,8 +4,9 @@ them, the weights' layout, and the engine's tokens and logits against Hugging Fa
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ import torch
 from convert import convert
 from engine.config import EngineConfig, ParallelConfig
 from engine.request import SamplingParams
-from executor.attention import rotate, rotation_frequencies
-from executor.startup import pick_backend
+from engine.world import World
+from executor.rope import rotary_cos_sin, rotary_inv_freq, rotate
+from executor.startup import load, pick_backend
 from tests.executor.test_quantization import write_dequantized
 from tests.readers.test_megatron import edit_content
 from tests.readers.test_nemo import edit_state, weight_files
@@ -69,6 +71,10 @@ SOURCES = {
     "megatron-around-zero": Source(AROUND_ZERO, "megatron"),
     "qwen2": Source(QWEN2, "core"),
     "megatron-qwen2": Source(QWEN2, "megatron"),
+    # kv_channels other than an even share of the hidden size: all heads together are wider, or narrower.
+    "wide-heads": Source(ModernGPT("llama", kv_heads=2, head_dim=16, hidden_size=64), "core"),
+    "wide-heads-each-with-keys": Source(ModernGPT("nemotron", kv_heads=8, head_dim=16, hidden_size=64), "legacy"),
+    "megatron-narrow-heads": Source(ModernGPT("qwen2", kv_heads=2, head_dim=4, hidden_size=64), "megatron"),
 }
 SPLIT = ("nemotron", "llama")
 
@@ -124,6 +130,73 @@ def test_logits_at_tp_4(name: str, tmp_path: Path) -> None:
     assert source.error(run_logits(source.converted(tmp_path, 4), PROMPTS, 4, 1)) < 1e-4
 
 
+@pytest.mark.parametrize("trained", [(1, 1), (2, 1)], ids=["1x1", "2x1"])
+@pytest.mark.parametrize(("name", "tp"), [("wide-heads", 4), ("megatron-narrow-heads", 8), ("nemotron-multi-query", 2)])
+def test_each_rank_gets_a_copy_of_its_kv_head(name: str, tp: int, trained: tuple[int, int], tmp_path: Path) -> None:
+    source = SOURCES[name]
+    if source.model.kv_heads < trained[0]:
+        pytest.skip("Megatron does not train so")
+    files = weight_files(source.converted(tmp_path, tp, trained))
+    expected = source.model.files(tp)
+    assert {name: files[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "tp", "pp"),
+    [
+        ("wide-heads", 2, 1),
+        ("wide-heads", 4, 1),  # two ranks copy each KV head
+        ("wide-heads", 1, 3),  # stages of 2, 1 and 1 layers
+        ("wide-heads-each-with-keys", 2, 1),
+        ("megatron-narrow-heads", 4, 1),
+        ("nemotron-multi-query", 2, 1),
+    ],
+)
+def test_sizes_that_follow_from_no_other_over_ranks(name: str, tp: int, pp: int, tmp_path: Path) -> None:
+    source = SOURCES[name]
+    folder = source.converted(tmp_path, tp)
+    assert source.error(run_logits(folder, PROMPTS, tp, pp)) < 1e-5
+    results = run_engine(folder, greedy_items(PROMPTS, NEW_TOKENS), tp, pp)
+    assert first_outputs(results) == [source.model.greedy(ids, NEW_TOKENS) for ids in PROMPTS]
+
+
+def test_int8_with_copied_kv_heads(tmp_path: Path) -> None:
+    source = SOURCES["wide-heads"]
+    expected = run_logits(
+        write_dequantized(source.converted(tmp_path, 1), tmp_path / "dequantized" / "1-gpu"), PROMPTS, 1, 1
+    )
+    ours = run_logits(source.converted(tmp_path, 4), PROMPTS, 4, 1, "--int8-mode", "1")
+    assert (np.linalg.norm(ours - expected, axis=1) / np.linalg.norm(expected, axis=1)).max() < 1e-5
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1)], ids=["1x1", "2x1"])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_biases_that_are_no_files(name: str, tp: int, pp: int, tmp_path: Path) -> None:
+    """Llama has no biases, Qwen2 has those of q, k and v: the folder need not hold the others' zeros."""
+    source = SOURCES[name]
+    folder = source.converted(tmp_path, tp)
+    has_not = {"has_dense_bias": False, "has_mlp_bias": False} | ({"has_qkv_bias": False} if name == "llama" else {})
+    gone = [path for path in folder.glob("*.bias*.bin") if name == "llama" or "query_key_value" not in path.name]
+    assert gone and all(not np.fromfile(path, np.float32).any() for path in gone)
+    for path in gone:
+        path.unlink()
+    replace(ModelConfig.read(folder / "config.ini"), **has_not).write(folder / "config.ini")
+    assert source.error(run_logits(folder, PROMPTS, tp, pp)) < 1e-5
+
+
+def test_uneven_stages_are_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = SOURCES["nemotron"].converted(tmp_path, 1)
+    config, limits = ModelConfig.read(folder / "config.ini"), EngineConfig(device="cpu")
+    backend = pick_backend(limits, config, Path("none"), 0, 3)
+    with caplog.at_level("INFO", logger="engine"):
+        for rank in range(3):
+            parallel = ParallelConfig(1, 3, rank)
+            comm = SimpleNamespace(parallel=parallel)
+            load(folder, config, limits, parallel, World(), comm, backend, Path("none"))
+    messages = [record.getMessage() for record in caplog.records if "stages" in record.getMessage()]
+    assert messages == ["pp 3 does not divide 4 layers: the stages have 2, 1, 1"]
+
+
 @pytest.mark.parametrize("name", SPLIT)
 def test_bf16_on_a_cpu(name: str, tmp_path: Path) -> None:
     """bf16 keeps 8 bits: logits lie within some of its steps (0.4 %) of the reference's in fp32."""
@@ -160,8 +233,7 @@ def test_rotation_by_its_definition() -> None:
     angles = positions[:, None] / 2.0 * 123.0 ** (-np.arange(0, 6, 2) / 6)  # [tokens, 3]
     turned = (x[..., :3] + 1j * x[..., 3:6]) * np.exp(1j * angles)[:, None]
     expected = np.concatenate([turned.real, turned.imag, x[..., 6:]], -1)
-    ours_angles = torch.tensor(positions)[:, None, None] * rotation_frequencies(config)
-    ours = rotate(torch.tensor(x).float(), (ours_angles.cos(), ours_angles.sin()))
+    ours = rotate(torch.tensor(x).float(), rotary_cos_sin(torch.tensor(positions), rotary_inv_freq(config)))
     np.testing.assert_allclose(ours.numpy(), expected, atol=5e-3)  # 30000 radians in fp32
     np.testing.assert_allclose(ours.numpy()[:3], expected[:3], atol=2e-6)
 
@@ -242,6 +314,11 @@ def test_base_that_yaml_takes_for_text(tmp_path: Path) -> None:
         ({"activation_type": "squared_relu"}, "activation_type is squared_relu; "),
         ({"kv_head_num": 2}, "kv_head_num is 2; FasterTransformer's GPT computes 4 only"),
         ({"rotary_embedding": 16}, "rotary_embedding is 16; FasterTransformer's GPT computes 0 only"),
+        ({"hidden_size": 96}, "hidden_size is 96; FasterTransformer's GPT computes 128 only"),
+        ({"has_qkv_bias": False}, "has_qkv_bias is False; FasterTransformer's GPT computes True only"),
+        ({"has_dense_bias": False}, "has_dense_bias is False; FasterTransformer's GPT computes True only"),
+        ({"has_mlp_bias": False}, "has_mlp_bias is False; FasterTransformer's GPT computes True only"),
+        ({"end_ids": (99, 7)}, "end_ids is 99, 7; FasterTransformer's GPT ends a text at one token only"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -253,6 +330,15 @@ def test_fastertransformer_refuses_by_name(change: dict[str, Any], sentence: str
         pick_backend(EngineConfig(engine="fastertransformer"), config, library, 0)
     assert str(caught.value).startswith(sentence)
     assert pick_backend(EngineConfig(), config, library, 0).engine == "torch"
+
+
+def test_fastertransformer_refuses_uneven_stages(tmp_path: Path) -> None:
+    library = tmp_path / "libth_transformer.so"
+    library.touch()
+    config = ModelConfig(4, 32, 4, 100, 98, 99, max_pos_seq_len=64)
+    pick_backend(EngineConfig(engine="fastertransformer"), config, library, 0, 2)
+    with pytest.raises(ValueError, match="pp is 3; FasterTransformer's must divide the model's 4 layers"):
+        pick_backend(EngineConfig(engine="fastertransformer"), config, library, 0, 3)
 
 
 @pytest.mark.parametrize(
@@ -272,12 +358,3 @@ def test_bad_config_values(change: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError) as caught:
         ModelConfig(4, 32, 2, 100, 98, 99, max_pos_seq_len=64, **change)
     assert str(caught.value) == f"config.ini: {sentence}"
-
-
-def test_tp_is_limited_by_the_heads_of_keys() -> None:
-    config = ModelConfig(8, 32, 2, 100, 98, 99, max_pos_seq_len=64, kv_head_num=2)
-    with pytest.raises(ValueError) as caught:
-        config.check_tp(4)
-    assert str(caught.value) == (
-        "tp 4 does not divide this model's 2 heads of keys and values and inter_size 1024; possible: 1, 2"
-    )

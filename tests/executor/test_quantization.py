@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from engine.config import EngineConfig, ParallelConfig
-from executor.quantization import CpuProduct, Int8Matrix, Quantizer, WideningProduct, product, quantize
+from executor.matmul import Int8CpuMatmul, Int8WideningMatmul, make_matmul
+from executor.quantization import Int8Matrix, Quantizer, quantize
 from executor.startup import pick_backend
 from kernels import int8_linear
 from tests.support.engines import make_engine, prompts, save_logits
@@ -63,10 +64,10 @@ def random_matrix(num_in: int, num_out: int) -> Int8Matrix:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3, 8, 31, 32, 33, 200])
 @pytest.mark.parametrize(("num_in", "num_out"), [(48, 33), (768, 256), (3072, 50)])
-@pytest.mark.parametrize("kind", [CpuProduct, WideningProduct])
+@pytest.mark.parametrize("kind", [Int8CpuMatmul, Int8WideningMatmul])
 def test_product_is_the_dequantized_one(kind: type, num_in: int, num_out: int, rows: int, dtype: torch.dtype) -> None:
     """Near the rounding of a plain product in the same dtype, even in a row with one value far above the others."""
-    if kind is CpuProduct and not HAS_VNNI:
+    if kind is Int8CpuMatmul and not HAS_VNNI:
         pytest.skip("no VNNI here")
     matrix = random_matrix(num_in, num_out)
     generator = torch.Generator().manual_seed(rows)
@@ -88,13 +89,13 @@ def test_largest_values_fit_their_digits() -> None:
     matrix = random_matrix(64, 40)
     x = torch.randn(20000, 64, generator=torch.Generator().manual_seed(0))
     exact = x.double() @ matrix.dequantize().double()
-    multiply = CpuProduct(matrix)
+    multiply = Int8CpuMatmul(matrix)
     ours = torch.cat([multiply(part, None) for part in x.split(32)])
     assert ((ours - exact).abs().amax(1) / exact.abs().amax(1)).max() < 1e-5
 
 
 def test_rows_of_zeros_and_of_nan_stay_their_own() -> None:
-    multiply = product(random_matrix(64, 40))
+    multiply = make_matmul(random_matrix(64, 40))
     x = torch.randn(4, 64)
     alone = multiply(x[3:], None)
     x[0], x[1, 5], x[2, 5] = 0, torch.nan, torch.inf
@@ -104,7 +105,7 @@ def test_rows_of_zeros_and_of_nan_stay_their_own() -> None:
 
 
 def test_wrapper_refuses_what_does_not_fit() -> None:
-    matrix, counters = random_matrix(8, 4), int8_linear.make_counters(CPU)
+    matrix, workspace = random_matrix(8, 4), int8_linear.make_workspace(CPU)
     x, values, scales = torch.randn(2, 8), matrix.values, matrix.scales
     for arguments, sentence in (
         ((x[:, :7], values, scales, None), r"x is \[2, 7\] and weight \[4, 8\]"),
@@ -114,9 +115,9 @@ def test_wrapper_refuses_what_does_not_fit() -> None:
         ((x, values, scales, torch.zeros(4).half()), "bias is torch.float16"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            int8_linear.int8_linear(*arguments, counters)
+            int8_linear.int8_linear(*arguments, workspace)
     exact = x @ matrix.dequantize()
-    torch.testing.assert_close(int8_linear.int8_linear(x, values, scales, None, counters), exact)
+    torch.testing.assert_close(int8_linear.int8_linear(x, values, scales, None, workspace), exact)
 
 
 def anonymous_mb() -> float:
@@ -128,12 +129,12 @@ def anonymous_mb() -> float:
 
 def test_memory_is_a_byte_a_weight() -> None:
     """What is multiplied with is all that stays: neither fp32 nor a second int8 copy."""
-    product(random_matrix(1024, 2048))  # what is allocated once
+    make_matmul(random_matrix(1024, 2048))  # what is allocated once
     before, matrices = anonymous_mb(), 24
     kept = []
     for _ in range(matrices):
         weight = torch.randn(1024, 2048)
-        kept.append(product(quantize(weight, weight.abs().amax(0))))
+        kept.append(make_matmul(quantize(weight, weight.abs().amax(0))))
     del weight
     kept[0](torch.randn(3, 1024), None)
     assert anonymous_mb() - before < 1.5 * matrices * 1024 * 2048 / 1e6

@@ -52,7 +52,7 @@ def main() -> None:
     )
     weights = WeightFolder.read(flags.folder)
     model_config = weights.config
-    backend = pick_backend(limits, model_config, flags.lib_path, world.local_rank)
+    backend = pick_backend(limits, model_config, flags.lib_path, world.local_rank, flags.pp)
     executor = load(weights, limits, parallel, world, connect(world, parallel, backend), backend)
     executor.prepare()
     items = json.loads(flags.requests.read_text())

@@ -5,6 +5,7 @@ What all readers share (files, shards, ties, pickles) is tested through GPT-2 in
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -233,6 +234,39 @@ def test_config_ini(tmp_path: Path, case: str) -> None:
     assert {key: config[key] for key in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        (36, None, (36,)),
+        (36, 5, (36,)),  # a single id of generation_config.json is passed over
+        (36, [5], (5,)),
+        (36, [5, 36, 7, 5], (36, 5, 7)),  # config.json's id leads
+        (36, [5, 7], (5, 7)),
+        ([9, 8], None, (9, 8)),
+        ([9, 8], 5, (9, 8)),
+        ([9, 8], [8, 9], (8, 9)),
+        ([9], None, (9,)),
+    ],
+)
+def test_end_tokens(config: Any, generation: Any, expected: tuple[int, ...], tmp_path: Path) -> None:
+    OPT(tmp_path / "hf")
+    edit_config(tmp_path / "hf", eos_token_id=config)
+    path = tmp_path / "hf/generation_config.json"
+    path.write_text(json.dumps({} if generation is None else {"eos_token_id": generation}))
+    found = ModelConfig.read(convert(tmp_path / "hf", tmp_path / "out", 1, "fp32") / "config.ini")
+    assert (found.end_id, found.end_ids) == (expected[0], expected)
+    assert ("end_ids" in config_ini(tmp_path / "out/1-gpu")) == (len(expected) > 1)
+
+
+def test_bad_end_token_of_generation_config(tmp_path: Path) -> None:
+    OPT(tmp_path / "hf")
+    path = tmp_path / "hf/generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [3, None]}))
+    with pytest.raises(ValueError) as caught:
+        convert(tmp_path / "hf", tmp_path / "out", 1, "fp32")
+    assert str(caught.value) == f"{path}: eos_token_id is [3, None]; it must be one of the 37 token ids"
+
+
 def test_blooms_old_names_of_sizes(tmp_path: Path) -> None:
     """bigscience's own config.json files have n_embed and num_attention_heads."""
     BLOOM(tmp_path / "hf")
@@ -280,8 +314,16 @@ OPT_BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         "{hf}/config.json: do_layer_norm_before is 'no'; it must be true or false",
     ),
     "end token": (
-        settings(eos_token_id=[2, 3]),
-        "{hf}/config.json: eos_token_id is [2, 3]; it must be one of the 37 token ids",
+        settings(eos_token_id=[2, 37]),
+        "{hf}/config.json: eos_token_id is [2, 37]; it must be one of the 37 token ids",
+    ),
+    "no end token": (
+        settings(eos_token_id=[]),
+        "{hf}/config.json: eos_token_id is []; it must be one of the 37 token ids",
+    ),
+    "end token that is text": (
+        settings(eos_token_id=["2"]),
+        "{hf}/config.json: eos_token_id is ['2']; it must be one of the 37 token ids",
     ),
     "missing": (
         drop("model.decoder.layers.1.self_attn.k_proj.weight"),

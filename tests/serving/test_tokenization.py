@@ -32,12 +32,12 @@ def test_start_id_stands_for_an_empty_prompt_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "end_id"),
-    [({}, END), ({"end_ids": (3,)}, 3), ({"end_ids": ()}, None), ({"ignore_eos": True, "end_ids": (3,)}, None)],
+    ("options", "end_ids"),
+    [({}, (END,)), ({"end_ids": (3, 4)}, (3, 4)), ({"end_ids": ()}, ()), ({"ignore_eos": True, "end_ids": (3,)}, ())],
 )
-def test_end_ids_default_to_the_models(options: dict[str, Any], end_id: int | None) -> None:
+def test_end_ids_default_to_the_models(options: dict[str, Any], end_ids: tuple[int, ...]) -> None:
     ((_, encoded),) = letter_encoder().encode([ask(**options)])
-    assert encoded.end_id == end_id
+    assert encoded.end_ids == end_ids
 
 
 def test_words_are_matched_and_spelled_as_tokens() -> None:

@@ -24,6 +24,7 @@ class ModernGPT:
 
     None has other biases nor shares its embedding. With `two_matrices`, the gate lies apart from the matrix beside it;
     with `around_zero`, what is stored of the norms' scales is less by 1.
+    hidden_size: 0 for heads · head_dim; another is kv_channels' doing.
     The attributes and `shard` are those that tests.support.nemo_checkpoints' writers ask for.
     """
 
@@ -42,6 +43,7 @@ class ModernGPT:
     base: float = 500.0
     factor: float = 1.0
     seed: int = 0
+    hidden_size: int = 0  # 0: heads · head_dim
     hf: Any = field(init=False, compare=False)
 
     gelu = "erf"
@@ -85,7 +87,7 @@ class ModernGPT:
 
     @property
     def hidden(self) -> int:
-        return self.heads * self.head_dim
+        return self.hidden_size or self.heads * self.head_dim
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -101,6 +103,7 @@ class ModernGPT:
             bias_activation_fusion=False,
             qkv_bias=self.kind == "qwen2",
             layernorm_zero_centered_gamma=self.around_zero,
+            kv_channels=self.head_dim if self.hidden_size else None,
         )
 
     @property
@@ -161,7 +164,7 @@ class ModernGPT:
                 q, k, v = (self.part(layer, f"self_attn.{name}_proj", kind) for name in "qkv")
                 rows = []
                 for group in range(tp_rank * self.kv_heads // tp, (tp_rank + 1) * self.kv_heads // tp):
-                    size = self.hidden // self.kv_heads
+                    size = self.heads * self.head_dim // self.kv_heads
                     rows += [q[group * size : (group + 1) * size]]
                     rows += [part[group * self.head_dim : (group + 1) * self.head_dim] for part in (k, v)]
                 state[f"{to}self_attention.query_key_value.{kind}"] = torch.cat(rows)
@@ -192,8 +195,11 @@ class ModernGPT:
                 parts = [self.part(layer, f"self_attn.{name}_proj", kind).numpy().T for name in "qkv"]
                 if self.kv_heads == self.heads:  # [..., 3, heads · head_dim]
                     shards[f"attention.query_key_value.{kind}"] = np.stack(parts, -2), -1
-                else:  # [..., groups, (queries + 2) · head_dim]
-                    by_group = zip(*(np.split(part, self.kv_heads, -1) for part in parts), strict=True)
+                else:  # [..., groups, (queries + 2) · head_dim]; with more ranks than groups, a group for each rank
+                    copies = max(1, tp // self.kv_heads)
+                    queries = np.split(parts[0], self.kv_heads * copies, -1)
+                    keys, values = (np.split(part, self.kv_heads, -1) for part in parts[1:])
+                    by_group = [(q, keys[i // copies], values[i // copies]) for i, q in enumerate(queries)]
                     grouped = np.stack([np.concatenate(group, -1) for group in by_group], -2)
                     shards[f"attention.query_key_value.{kind}"] = grouped, -2
             up = self.part(layer, "mlp.up_proj").numpy().T
