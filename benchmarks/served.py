@@ -85,7 +85,7 @@ def serve(flags: argparse.Namespace, measure: Callable[[Engine], Any]) -> tuple[
     frontend = TritonFrontend(
         TritonFlags("127.0.0.1", flags.http_port, flags.http_port + 1, flags.http_port + 2), verbose=False
     )
-    encoder = RequestEncoder(WordTokenizer(), (config.end_id,), config.vocab_size, executor.max_seq_len)
+    encoder = RequestEncoder(WordTokenizer(), config.end_ids, config.vocab_size, executor.max_seq_len)
     model = GPTModel(Generator(engine, encoder))
     frontend.start(
         [

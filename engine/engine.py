@@ -86,6 +86,7 @@ class Engine:
         # (request, None): add it; (request, reason): end it; None: check whether to stop
         self._inbox: queue.SimpleQueue[tuple[Request, str | None] | None] = queue.SimpleQueue()
         self._submit_lock = threading.Lock()
+        self._num_submitted = self._num_taken = 0  # their difference: requests in the inbox
         self._launched: deque[Any] = deque()
         self._statistics = Statistics()
         self._stop_at: float | None = None
@@ -103,9 +104,10 @@ class Engine:
         with self._submit_lock:  # requests in the inbox when a stop comes are still answered; later ones are refused
             if self._stop_at is not None:
                 raise EngineBusy("the server is stopping and takes no new requests")
-            num_waiting = len(self.scheduler.waiting) + self._inbox.qsize()
+            num_waiting = len(self.scheduler.waiting) + self._num_submitted - self._num_taken
             if num_waiting + len(requests) > self.max_queue_size:
                 raise EngineBusy(f"{num_waiting} requests wait already, and at most {self.max_queue_size} may")
+            self._num_submitted += len(requests)
             for request in requests:
                 self._inbox.put((request, None))
 
@@ -184,6 +186,7 @@ class Engine:
         request, reason = message
         if reason is None:
             self.scheduler.add(request)
+            self._num_taken += 1
         else:
             self.scheduler.cancel(request, reason)
 

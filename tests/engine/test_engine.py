@@ -121,3 +121,23 @@ def test_the_queue_has_a_bound_and_a_request_that_exceeds_it_is_refused(engine: 
         assert all(r.is_finished for r in waiting)
     finally:
         engine.max_queue_size = 2048
+
+
+def test_cancellations_take_no_room_in_the_queue(engine: Engine) -> None:
+    """A stop message in the inbox once counted as a waiting request, and the next one was refused."""
+    engine.max_queue_size = 2
+    try:
+        first = request([1], SamplingParams(2))
+        engine.submit(first)
+        engine.cancel(first)
+        engine.cancel(first)
+        engine.submit(request([1], SamplingParams(2)))
+        with pytest.raises(EngineBusy, match="^2 requests wait already, and at most 2 may$"):
+            engine.submit(request([1], SamplingParams(2)))
+        while engine.step():
+            pass
+        engine.submit(request([1], SamplingParams(2)), request([2], SamplingParams(2)))
+        while engine.step():
+            pass
+    finally:
+        engine.max_queue_size = 2048
