@@ -118,7 +118,7 @@ class Settings:
 class ShardedReader:
     """Reads a GPT that was trained with Megatron's modules.
 
-    A subclass gives `files`, the properties, each read once, and `shape`.
+    A subclass gives `files`, `shape` and the properties; each property is read once.
     """
 
     files: list[Path]
