@@ -133,7 +133,7 @@ class Attention:
         parts = []
         if step.decodes is not None:
             decoding = query[: len(step.decodes.slots)]
-            parts.append(decode_attention(decoding, cache.keys, cache.values, *step.decodes, self.slopes))
+            parts.append(decode_attention(decoding, cache.keys, cache.values, step.decodes, self.slopes))
         for chunk, mask in zip(step.chunks, step.masks, strict=True):
             rows = slice(chunk.first_row, chunk.first_row + chunk.length)
             parts.append(_attend_chunk(query[rows], cache.keys[chunk.kv_locs], cache.values[chunk.kv_locs], mask))

@@ -23,6 +23,7 @@ from weights.table import layer_specs, outer_specs
 
 if TYPE_CHECKING:
     from engine.static import Batch, RequestRow
+    from executor.startup import Backend
 
 # A layer's matrices among its twelve weights: those that int8_mode 1 quantizes.
 _MATRICES = (2, 4, 8, 10)
@@ -52,21 +53,19 @@ class FasterTransformerExecutor:
         config: ModelConfig,
         engine_config: EngineConfig,
         parallel: ParallelConfig,
-        device: torch.device,
-        dtype: torch.dtype,
-        lib_path: Path,
+        backend: Backend,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """Load the library and the weights. MPI must be initialized: the op takes its rank from MPI_COMM_WORLD."""
-        if engine_config.int8_mode == 1 and dtype == torch.float32:
+        if engine_config.int8_mode == 1 and backend.dtype == torch.float32:
             raise ValueError("int8_mode is 1; FasterTransformer's int8 needs data_type fp16 or bf16")
-        _load_library(lib_path)
+        _load_library(backend.lib_path)
         self.config = config
-        self.device = device
+        self.device = backend.device
         self.max_seq_len = engine_config.max_seq_len or config.max_pos_seq_len
-        reader = ShardReader(folder, config, parallel.tp_rank, dtype)
+        reader = ShardReader(folder, config, parallel.tp_rank, backend.dtype)
         int8_mode = engine_config.int8_mode
-        self._weights = read_weights(reader, parallel, int8_mode, device, progress)
+        self._weights = read_weights(reader, parallel, int8_mode, backend.device, progress)
         self._arguments = _constructor_arguments(config, parallel, int8_mode)
 
     def prepare(self) -> None:

@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 import torch
 
+from kernels.decode_attention import DecodeMetadata
 from kernels.store_kv import store_kv
+
+__all__ = ["DecodeMetadata", "KVCache", "LayerCache", "PrefillChunk"]
 
 
 @dataclass(frozen=True)
@@ -26,15 +29,6 @@ class PrefillChunk:
     @property
     def start(self) -> int:
         return self.kv_len - self.length
-
-
-class DecodeMetadata(NamedTuple):
-    """Rows of one new token each, as kernels.decode_attention takes them."""
-
-    table: torch.Tensor  # [slots, max_seq_len] int32
-    slots: torch.Tensor  # [rows] int64
-    positions: torch.Tensor  # [rows] int64
-    workspace: torch.Tensor
 
 
 class LayerCache(NamedTuple):

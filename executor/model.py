@@ -177,11 +177,18 @@ class Layer:
         self.is_post_layernorm = config.layernorm_type == "post_layernorm"
         self.is_residual_normed = config.apply_residual_connection_post_layernorm
 
+        def vector(name: str) -> torch.Tensor | None:
+            value = weights.get(name)
+            assert not isinstance(value, Int8Matrix), name  # only matrices are int8
+            return value
+
         def norm(name: str) -> Norm:
-            return Norm(weights[f"{name}.weight"], weights.get(f"{name}.bias"), config.layernorm_eps)
+            weight = weights[f"{name}.weight"]
+            assert isinstance(weight, torch.Tensor), name  # only matrices are int8
+            return Norm(weight, vector(f"{name}.bias"), config.layernorm_eps)
 
         def linear(name: str, kind: Callable[..., Linear]) -> Linear:
-            weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+            weight, bias = weights[f"{name}.weight"], vector(f"{name}.bias")
             matmul = make_matmul(weight if isinstance(weight, Int8Matrix) else weight.flatten(1))
             return kind(matmul, None if bias is None else bias.flatten())
 

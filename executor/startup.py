@@ -104,16 +104,7 @@ def load(
     if comm is None:
         from executor.fastertransformer import FasterTransformerExecutor
 
-        return FasterTransformerExecutor(
-            weights.path,
-            weights.config,
-            engine_config,
-            parallel,
-            backend.device,
-            backend.dtype,
-            backend.lib_path,
-            progress,
-        )
+        return FasterTransformerExecutor(weights.path, weights.config, engine_config, parallel, backend, progress)
     num_layer = weights.config.num_layer
     if parallel.rank == 0 and num_layer % parallel.pp:
         sizes = [len(parallel.layers(num_layer, stage)) for stage in range(parallel.pp)]

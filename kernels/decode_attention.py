@@ -5,6 +5,8 @@ Stateless: a row is (slot, position); table[slot] holds the KV locations of the 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from kernels import runs_on
@@ -21,6 +23,15 @@ _MOST_SPLITS = 32
 _BLOCK_ELEMENTS = 4096  # of keys that a program reads at once
 
 
+class DecodeMetadata(NamedTuple):
+    """Rows of one new token each, the same for every layer. All tensors are contiguous."""
+
+    table: torch.Tensor  # [slots, max_seq_len] int32: each slot's KV locations
+    slots: torch.Tensor  # [rows] int64
+    positions: torch.Tensor  # [rows] int64, each query's own
+    workspace: torch.Tensor  # of `make_workspace` for as many rows and heads
+
+
 def make_workspace(num_rows: int, num_heads: int, device: torch.device) -> torch.Tensor:
     """The split-k workspace of `decode_attention`: a count of finished splits per row and head, int32.
 
@@ -33,16 +44,14 @@ def reference(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    table: torch.Tensor,
-    slots: torch.Tensor,
-    positions: torch.Tensor,
+    decodes: DecodeMetadata,
     slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The same in plain torch, on any device, row by row, in fp32."""
+    """The same in plain torch, on any device, row by row, in fp32. It needs no workspace."""
     out = torch.empty_like(query)
     group = query.shape[1] // keys.shape[1]
-    for row, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
-        kv_locs = table[slot, : position + 1].long()
+    for row, (slot, position) in enumerate(zip(decodes.slots.tolist(), decodes.positions.tolist(), strict=True)):
+        kv_locs = decodes.table[slot, : position + 1].long()
         k = keys[kv_locs].float().repeat_interleave(group, 1)  # [kv_len, heads, head_dim]
         v = values[kv_locs].float().repeat_interleave(group, 1)
         scores = torch.einsum("hd,khd->hk", query[row].float(), k) * query.shape[-1] ** -0.5
@@ -56,21 +65,18 @@ def decode_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    table: torch.Tensor,
-    slots: torch.Tensor,
-    positions: torch.Tensor,
-    workspace: torch.Tensor,
+    decodes: DecodeMetadata,
     slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(q · kᵀ / √head_dim + slope · (key's position − query's)) · v, one query per sequence.
 
     query: [rows, heads, head_dim], strided in all axes but the last; keys, values: [kv_locs, kv_heads, head_dim]
-    contiguous; table: [slots, length] int32 contiguous, each slot's KV locations; slots, positions: [rows] int64
-    contiguous, each query's own; workspace: of `make_workspace` for as many rows and heads; slopes: [heads] fp32.
+    contiguous; decodes: the queries' rows; slopes: [heads] fp32.
     Returns [rows, heads, head_dim] as query. Sums are in fp32; their order depends on rows, heads and positions only.
     """
     if not runs_on(query.device):
-        return reference(query, keys, values, table, slots, positions, slopes)
+        return reference(query, keys, values, decodes, slopes)
+    table, slots, positions, workspace = decodes
     rows, heads, head_dim = query.shape
     wanted = max(1, min(_MOST_SPLITS, _WANTED_PROGRAMS // (rows * heads)))
     splits = 1 << wanted.bit_length() - 1  # a power of two: few variants of the kernel

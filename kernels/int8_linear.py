@@ -6,6 +6,8 @@ the quantization scheme.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -54,7 +56,7 @@ def int8_linear(
         return reference(x, weight, scales, bias)
     if not 0 < len(x) <= _FEW_ROWS:
         return F.linear(x, int8_widen.int8_widen(weight, scales, x.dtype), bias)
-    return launch(x.contiguous(), weight, scales, bias, workspace, *plan(len(x), *weight.shape))
+    return launch(x.contiguous(), weight, scales, bias, workspace, plan(len(x), *weight.shape))
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -68,8 +70,19 @@ def _check(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: to
         raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}; it must be {x.dtype} [{weight.shape[0]}]")
 
 
-def plan(rows: int, num_out: int, num_in: int) -> tuple[int, int, int, int, int, int]:
-    """(rows, outs and ins of a tile, splits of the in axis, warps, pipeline stages), as measured on an H200.
+class TilePlan(NamedTuple):
+    """How a launch cuts its work into programs."""
+
+    block_m: int  # rows of a tile
+    block_n: int  # outs of a tile
+    block_k: int  # ins that a program reads at once
+    splits: int  # of the in axis
+    warps: int
+    stages: int  # of the pipeline
+
+
+def plan(rows: int, num_out: int, num_in: int) -> TilePlan:
+    """The plan for x [rows, num_in] and weight [num_out, num_in], as measured on an H200.
 
     `wanted` programs keep its 132 multiprocessors busy; with fewer tiles the in axis is split.
     """
@@ -85,7 +98,7 @@ def plan(rows: int, num_out: int, num_in: int) -> tuple[int, int, int, int, int,
         block_m, block_n, block_k, warps, stages, wanted = 128, 128, 64, 8, 4, 256
     tiles = -(-num_out // block_n) * -(-rows // block_m)
     splits = min(round(wanted / tiles), num_in // (2 * block_k)) if tiles <= _SPLIT_COUNTERS else 1
-    return block_m, block_n, block_k, max(1, splits), warps, stages
+    return TilePlan(block_m, block_n, block_k, max(1, splits), warps, stages)
 
 
 def launch(
@@ -94,14 +107,10 @@ def launch(
     scales: torch.Tensor,
     bias: torch.Tensor | None,
     workspace: torch.Tensor,
-    block_m: int,
-    block_n: int,
-    block_k: int,
-    splits: int,
-    warps: int,
-    stages: int,
+    tiles: TilePlan,
 ) -> torch.Tensor:
     """`int8_linear` without checks, with the caller's plan."""
+    block_m, block_n, block_k, splits, warps, stages = tiles
     (rows, num_in), num_out = x.shape, len(weight)
     out = torch.empty(rows, num_out, dtype=x.dtype, device=x.device)
     partials = torch.empty(splits, rows, num_out, dtype=torch.float32, device=x.device) if splits > 1 else out

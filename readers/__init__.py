@@ -25,7 +25,10 @@ __all__ = ["READERS", "Reader", "SourceOptions", "Weight", "open_reader"]
 class Reader(Protocol):
     """The interface of a source for convert.py."""
 
-    files: list[Path]  # every file that is read or copied; they identify the source
+    @property
+    def files(self) -> list[Path]:
+        """Every file that is read or copied; they identify the source."""
+        ...
 
     def data_type(self) -> str:
         """The stored data type that --weight-data-type auto stands for: fp32, fp16 or bf16."""

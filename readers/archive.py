@@ -41,7 +41,7 @@ class Place:
 
     def open(self) -> BinaryIO:
         """The bytes as a file of their own."""
-        return io.BufferedReader(_Window(self))  # type: ignore[arg-type]
+        return io.BufferedReader(_Window(self))
 
     def read(self) -> bytes:
         """All of a small file. Raises ValueError for one that is not."""
@@ -95,7 +95,7 @@ def _unpack(path: Path, scratch: Path) -> dict[str, Place]:
     limit = _MAX_RATIO * path.stat().st_size + _SLACK_BYTES
     files = {}
     target = tempfile.TemporaryFile(dir=scratch)  # one, because a process may not have thousands of them open
-    with gzip.open(path) as stream, tarfile.open(fileobj=_Limited(path, stream, limit), mode="r|") as tar:
+    with gzip.open(path) as stream, _open_limited(path, stream, limit) as tar:
         for name, member in _members(path, tar):
             if member.size > limit:
                 raise _explodes(path, limit)
@@ -103,11 +103,18 @@ def _unpack(path: Path, scratch: Path) -> dict[str, Place]:
             if member.size > free:
                 raise RuntimeError(f"{scratch}: {path}: {name} takes {member.size:,} bytes, and {free:,} are free")
             start = target.seek(-target.tell() % tarfile.BLOCKSIZE, io.SEEK_CUR)
-            shutil.copyfileobj(tar.extractfile(member), target, 1 << 20)
+            content = tar.extractfile(member)
+            assert content is not None, name  # `_members` gives plain files only
+            shutil.copyfileobj(content, target, 1 << 20)
             place_name = f"{path}: {name}"
             files[name] = Place(Path(f"/proc/self/fd/{target.fileno()}"), start, member.size, place_name, target)
     target.flush()
     return files
+
+
+def _open_limited(path: Path, stream: gzip.GzipFile, limit: int) -> tarfile.TarFile:
+    limited: Any = _Limited(path, stream, limit)  # mode r| only reads; the stubs of tarfile ask for a whole file
+    return tarfile.open(fileobj=limited, mode="r|")
 
 
 def _members(path: Path, tar: Iterable[tarfile.TarInfo]) -> Iterator[tuple[str, tarfile.TarInfo]]:
@@ -140,7 +147,7 @@ def _explodes(path: Path, limit: int) -> ValueError:
 class _Limited:
     """A stream that ends in an error after `limit` bytes."""
 
-    def __init__(self, path: Path, stream: BinaryIO, limit: int) -> None:
+    def __init__(self, path: Path, stream: gzip.GzipFile, limit: int) -> None:
         self._path, self._stream, self._limit = path, stream, limit
         self._left = limit
 

@@ -63,7 +63,7 @@ class _Record(StandIn):
         self.state = state
 
 
-_RECORDS = {name: type(name.rpartition(".")[2], (_Record,), {}) for name in _RECORD_NAMES}
+_RECORDS: dict[str, type[_Record]] = {name: type(name.rpartition(".")[2], (_Record,), {}) for name in _RECORD_NAMES}
 _TENSOR = _RECORDS["torch.distributed.checkpoint.metadata.TensorStorageMetadata"]
 
 
@@ -160,7 +160,7 @@ class DistributedCheckpoint:
             stacked = _STACKED.fullmatch(whole.key)
             layers = range(whole.shape[0]) if stacked and whole.shape else [None]
             for layer in layers:
-                name = whole.key if layer is None else f"{stacked[1]}.{layer}.{stacked[2]}"
+                name = whole.key if layer is None or stacked is None else f"{stacked[1]}.{layer}.{stacked[2]}"
                 if name in tensors:
                     raise ValueError(f"{self.name}: holds both {tensors[name][0].key} and {whole.key}")
                 tensors[name] = whole, layer

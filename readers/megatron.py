@@ -72,10 +72,8 @@ class MegatronReader(ShardedReader):
             names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
             self._grid = [[file_place(folder / name) for name in row] for row in find_grid(names, folder, _FILE)]
             self.files = [place.path for row in self._grid for place in row]
-        self._tokenizer_path = options.tokenizer
-        if self._tokenizer_path is None:
-            beside = (path for path in (folder, source, source.parent) if tokens.find_files(path))
-            self._tokenizer_path = next(beside, source)
+        beside = (path for path in (folder, source, source.parent) if tokens.find_files(path))
+        self._tokenizer_path = next(beside, source) if options.tokenizer is None else options.tokenizer
         self.files += tokens.find_files(self._tokenizer_path)
 
     @cached_property

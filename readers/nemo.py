@@ -221,7 +221,7 @@ class NemoReader(ShardedReader):
         if library == "sentencepiece" or (library, kind) == ("megatron", "GPTSentencePieceTokenizer"):
             is_legacy = settings.get("sentencepiece_legacy", library == "sentencepiece")
             return tokens.sentencepiece(self._artifact(settings, "model"), special_tokens, bool(is_legacy))
-        vocab, merges = (self._artifact(settings, key, True) for key in ("vocab_file", "merge_file"))
+        vocab, merges = (self._find_artifact(settings, key) for key in ("vocab_file", "merge_file"))
         is_gpt2 = library == "megatron" and kind in _GPT2_TYPES
         if vocab and merges and (is_gpt2 or library == "huggingface"):
             return tokens.gpt2_bpe(vocab, merges, special_tokens)
@@ -233,13 +233,21 @@ class NemoReader(ShardedReader):
             f"--tokenizer names another"
         )
 
-    def _artifact(self, settings: Settings, key: str, is_optional: bool = False) -> Place | None:
-        """A tokenizer's file: `nemo:NAME`, or the path it had where the model was trained, now under some prefix."""
+    def _artifact(self, settings: Settings, key: str) -> Place:
+        """`_find_artifact`. Raises ValueError where the setting is absent, too."""
+        place = self._find_artifact(settings, key)
+        if place is None:
+            raise ValueError(f"{settings.name}: tokenizer.{key} is not set; --tokenizer names the file")
+        return place
+
+    def _find_artifact(self, settings: Settings, key: str) -> Place | None:
+        """A tokenizer's file: `nemo:NAME`, or the path it had where the model was trained, now under some prefix.
+
+        None where the setting is absent. Raises ValueError where it names no file.
+        """
         value = settings.get(key) or self.settings.get(key)
         if value in (None, "", "None"):
-            if is_optional:
-                return None
-            raise ValueError(f"{settings.name}: tokenizer.{key} is not set; --tokenizer names the file")
+            return None
         if not isinstance(value, str):
             raise ValueError(f"{settings.name}: tokenizer.{key} is {type(value).__name__}; a file's name is expected")
         name = PurePosixPath(value.removeprefix("nemo:")).name

@@ -11,6 +11,7 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram
@@ -49,7 +50,9 @@ class SentencePieceModel:
 def parse(data: bytes, name: str) -> SentencePieceModel:
     """Read a model file. Raises ValueError, with the file's `name`, for what is none or is not supported."""
     try:
-        pieces, trainer, normalizer = [], {}, {}
+        pieces: list[tuple[str, float, int]] = []
+        trainer: dict[int, Any] = {}
+        normalizer: dict[int, Any] = {}
         for field, value in _fields(data):
             if field == 1:
                 entry = dict(_fields(value))
@@ -143,7 +146,8 @@ def _splits(model: SentencePieceModel) -> list[pre_tokenizers.PreTokenizer]:
     letters = {piece for piece, _, kind in model.pieces if kind == _NORMAL and len(piece) == 1}
     names = [piece for piece, _, kind in model.pieces if kind not in (_NORMAL, _USER_DEFINED) and len(piece) > 1]
     symbols = [piece for piece, _, kind in model.pieces if kind == _USER_DEFINED]
-    begin, end, splits = "", "", []
+    begin, end = "", ""
+    splits: list[pre_tokenizers.PreTokenizer] = []
     if model.model_type == _UNIGRAM:
         names = [name for name in names if not letters.issuperset(name)]
     elif not symbols:
@@ -160,8 +164,11 @@ def _splits(model: SentencePieceModel) -> list[pre_tokenizers.PreTokenizer]:
     return [*splits, pre_tokenizers.Split(Regex("|".join(cuts)), "merged_with_previous")] if cuts else splits
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The fields of a protobuf message: (number, value); numbers as int, all else as bytes."""
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """The fields of a protobuf message: (number, value); numbers as int, all else as bytes.
+
+    The file decides which of the two a value is, so its use may raise TypeError or AttributeError.
+    """
     at = 0
     while at < len(data):
         key, at = _varint(data, at)

@@ -116,13 +116,32 @@ class Settings:
 
 
 class ShardedReader:
-    """Reads a GPT that was trained with Megatron's modules. A subclass gives the attributes below, each read once."""
+    """Reads a GPT that was trained with Megatron's modules.
+
+    A subclass gives `files`, `shape` and the properties; each property is read once.
+    """
 
     files: list[Path]
-    settings: Settings
-    shards: Shards
-    trained: Trained
-    tokenizer: CheckpointTokenizer
+
+    @property
+    def settings(self) -> Settings:
+        """The model's settings. Raises ValueError."""
+        raise NotImplementedError
+
+    @property
+    def shards(self) -> Shards:
+        """The tensors of all ranks. Raises ValueError."""
+        raise NotImplementedError
+
+    @property
+    def trained(self) -> Trained:
+        """How the tensors are to be read. Raises ValueError."""
+        raise NotImplementedError
+
+    @property
+    def tokenizer(self) -> CheckpointTokenizer:
+        """The checkpoint's tokenizer, or that of the options. Raises ValueError."""
+        raise NotImplementedError
 
     def shape(self) -> dict[str, Any]:
         """ModelConfig's fields that follow from the settings. Raises ValueError for a model that cannot be served."""
@@ -138,17 +157,18 @@ class ShardedReader:
         if shape.get("has_positional_encoding", True):
             shape["max_pos_seq_len"] = self._rows("wpe", shape)
         tokenizer = self.tokenizer
-        ids = {"start_id": tokenizer.start_id, "end_id": tokenizer.end_id}
-        if max(len(tokenizer.tokenizer) - 1, *ids.values()) >= vocab_size:
+        start_id, end_id = tokenizer.start_id, tokenizer.end_id
+        if max(len(tokenizer.tokenizer) - 1, start_id, end_id) >= vocab_size:
             raise ValueError(
                 f"{tokenizer.name}: {len(tokenizer.tokenizer)} tokens; the embedding has {vocab_size} rows only"
             )
         return ModelConfig(
             model_name=model_name,
             vocab_size=vocab_size,
+            start_id=start_id,
+            end_id=end_id,
             weight_data_type=weight_data_type,
             tensor_para_size=tp,
-            **ids,
             **shape,
         )
 

@@ -201,7 +201,7 @@ class Shards:
     def _stage(self, pp_rank: int) -> dict[str, list[Shard]]:
         stage: dict[str, list[Shard]] = {}
         for tp_rank, place in enumerate(self._grid[pp_rank]):
-            mine = {}
+            mine: dict[str, Shard] = {}
             for shard in place.headers():
                 if shard.stored.endswith(_IGNORED):
                     continue
@@ -286,10 +286,11 @@ class Shards:
         elif is_interleaved:
             parts, axis = [_by_head(part, trained.qkv_order, trained.heads // self.tp) for part in parts], 1
         elif row_axes:
+            assert spec.split_axis is not None, spec  # training splits these weights, and so does the table
             axis = spec.split_axis % len(row_axes)
             sizes = [size // self.tp if index == axis else size for index, size in enumerate(row_axes)]
             parts = [part.unflatten(0, sizes) for part in parts]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
+        whole = parts[0] if axis is None or len(parts) == 1 else torch.cat(parts, dim=axis)
         if is_interleaved:  # [3, heads, head_dim, ...] → [3, hidden, ...]
             whole = whole.flatten(1, 2)
         if row_axes:
@@ -329,7 +330,9 @@ class Shards:
 
 def _table_name(stored: str) -> str | None:
     """Megatron's name → the table's, the layer numbered as stored; None if the table has no such weight."""
-    name = stored[_PREFIX.match(stored).end() :]
+    prefix = _PREFIX.match(stored)
+    assert prefix is not None  # an empty one matches too
+    name = stored[prefix.end() :]
     found = _LAYER.fullmatch(name)
     if found is None:
         return _OUTER_NAMES.get(name)
@@ -355,12 +358,12 @@ def _row_axes(spec: WeightSpec) -> tuple[int, ...]:
     return axes if len(axes) > 1 and spec.name.startswith("layers.") else ()
 
 
-def _second(name: str) -> str | None:
+def _second(name: str) -> str:
     """The other matrix of a gated MLP, which NeMo's first such models keep apart; its rows follow the gate's.
 
-    None for every name but that of the gate.
+    Empty for every name but that of the gate.
     """
-    return name.replace("mlp.dense_h_to_4h.", "mlp.dense_h_to_4h_2.") if "mlp.dense_h_to_4h." in name else None
+    return name.replace("mlp.dense_h_to_4h.", "mlp.dense_h_to_4h_2.") if "mlp.dense_h_to_4h." in name else ""
 
 
 def _by_head(part: torch.Tensor, order: str, heads: int) -> torch.Tensor:

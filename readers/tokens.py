@@ -64,8 +64,8 @@ def gpt2_bpe(vocab: Place, merges: Place, special_tokens: Any = None) -> Checkpo
         raise ValueError(f"{vocab.name}: not a vocabulary of GPT-2's BPE (a JSON object of tokens and ids)") from None
     try:
         lines = copies["merges.txt"].decode().split("\n")
-        pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-        core = Tokenizer(models.BPE(vocab=ids, merges=pairs))
+        pairs: Any = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        core = Tokenizer(models.BPE(vocab=ids, merges=pairs))  # raises for a line that is no pair
     except Exception as error:  # what `tokenizers` raises has no class of its own
         raise ValueError(f"{merges.name}: not the merges of {vocab.name} ({error})") from None
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -160,7 +160,9 @@ def _in_order(special_tokens: Any) -> Any:
 
 def _add(tokenizer: Any, special_tokens: Mapping[str, Any] | Sequence[str] | None) -> None:
     """NeMo's special tokens: by role, or a list; those that the vocabulary lacks come after it, in order."""
-    by_role = dict(special_tokens) if isinstance(special_tokens, Mapping) else {"": special_tokens or []}
+    by_role: dict[str, Any] = {"": special_tokens or []}
+    if isinstance(special_tokens, Mapping):
+        by_role = dict(special_tokens)
     tokens = [token for value in by_role.values() for token in (value if isinstance(value, list) else [value])]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens if token])
     for role, token in by_role.items():

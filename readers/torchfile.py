@@ -11,7 +11,7 @@ import io
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -59,7 +59,8 @@ def _stand_in(name: str) -> type[StandIn]:
     return type(short, (StandIn,), {"__module__": module, "__qualname__": short})
 
 
-_STAND_INS = [_stand_in(name) for name in _STAND_IN_NAMES]
+# Typed as torch's safe_globals takes it: a list is invariant.
+_STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [_stand_in(name) for name in _STAND_IN_NAMES]
 
 
 def load(place: Place) -> tuple[dict[str, Any], bool]:
@@ -153,7 +154,7 @@ def _are_stored(place: Place, file: Any) -> bool:
 
 def _load_member(place: Place, file: Any) -> Any:
     """torch.load(mmap=True, weights_only=True) for a file inside another one, which torch.load itself cannot map."""
-    reader = torch._C.PyTorchFileReader(file)
+    reader: Any = torch._C.PyTorchFileReader(file)  # torch's stubs lack two of its methods
     if reader.has_record("byteorder") and reader.get_record("byteorder") != b"little":
         raise ValueError(f"{place.name}: its numbers are stored big-endian; only little-endian is supported")
     mapped = torch.UntypedStorage.from_file(str(place.path), False, place.path.stat().st_size)
@@ -173,8 +174,8 @@ def _load_member(place: Place, file: Any) -> Any:
             storages[key] = torch.storage.TypedStorage(wrap_storage=part, dtype=dtype, _internal=True)
         return storages[key]
 
-    unpickler = Unpickler(io.BytesIO(reader.get_record("data.pkl")), encoding="utf-8")
-    unpickler.persistent_load = storage
+    unpickler: Any = Unpickler(io.BytesIO(reader.get_record("data.pkl")), encoding="utf-8")
+    unpickler.persistent_load = storage  # replaces a method, as torch.load does
     return unpickler.load()
 
 

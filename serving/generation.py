@@ -24,7 +24,10 @@ from serving.tokenization import RequestEncoder
 class Engine(Protocol):
     """The part of engine.engine.Engine that generation uses."""
 
-    has_token_log_probs: bool
+    @property
+    def has_token_log_probs(self) -> bool:
+        """Whether outputs have a log-probability per token."""
+        ...
 
     def submit(self, *requests: Request) -> None: ...
     def cancel(self, request: Request) -> None: ...

@@ -24,7 +24,7 @@ class BadRequest(ValueError):
     __module__ = "builtins"
 
     @property
-    def __traceback__(self) -> None:  # type: ignore[override]
+    def __traceback__(self) -> None:
         return None
 
     @__traceback__.setter

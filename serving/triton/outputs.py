@@ -136,7 +136,8 @@ def _padded(rows: Sequence[Any], dtype: Any, fill: Any = 0) -> np.ndarray:
         else:
             own_fill = fill[row] if isinstance(fill, list) else fill
             own = _padded(values, dtype, own_fill) if len(values) else np.zeros((0,) * (len(shape) - 1), dtype)
-            array[(row, *map(slice, own.shape))] = own
+            corner = (row, *map(slice, own.shape))
+            array[corner] = own
     return array
 
 

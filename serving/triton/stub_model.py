@@ -39,7 +39,7 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-class TritonPythonModel(TritonPythonModel):  # type: ignore[no-redef,misc]
+class TritonPythonModel(TritonPythonModel):  # type: ignore[no-redef]  # replaces PyTriton's
     """Each request runs and answers on its own, however long others take, and ends when its client leaves."""
 
     def initialize(self, args: dict[str, str]) -> None:

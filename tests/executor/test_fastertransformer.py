@@ -21,6 +21,7 @@ from engine.static import Batch, RequestRow
 from engine.watchdog import Watchdog
 from engine.world import World
 from executor.fastertransformer import FasterTransformerExecutor, quantize, read_weights
+from executor.startup import Backend
 from tests.support.engines import finish, hf_greedy, make_engine, prompts
 from tests.support.launch import ROOT, run_engine
 from tests.support.standin import StandinUnavailable, build_standin
@@ -55,12 +56,15 @@ class Recorder:
         return self.op.forward(*arguments)
 
 
+def cpu_backend(library: Path, dtype: torch.dtype) -> Backend:
+    return Backend("fastertransformer", "of the test", torch.device("cpu"), dtype, library)
+
+
 def ft_executor(folder: Path, library: Path, **changed: Any) -> FasterTransformerExecutor:
     """One rank's executor, with a recorder; `changed` are fields of the ModelConfig."""
     config = replace(ModelConfig.read(folder / "config.ini"), **changed)
-    device = torch.device("cpu")
     executor = FasterTransformerExecutor(
-        folder, config, EngineConfig(), ParallelConfig(), device, torch.float32, library
+        folder, config, EngineConfig(), ParallelConfig(), cpu_backend(library, torch.float32)
     )
     executor.prepare()
     executor._op = Recorder(executor._op)
@@ -284,7 +288,7 @@ def test_int8_engine_gives_the_tokens_of_the_dequantized_model(
     config = ModelConfig.read(folder / "config.ini")
     settings = EngineConfig(int8_mode=1, data_type="bf16")
     executor = FasterTransformerExecutor(
-        folder, config, settings, ParallelConfig(), torch.device("cpu"), torch.bfloat16, library
+        folder, config, settings, ParallelConfig(), cpu_backend(library, torch.bfloat16)
     )
     executor.prepare()
     model = copy.deepcopy(gpt2_source[1])
@@ -309,9 +313,7 @@ def test_int8_with_fp32_is_refused(library: Path, converted: Callable[[int], Pat
             ModelConfig.read(folder / "config.ini"),
             EngineConfig(int8_mode=1),
             ParallelConfig(),
-            torch.device("cpu"),
-            torch.float32,
-            library,
+            cpu_backend(library, torch.float32),
         )
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from executor.attention import alibi_slopes
-from kernels.decode_attention import decode_attention, make_workspace
+from kernels.decode_attention import DecodeMetadata, decode_attention, make_workspace
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 MAX_LEN = 3000
@@ -53,10 +53,11 @@ def test_attention_by_definition(lens: list[int], heads: int, kv_heads: int, hea
         ]
     )
     workspace = make_workspace(len(lens), heads, torch.device("cuda"))
-    rows = torch.tensor(table).cuda(), torch.tensor(slots).cuda(), torch.tensor(lens).cuda() - 1, workspace, slopes
+    positions = torch.tensor(lens).cuda() - 1
+    decodes = DecodeMetadata(torch.tensor(table).cuda(), torch.tensor(slots).cuda(), positions, workspace)
     for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
         query, k, v = (tensor.to(dtype) for tensor in (whole, keys, values))
         for _ in range(2):  # the workspace is zeros again
-            ours = decode_attention(query[:, 0], k, v, *rows).double().cpu().numpy()
+            ours = decode_attention(query[:, 0], k, v, decodes, slopes).double().cpu().numpy()
         error = np.linalg.norm(ours - expected) / np.linalg.norm(expected)
         assert error < limit, (dtype, error)
