@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,3 +28,9 @@ def converted(
     """tp → the tiny model's converted folder, in fp32."""
     output_dir = tmp_path_factory.mktemp("ft_models")
     return lambda tp: convert(gpt2_source[0], output_dir, tp, "fp32")
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the time of a conversion of a tiny model would go into waiting for the disk."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)

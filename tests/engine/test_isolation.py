@@ -14,7 +14,7 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from engine.request import SamplingParams
-from executor.penalties import Row, ban, current_top_p, penalize
+from executor.penalties import SamplingRow, ban, current_top_p, penalize
 from executor.sampler import sample
 from tests.support.engines import make_engine
 from tests.support.launch import run_engine
@@ -91,7 +91,7 @@ def is_tie(model: GPT2LMHeadModel, item: dict[str, Any], alone: dict[str, Any], 
         history = torch.tensor([item["prompt_ids"] + ours["token_ids"][:place]])
         with torch.inference_mode():
             logits = exact(history).logits[0, -1]
-        row = Row(0, params.for_sample(sample_index), item["end_id"], len(item["prompt_ids"]), history.shape[1])
+        row = SamplingRow(0, params.for_sample(sample_index), item["end_id"], len(item["prompt_ids"]), history.shape[1])
         generator = torch.Generator().manual_seed(0)
         noise = 3e-6 * logits.abs().max() * torch.randn(200, len(logits), generator=generator)
         rows = [row] * 200

@@ -3,7 +3,6 @@ them, the weights' layout, and the engine's tokens and logits against Hugging Fa
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,15 @@ import torch
 from convert import convert
 from engine.config import EngineConfig, ParallelConfig
 from engine.request import SamplingParams
-from executor.attention import rotate, rotation_frequencies
+from executor.attention import rotary_inv_freq, rotate
 from executor.startup import pick_backend
-from tests.executor.test_quantization import write_dequantized
-from tests.readers.test_megatron import edit_content
-from tests.readers.test_nemo import edit_state, weight_files
+from tests.support.broken import edit_content, edit_state
 from tests.support.engines import finish, make_engine, request, save_logits
+from tests.support.folders import weight_files
 from tests.support.launch import first_outputs, greedy_items, run_engine, run_logits
 from tests.support.modern_checkpoints import ModernGPT
 from tests.support.nemo_checkpoints import write_megatron, write_nemo
+from tests.support.quantized import write_dequantized
 from weights.model_config import ModelConfig
 
 NEW_TOKENS = 24
@@ -71,12 +70,6 @@ SOURCES = {
     "megatron-qwen2": Source(QWEN2, "megatron"),
 }
 SPLIT = ("nemotron", "llama")
-
-
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half the time of these tests would go into waiting for the disk."""
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -160,7 +153,7 @@ def test_rotation_by_its_definition() -> None:
     angles = positions[:, None] / 2.0 * 123.0 ** (-np.arange(0, 6, 2) / 6)  # [tokens, 3]
     turned = (x[..., :3] + 1j * x[..., 3:6]) * np.exp(1j * angles)[:, None]
     expected = np.concatenate([turned.real, turned.imag, x[..., 6:]], -1)
-    ours_angles = torch.tensor(positions)[:, None, None] * rotation_frequencies(config)
+    ours_angles = torch.tensor(positions)[:, None, None] * rotary_inv_freq(config)
     ours = rotate(torch.tensor(x).float(), (ours_angles.cos(), ours_angles.sin()))
     np.testing.assert_allclose(ours.numpy(), expected, atol=5e-3)  # 30000 radians in fp32
     np.testing.assert_allclose(ours.numpy()[:3], expected[:3], atol=2e-6)
