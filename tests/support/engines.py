@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import GPT2LMHeadModel
 
 from engine import startup
 from engine.config import EngineConfig, ParallelConfig
@@ -18,6 +18,9 @@ from engine.world import World
 from executor.runner import TorchExecutor
 from executor.startup import connect, load, pick_backend
 from weights.model_config import ModelConfig
+
+if TYPE_CHECKING:  # importing it takes seconds, which ranks under mpirun save
+    from transformers import GPT2LMHeadModel
 
 NEW_TOKENS = 64
 
