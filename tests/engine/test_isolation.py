@@ -17,7 +17,7 @@ from engine.request import SamplingParams
 from executor.penalties import SamplingRow, ban, current_top_p, penalize
 from executor.sampler import sample
 from tests.support.engines import make_engine
-from tests.support.launch import run_engine
+from tests.support.ranks import run_engine
 from tests.support.traffic import make_request, random_items, results, run_alone, run_crowd, vocabulary
 
 COUNT = 500

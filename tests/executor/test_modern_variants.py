@@ -19,10 +19,10 @@ from executor.startup import pick_backend
 from tests.support.broken import edit_content, edit_state
 from tests.support.engines import finish, make_engine, request, save_logits
 from tests.support.folders import weight_files
-from tests.support.launch import first_outputs, greedy_items, run_engine, run_logits
 from tests.support.modern_checkpoints import ModernGPT
 from tests.support.nemo_checkpoints import write_megatron, write_nemo
 from tests.support.quantized import write_dequantized
+from tests.support.ranks import first_outputs, greedy_items, run_engine, run_logits
 from weights.model_config import ModelConfig
 
 NEW_TOKENS = 24

@@ -16,8 +16,8 @@ from executor.quantization import CpuProduct, Int8Matrix, Quantizer, WideningPro
 from executor.startup import pick_backend
 from kernels import int8_linear
 from tests.support.engines import make_engine, prompts, save_logits
-from tests.support.launch import first_outputs, greedy_items, run_engine, run_logits
 from tests.support.quantized import by_definition, write_dequantized
+from tests.support.ranks import first_outputs, greedy_items, run_engine, run_logits
 from weights.model_config import ModelConfig
 from weights.reader import ShardReader
 from weights.table import layer_specs

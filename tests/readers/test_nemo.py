@@ -24,8 +24,9 @@ from readers.archive import archive_files
 from tests.support.broken import NEMO_WEIGHTS
 from tests.support.engines import finish, make_engine, save_logits
 from tests.support.folders import config_ini, weight_files
-from tests.support.launch import conversion_memory, first_outputs, greedy_items, run_engine, run_logits
+from tests.support.launch import conversion_memory
 from tests.support.nemo_checkpoints import EOS, GRIDS, MODEL, TinyGPT, write_nemo
+from tests.support.ranks import first_outputs, greedy_items, run_engine, run_logits
 from weights.model_config import ModelConfig
 
 PROMPTS = [np.random.default_rng(i).integers(0, 302, 5 + 7 * i).tolist() for i in range(4)]

@@ -105,7 +105,14 @@ def hf_beams(
 
 
 def save_logits(executor: TorchExecutor, parallel: ParallelConfig, prompts: list[list[int]], path: Path) -> None:
-    """One prompt a step, in two pieces; the last stage's first rank writes [prompts, vocab] fp32."""
+    """The last stage's first rank writes `step_logits` as [prompts, vocab] fp32."""
+    rows = step_logits(executor, prompts)
+    if parallel.is_last_stage and parallel.tp_rank == 0:
+        np.save(path, np.stack(rows))
+
+
+def step_logits(executor: TorchExecutor, prompts: list[list[int]]) -> list[np.ndarray]:
+    """The next token's logits [vocab] of each prompt, one prompt a step, in two pieces; empty before the last stage."""
     rows = []
     for prompt_ids in prompts:
         blocks = list(range(-(-len(prompt_ids) // executor.cache.block_size)))
@@ -119,5 +126,4 @@ def save_logits(executor: TorchExecutor, parallel: ParallelConfig, prompts: list
             logits = executor.forward(Plan([piece], new_sequences))
         if logits is not None:
             rows.append(logits[0].cpu().numpy())
-    if parallel.is_last_stage and parallel.tp_rank == 0:
-        np.save(path, np.stack(rows))
+    return rows
