@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import random
 import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tests.support.ranks import ROOT, kill_family, mpi_environment, mpirun_command
 
@@ -37,12 +40,34 @@ def conversion_memory(source: Path, output_dir: Path, tp: int) -> int:
     return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
 
+_PORTS = range(20_000, 32_000)  # below those that Linux hands out by itself
+_port_locks: dict[int, IO[str]] = {}
+
+
 def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
+    """Ports of 127.0.0.1 that no other test process gets: each has a file that this process locks until it ends."""
+    folder = Path(tempfile.gettempdir(), f"test-ports-{os.getuid()}")
+    folder.mkdir(exist_ok=True)
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.choice(_PORTS)
+        if port not in _port_locks and _lock_port(folder / str(port), port):
+            ports.append(port)
+    return ports
+
+
+def _lock_port(path: Path, port: int) -> bool:
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just left is free
+            probe.bind(("127.0.0.1", port))
+    except OSError:
+        file.close()
+        return False
+    _port_locks[port] = file
+    return True
 
 
 class Server:
@@ -62,7 +87,7 @@ class Server:
                 start_new_session=True,
             )
 
-    def wait_ready(self, timeout_s: float = 120) -> Server:
+    def wait_ready(self, timeout_s: float = 300) -> Server:
         deadline = time.monotonic() + timeout_s
         while "ready: model" not in self.text:
             assert self.process.poll() is None, f"the server ended:\n{self.text}"
