@@ -216,7 +216,7 @@ def test_disk_that_fills_up_leaves_nothing(source: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM")
-@pytest.mark.parametrize("format", ["safetensors", "bin"])
+@pytest.mark.parametrize("format", ["safetensors", pytest.param("bin", marks=pytest.mark.slow("writes 450 MB first"))])
 def test_memory_does_not_grow_with_the_model(big_source: Path, scratch: Path, format: str) -> None:
     """450 MB of weights, the largest 17 MB."""
     if format == "bin":

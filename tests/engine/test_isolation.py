@@ -21,7 +21,6 @@ from tests.support.ranks import run_engine
 from tests.support.traffic import make_request, random_items, results, run_alone, run_crowd, vocabulary
 
 COUNT = 500
-FEW = 100  # of them, for `make test`
 MOST_TIES = 3  # that rounding may decide, of some 7000 tokens
 
 
@@ -56,13 +55,14 @@ def runs(items: list[dict[str, Any]], converted: Callable[[int], Path]) -> Runs:
     return Runs(items, converted)
 
 
-few_or_all = pytest.mark.parametrize(
-    "count", [FEW, pytest.param(COUNT, marks=pytest.mark.slow("a minute for each grid; the first 100 stay"))]
+SLOW = pytest.mark.slow("500 requests take a minute at each grid; some of them stay")
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "count"),
+    [(1, 1, 150), (2, 2, 40), *(pytest.param(tp, pp, COUNT, marks=SLOW) for tp, pp in ((1, 1), (2, 1), (2, 2)))],
+    ids=str,
 )
-
-
-@few_or_all
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (2, 2)], ids=["tp1-pp1", "tp2-pp1", "tp2-pp2"])
 def test_each_request_is_what_it_is_alone(
     tp: int,
     pp: int,
@@ -135,7 +135,7 @@ def flat(values: list[Any]) -> list[float]:
     return [number for value in values for number in (flat(value) if isinstance(value, (list, tuple)) else [value])]
 
 
-@few_or_all
+@pytest.mark.parametrize("count", [150, pytest.param(COUNT, marks=SLOW)])
 def test_the_mix_has_everything(count: int, items: list[dict[str, Any]], runs: Runs) -> None:
     alone = runs.get(1, 1, True, count)
     reasons = {output["finish_reason"] for result in alone for output in result["outputs"]}

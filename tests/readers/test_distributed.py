@@ -36,6 +36,7 @@ from tests.support.nemo_checkpoints import TinyGPT, write_megatron, write_nemo
 
 FC1 = "model.decoder.layers.mlp.linear_fc1.weight"
 FORMS = ["torch_dist", "zarr"]
+SLOW = pytest.mark.slow("2 s each; one model with and one without modern parts stay")
 MODELS: dict[str, Callable[[], Any]] = {
     "nemotron": lambda: ModernGPT("nemotron"),
     "llama": lambda: ModernGPT("llama", kv_heads=8),
@@ -44,6 +45,11 @@ MODELS: dict[str, Callable[[], Any]] = {
     "untied": lambda: TinyGPT(tied=False),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+
+
+all_models = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ("grouped llama", "tied") else SLOW) for name in MODELS]
+)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -55,7 +61,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", MODELS)
+@all_models
 def test_files_are_those_of_ranks_own_files(tmp_path: Path, name: str, form: str) -> None:
     model = MODELS[name]()
     settings = getattr(model, "settings", {})
@@ -122,7 +128,7 @@ def test_metadata_with_what_other_versions_put_there(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("form", ["torch_dist", "zarr", "common state inside"])
-@pytest.mark.parametrize("name", MODELS)
+@all_models
 def test_iterations_of_megatron_lm(tmp_path: Path, name: str, form: str) -> None:
     model = MODELS[name]()
     args = getattr(model, "args", {"untie_embeddings_and_output_weights": not model.tied})
