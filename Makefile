@@ -1,4 +1,4 @@
-# make demo | serve | test | lint | bench | help
+# make demo | serve | test | test-all | lint | bench | help
 SHELL := bash
 .ONESHELL:
 .SHELLFLAGS := -euo pipefail -c
@@ -16,10 +16,13 @@ ENV = [ -n "$${VIRTUAL_ENV:-}" ] || [ "$${CONDA_DEFAULT_ENV:-base}" != base ] ||
 # --bind-to none: ranks divide the cores themselves. Open MPI starts as root only with --allow-run-as-root.
 MPIRUN = mpirun --bind-to none --oversubscribe $$([ "$$(id -u)" = 0 ] && echo --allow-run-as-root)
 
-.PHONY: help install demo serve test lint bench
+# A worker for each core, up to 8; each takes whole files, in the order that tests/conftest.py gives them.
+PYTEST = python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+.PHONY: help install demo serve test test-all lint bench
 
 help:  ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install:  ## install what is missing (./install.sh; a second run takes seconds)
 	@./install.sh
@@ -43,11 +46,17 @@ serve: install  ## serve until stopped: make serve NP=4 ARGS="--hf-model-name gp
 	@$(ENV)
 	exec $(MPIRUN) -n $(NP) ./server.py --hf-model-name models/stories --tp $(NP) $(PORTS) $(ARGS)
 
-test:  ## lint, then all tests that this machine can run
+test:  ## ruff, then the tests that take about 5 minutes on 2 cores
 	@./install.sh --dev
 	$(ENV)
 	ruff check . && ruff format --check .
-	python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-all:  ## lint, then all tests that this machine can run, those on a private Slurm too (for root, from Debian's packages)
+	@./install.sh --dev --slurm
+	$(MAKE) lint
+	$(ENV)
+	$(PYTEST)
 
 lint:  ## ruff, mypy, and shellcheck where it is installed
 	@$(ENV)

@@ -2,8 +2,9 @@
 # Installs what the server, the client and the tests need, on Debian 12, on Ubuntu 22.04 or newer, or in a container.
 # It keeps every installed part that fits, so a second run takes seconds.
 #
-# usage: ./install.sh [--dev] [--cpu | --gpu]
+# usage: ./install.sh [--dev] [--slurm] [--cpu | --gpu]
 #   --dev   also what the tests and the linter need
+#   --slurm also Debian's Slurm, of which the tests start a private one; without it, those tests are skipped
 #   --cpu   the CPU build of torch, even with a GPU here
 #   --gpu   the CUDA build of torch, even without a GPU here (docker build), and in place of a CPU build
 # Installs into the active virtual environment (venv, uv, conda except its base), else into .venv beside this script.
@@ -214,6 +215,24 @@ install_mpi_headers() { # the tests compile against the MPI that runs them
   apt_install mpi.h libopenmpi-dev
 }
 
+has_slurm() { # its pmix plugin loads libpmix.so, which libpmix-dev brings
+  local program
+  for program in munged slurmctld slurmd sbatch srun; do
+    command -v $program >/dev/null || return 1
+  done
+  compgen -G '/usr/lib*/*/pmix2/lib/libpmix.so' >/dev/null || compgen -G '/usr/lib*/*/libpmix.so' >/dev/null
+}
+
+install_slurm() {
+  local packages=(slurmctld slurmd slurm-client munge slurm-wlm-basic-plugins libpmix2 libpmix-dev)
+  if ! $slurm || has_slurm; then return; fi
+  if [ "$(id -u)" -ne 0 ]; then
+    echo "note: only root can start a Slurm: the tests on it are skipped"
+  elif ! (apt_install Slurm "${packages[@]}"); then
+    echo "note: no Slurm here: the tests on it are skipped"
+  fi
+}
+
 check_gpu() {
   if ! wants_cuda || ! has_gpu; then return; fi
   if torch_is_cpu; then
@@ -225,10 +244,11 @@ check_gpu() {
 
 main() {
   local option
-  dev=false build=auto
+  dev=false slurm=false build=auto
   for option in "$@"; do
     case "$option" in
       --dev) dev=true ;;
+      --slurm) slurm=true ;;
       --cpu | --gpu) build=${option#--} ;;
       -h | --help) sed -n '/^# usage/,/^set/ { /^# / s/^# //p }' "${BASH_SOURCE[0]}" && return ;;
       *) fail "unknown option $option; see ./install.sh --help" ;;
@@ -244,6 +264,7 @@ main() {
   check_triton
   install_mpi
   install_mpi_headers
+  install_slurm
   check_gpu
   echo "ready: Python $(version "$python"), torch $(installed torch), $mpi"
   if [ "$env" = "${VIRTUAL_ENV:-}" ] || [ "$env" = "${CONDA_PREFIX:-}" ]; then

@@ -11,13 +11,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from readers import sentencepieces
 from readers.archive import Place, file_place
+
+if TYPE_CHECKING:  # importing transformers takes seconds, which ranks and conversions without such a tokenizer save
+    from transformers import PreTrainedTokenizerFast
 
 _END_OF_TEXT = "<|endoftext|>"  # begins and ends GPT-2's texts
 _GPT2_FILES = (("vocab.json", "merges.txt"), ("gpt2-vocab.json", "gpt2-merges.txt"))
@@ -103,6 +105,8 @@ def hub(name: str, special_tokens: Any, origin: str) -> CheckpointTokenizer:
     """A tokenizer by its name on the Hugging Face Hub. Raises ValueError where it cannot be had."""
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):  # an untrusted file must not name a local path
         raise ValueError(f"{origin} is {name!r}; a name on the Hugging Face Hub is expected")
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         tokenizer.encode("a")
@@ -139,6 +143,8 @@ def from_path(path: Path) -> CheckpointTokenizer:
         return sentencepiece(file_place(files[0]))
     if len(files) == 2 and files[1].suffix == ".txt":
         return gpt2_bpe(*map(file_place, files))
+    from transformers import PreTrainedTokenizerFast
+
     try:
         return CheckpointTokenizer(PreTrainedTokenizerFast.from_pretrained(path), str(path))
     except Exception as error:  # as above
@@ -146,6 +152,8 @@ def from_path(path: Path) -> CheckpointTokenizer:
 
 
 def _wrap(core: Tokenizer, roles: Mapping[str, str | None], split_special: bool) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
         tokenizer_object=core, clean_up_tokenization_spaces=False, split_special_tokens=split_special, **roles
     )

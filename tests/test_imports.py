@@ -116,6 +116,13 @@ def test_front_ends_do_not_know_each_other(path: Path) -> None:
     assert not reached(path) & others
 
 
+@parametrize("path", sorted((ROOT / "tests").rglob("*.py")))
+def test_tests_share_helpers_through_support_alone(path: Path) -> None:
+    """A test module's imports would bring its fixtures and its cost along."""
+    modules = {module for module in imports(path) if module.split(".")[0] == "tests"}
+    assert not {module for module in modules if any(part.startswith("test_") for part in module.split("."))}
+
+
 def test_the_rules_see_the_code() -> None:
     """Every folder with Python files at the top is under a rule, or is no part of the server."""
     found = {path.parent.name for path in ROOT.glob("*/*.py")} | {path.stem for path in ROOT.glob("*.py")}

@@ -49,7 +49,16 @@ def megatron(folder: Path) -> tuple[list[str], Greedy]:
     return [str(folder / "tiny"), *options], model.greedy
 
 
-@pytest.mark.parametrize("make", [opt, bloom, nemo, megatron], ids=lambda make: make.__name__)
+OTHER = pytest.mark.slow("each starts a server; the readers' and the engine's tests have every family")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(make, marks=[] if make is nemo else OTHER, id=make.__name__)
+        for make in (opt, bloom, nemo, megatron)
+    ],
+)
 def test_greedy_text_is_the_references(tmp_path: Path, make: Callable[[Path], tuple[list[str], Greedy]]) -> None:
     flags, greedy = make(tmp_path)
     more = ["--tp", "2", "--model-name", "tiny", "--output-dir", str(tmp_path / "ft_models")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from tests.support.engines import hf_greedy
@@ -15,6 +16,7 @@ MODEL = "owner--tiny"
 TEXT = "the rain in"
 
 
+@pytest.mark.slow("two starts of a server; test_helpers.py has downloads and the cache")
 def test_a_hub_id_is_served_and_offline_served_again(gpt2_source: tuple[Path, GPT2LMHeadModel], tmp_path: Path) -> None:
     source, model = gpt2_source
     prompt_ids = AutoTokenizer.from_pretrained(source).encode(TEXT)
@@ -41,7 +43,7 @@ def test_a_hub_id_that_does_not_exist_ends_the_start_with_one_sentence(tmp_path:
         flags = ["--hf-model-name", "owner/nope", "--tp", "2"]
         server = Server(2, tmp_path / "log", *flags, environment=settings(hub, tmp_path))
         try:
-            assert server.process.wait(60) == 1
+            assert server.process.wait(120) == 1
         finally:
             server.kill()
     (line,) = [line for line in server.text.splitlines() if "hf_model_name" in line]

@@ -22,7 +22,10 @@ from tests.support.cluster import Cluster, slurm_cluster, why_not
 from tests.support.engines import hf_greedy
 from tests.support.launch import ROOT, Server, free_ports, tensor
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+pytestmark = [
+    pytest.mark.slow("starts a private Slurm, whose packages make test-all installs"),
+    pytest.mark.skipif(why_not() is not None, reason=why_not() or ""),
+]
 
 MODEL = "tiny-gpt2"
 TEXTS = ["the rain in", "so many more words than in the other prompt"]
@@ -74,7 +77,7 @@ class JobServer(Server):
     def text(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
-    def wait_ready(self, timeout_s: float = 60) -> JobServer:
+    def wait_ready(self, timeout_s: float = 240) -> JobServer:
         deadline = time.monotonic() + timeout_s
         while "ready: model" not in self.text:
             state = self.cluster.fields("job", str(self.job_id))["JobState"]

@@ -24,7 +24,8 @@ from tests.support.engines import hf_greedy
 from tests.support.launch import Server, sentence, serving, tensor
 
 MODEL = "tiny-gpt2"
-LONG = 8000  # tokens that take this machine several seconds
+LONG = 40_000  # tokens that take any machine much longer than SOON_S
+SOON_S = 10.0
 STREAMS = 256
 
 
@@ -119,6 +120,7 @@ def test_prompt_left_out_stop_words_and_log_probs_in_a_stream(server: Server) ->
     assert sum(log_probs) == pytest.approx(pieces[-1]["cum_log_probs"], abs=1e-3)
 
 
+@pytest.mark.slow("20 s of load; test_cancellation.py has as many streams of a toy")
 def test_256_streams_at_once_none_starving(server: Server) -> None:
     """Every stream has its first piece before any has ended, and all are what they are alone."""
     expected = {prompt: infer(server, prompt, 60)["sentences"][0] for prompt in PROMPTS}
@@ -143,11 +145,26 @@ def test_256_streams_at_once_none_starving(server: Server) -> None:
     assert sorted(first)[-1] < sorted(last)[STREAMS // 2]
 
 
-def is_free_within(server: Server, seconds: float) -> bool:
+def is_free_soon(server: Server) -> bool:
     """Whether the narrow server's only slot is free soon: it takes the next request only then."""
     started = time.monotonic()
     assert infer(server, "next", 1)["finish_reason"] == ["length"]
-    return time.monotonic() - started < seconds
+    return time.monotonic() - started < SOON_S
+
+
+def until(status: int, ask: Callable[[], tuple[int, dict[str, Any]]]) -> tuple[int, dict[str, Any]]:
+    """Ask again until the answer has this status: on a busy machine earlier requests may not have arrived yet."""
+    deadline = time.monotonic() + 30
+    while (answer := ask())[0] != status and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return answer
+
+
+def stop(server: Server, request_id: str) -> None:
+    """Stop a request that was sent."""
+    inputs = [tensor("stop", "BOOL", [True]), tensor("request_id", "BYTES", [request_id])]
+    status, answer = until(200, lambda: server.infer(MODEL, inputs))
+    assert status == 200, answer
 
 
 def test_a_grpc_stream_that_is_cancelled_frees_its_slot(narrow: Server) -> None:
@@ -155,9 +172,9 @@ def test_a_grpc_stream_that_is_cancelled_frees_its_slot(narrow: Server) -> None:
     with triton_grpc.InferenceServerClient(f"127.0.0.1:{narrow.grpc}") as client:
         client.start_stream(lambda result, error: got.set())
         client.async_stream_infer(f"{MODEL}_streaming", grpc_inputs("word", LONG))
-        assert got.wait(10)
+        assert got.wait(60)
         client.stop_stream(cancel_requests=True)
-        assert is_free_within(narrow, 2.0)
+        assert is_free_soon(narrow)
 
 
 def test_a_grpc_request_that_is_cancelled_frees_its_slot(narrow: Server) -> None:
@@ -165,14 +182,14 @@ def test_a_grpc_request_that_is_cancelled_frees_its_slot(narrow: Server) -> None
         call = client.async_infer(MODEL, grpc_inputs("word", LONG, batched=True), lambda result, error: None)
         time.sleep(0.5)
         call.cancel()
-        assert is_free_within(narrow, 2.0)
+        assert is_free_soon(narrow)
 
 
 def test_an_http_stream_that_is_closed_frees_its_slot(narrow: Server) -> None:
     stream = sse(narrow, {"prompts": "word", "request_output_len": LONG})
     next(stream)
     stream.close()
-    assert is_free_within(narrow, 2.0)
+    assert is_free_soon(narrow)
 
 
 @pytest.mark.parametrize("state", ["running", "waiting"])
@@ -185,10 +202,8 @@ def test_a_stop_with_the_id_frees_the_slot_and_answers_with_what_there_is(narrow
             futures.append(pool.submit(infer, narrow, "word", LONG, tensor("request_id", "BYTES", [request_id])))
             time.sleep(0.5)
         for request_id in reversed(ids):
-            inputs = [tensor("stop", "BOOL", [True]), tensor("request_id", "BYTES", [request_id])]
-            status, answer = narrow.infer(MODEL, inputs)
-            assert status == 200, answer
-        assert is_free_within(narrow, 2.0)
+            stop(narrow, request_id)
+        assert is_free_soon(narrow)
         answers = [future.result() for future in futures]
     assert [answer["finish_reason"] for answer in answers] == [["cancelled"]] * len(ids)
     lengths = [answer["sequence_length"][0] for answer in answers]
@@ -199,7 +214,7 @@ def test_a_stop_with_the_id_frees_the_slot_and_answers_with_what_there_is(narrow
 def test_a_deadline_ends_a_request_with_what_it_has(narrow: Server) -> None:
     started = time.monotonic()
     answer = infer(narrow, "word", LONG, tensor("deadline_s", "FP32", [1.0]))
-    assert 1.0 <= time.monotonic() - started < 2.5
+    assert 1.0 <= time.monotonic() - started < SOON_S
     assert answer["finish_reason"] == ["cancelled"]
     assert answer["sentences"][0].startswith("word")
 
@@ -211,13 +226,13 @@ def test_a_full_queue_is_503_and_passes(narrow: Server) -> None:
             futures.append(pool.submit(infer, narrow, "word", LONG, tensor("request_id", "BYTES", [request_id])))
             time.sleep(0.3)
         inputs = [tensor("prompts", "BYTES", ["x"]), tensor("request_output_len", "UINT32", [1])]
-        status, answer = narrow.infer(MODEL, inputs)
+        status, answer = until(503, lambda: narrow.infer(MODEL, [*inputs, tensor("deadline_s", "FP32", [0.5])]))
         assert (status, answer["error"]) == (503, "ServerBusy: 2 requests wait already, and at most 2 may")
         for request_id in ("a", "b", "c"):
-            narrow.infer(MODEL, [tensor("stop", "BOOL", [True]), tensor("request_id", "BYTES", [request_id])])
+            stop(narrow, request_id)
         for future in futures:
             future.result()
-    assert is_free_within(narrow, 2.0)
+    assert is_free_soon(narrow)
 
 
 def test_beams_and_samples_through_model_client(server: Server) -> None:

@@ -12,7 +12,7 @@ from transformers import GPT2LMHeadModel
 from engine.engine import Engine
 from engine.request import EngineBusy, Request, SamplingParams
 from tests.support.engines import NEW_TOKENS, SEEDED, finish, hf_greedy, make_engine, prompts, request
-from tests.support.launch import first_outputs, greedy_items, run_engine
+from tests.support.ranks import first_outputs, greedy_items, run_engine
 
 GRIDS = [(2, 1), (1, 2), (2, 2), (4, 1)]
 

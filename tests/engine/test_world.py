@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import time
 
-from tests.support.launch import ROOT, mpirun
+from tests.support.launch import ROOT
+from tests.support.ranks import call_ranks, mpirun
 
 
 def test_control_channel() -> None:
@@ -22,5 +23,4 @@ def test_a_silent_rank_0_ends_the_job() -> None:
 
 
 def test_collectives() -> None:
-    done = mpirun(4, str(ROOT / "tests/multi/collectives.py"))
-    assert done.returncode == 0, done.stdout + done.stderr
+    call_ranks(4, "tests.multi.collectives:check")

@@ -23,7 +23,8 @@ from engine.world import World
 from executor.fastertransformer import FasterTransformerExecutor, quantize, read_weights
 from executor.startup import Backend
 from tests.support.engines import finish, hf_greedy, make_engine, prompts
-from tests.support.launch import ROOT, run_engine
+from tests.support.launch import ROOT
+from tests.support.ranks import run_engine
 from tests.support.standin import StandinUnavailable, build_standin
 from tests.support.traffic import make_request, results, vocabulary
 from weights.model_config import ModelConfig

@@ -19,7 +19,7 @@ from engine.request import SamplingParams
 from executor.startup import pick_backend
 from tests.support.checkpoints import make_bloom, make_gpt2, make_opt
 from tests.support.engines import finish, hf_greedy, make_engine, request, save_logits
-from tests.support.launch import first_outputs, greedy_items, run_engine, run_logits
+from tests.support.ranks import first_outputs, greedy_items, run_engine, run_logits
 from weights.model_config import ModelConfig
 
 NEW_TOKENS = 24

@@ -3,7 +3,6 @@ them, the weights' layout, and the engine's tokens and logits against Hugging Fa
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,14 +17,14 @@ from engine.config import EngineConfig, ParallelConfig
 from engine.request import SamplingParams
 from engine.world import World
 from executor.rope import rotary_cos_sin, rotary_inv_freq, rotate
-from executor.startup import load, pick_backend
-from tests.executor.test_quantization import write_dequantized
-from tests.readers.test_megatron import edit_content
-from tests.readers.test_nemo import edit_state, weight_files
+from executor.startup import WeightFolder, load, pick_backend
+from tests.support.broken import edit_content, edit_state
 from tests.support.engines import finish, make_engine, request, save_logits
-from tests.support.launch import first_outputs, greedy_items, run_engine, run_logits
+from tests.support.folders import weight_files
 from tests.support.modern_checkpoints import ModernGPT
 from tests.support.nemo_checkpoints import write_megatron, write_nemo
+from tests.support.quantized import write_dequantized
+from tests.support.ranks import first_outputs, greedy_items, run_engine, run_logits
 from weights.model_config import ModelConfig
 
 NEW_TOKENS = 24
@@ -77,12 +76,6 @@ SOURCES = {
     "megatron-narrow-heads": Source(ModernGPT("qwen2", kv_heads=2, head_dim=4, hidden_size=64), "megatron"),
 }
 SPLIT = ("nemotron", "llama")
-
-
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half the time of these tests would go into waiting for the disk."""
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -192,7 +185,7 @@ def test_uneven_stages_are_logged_once(tmp_path: Path, caplog: pytest.LogCapture
         for rank in range(3):
             parallel = ParallelConfig(1, 3, rank)
             comm = SimpleNamespace(parallel=parallel)
-            load(folder, config, limits, parallel, World(), comm, backend, Path("none"))
+            load(WeightFolder(folder, config), limits, parallel, World(), comm, backend)
     messages = [record.getMessage() for record in caplog.records if "stages" in record.getMessage()]
     assert messages == ["pp 3 does not divide 4 layers: the stages have 2, 1, 1"]
 

@@ -79,7 +79,11 @@ KINDS: dict[str, tuple[dict[str, Any], list[int]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+SLOW = pytest.mark.slow("3 s of draws each; two kinds with a decay stay")
+SLOW_KINDS = {"top_p decay", "top_p decay from 1", "top_p decay to its least", "top_p reset"}
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=SLOW if kind in SLOW_KINDS else []) for kind in KINDS])
 def test_draws_pass_chi_square(kind: str) -> None:
     settings, banned = KINDS[kind]
     counts = np.zeros(VOCAB, dtype=int)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +17,8 @@ from executor.quantization import Int8Matrix, Quantizer, quantize
 from executor.startup import pick_backend
 from kernels import int8_linear
 from tests.support.engines import make_engine, prompts, save_logits
-from tests.support.launch import first_outputs, greedy_items, run_engine, run_logits
+from tests.support.quantized import by_definition, write_dequantized
+from tests.support.ranks import first_outputs, greedy_items, run_engine, run_logits
 from weights.model_config import ModelConfig
 from weights.reader import ShardReader
 from weights.table import layer_specs
@@ -26,19 +26,6 @@ from weights.table import layer_specs
 CPU = torch.device("cpu")
 NEW_TOKENS = 16
 HAS_VNNI = torch.cpu._is_vnni_supported()
-
-
-def by_definition(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """symmetric_quantize of FasterTransformer's cutlass_preprocessors.cc: (integers [in, out], scales [out])."""
-    integers = np.zeros(weight.shape, dtype=np.int8)
-    scales = np.float32(1 / 128) * np.abs(weight).max(0)
-    for column, scale in enumerate(scales):
-        for row, value in enumerate(weight[:, column]):
-            if scale > 0:
-                scaled = float(value / scale)
-                nearest = np.copysign(np.floor(abs(scaled) + 0.5), scaled)  # C's round
-                integers[row, column] = max(-128, min(127, nearest))
-    return integers, scales
 
 
 def test_numbers_are_fastertransformers() -> None:
@@ -141,20 +128,6 @@ def test_memory_is_a_byte_a_weight() -> None:
 
 
 # --- in the engine ---
-
-
-def write_dequantized(original: Path, folder: Path) -> Path:
-    """A copy of a folder for tp 1 with the values that int8 stands for in its files, by numpy."""
-    shutil.copytree(original, folder)
-    config = ModelConfig.read(folder / "config.ini")
-    for layer in range(config.num_layer):
-        for spec in layer_specs(config, layer):
-            if spec.is_matrix:
-                path = folder / spec.file_name(0)
-                weight = np.fromfile(path, dtype=np.float32).reshape(spec.shape[0], -1)
-                integers, scales = by_definition(weight)
-                (integers * scales).tofile(path)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.multi.standin_parity import expect
 from tests.support import tiny_gpt2 as tiny
-from tests.support.launch import ROOT, mpirun
+from tests.support.launch import ROOT
+from tests.support.ranks import call_ranks
 from tests.support.standin import StandinUnavailable, build_standin
 
 PROMPTS, OUTPUT_LEN = tiny.PROMPTS, tiny.OUTPUT_LEN
@@ -437,10 +439,8 @@ def clean_env() -> dict[str, str]:
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2)])
 def test_parity_under_mpirun(library: Path, tp: int, pp: int) -> None:
-    script = str(ROOT / "tests" / "multi" / "standin_parity.py")
-    done = mpirun(tp * pp, script, str(library), "--tp", str(tp), "--pp", str(pp))
-    assert done.returncode == 0, f"mpirun exited with {done.returncode}:\n{done.stdout}\n{done.stderr}"
-    assert sorted(done.stdout.splitlines()) == [f"rank {rank} agrees" for rank in range(tp * pp)]
+    agrees = call_ranks(tp * pp, "tests.multi.standin_parity:check", str(library), expect(), tp, pp)
+    assert agrees == [True] * (tp * pp)
 
 
 def test_the_build_is_done_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

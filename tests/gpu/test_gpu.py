@@ -15,7 +15,7 @@ from transformers import GPT2LMHeadModel
 from convert import convert
 from tests.support.checkpoints import make_gpt2
 from tests.support.engines import NEW_TOKENS, SEEDED, prompts
-from tests.support.launch import first_outputs, greedy_items, run_engine, run_logits
+from tests.support.ranks import first_outputs, greedy_items, run_engine, run_logits
 from tests.support.traffic import random_items
 
 NUM_GPUS = torch.cuda.device_count()

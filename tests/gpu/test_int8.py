@@ -12,7 +12,7 @@ import torch
 from executor.quantization import quantize
 from kernels import int8_linear, int8_widen
 from tests.support.engines import prompts
-from tests.support.launch import first_outputs, greedy_items, run_engine, run_logits
+from tests.support.ranks import first_outputs, greedy_items, run_engine, run_logits
 
 NUM_GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(NUM_GPUS == 0, reason="no GPU here")

@@ -13,9 +13,9 @@ import torch
 from convert import convert
 from tests.support.checkpoints import make_bloom, make_opt
 from tests.support.engines import hf_greedy
-from tests.support.launch import first_outputs, greedy_items, run_engine, run_logits
 from tests.support.modern_checkpoints import ModernGPT
 from tests.support.nemo_checkpoints import write_nemo
+from tests.support.ranks import first_outputs, greedy_items, run_engine, run_logits
 
 NUM_GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(NUM_GPUS == 0, reason="no GPU here")

@@ -1,16 +1,16 @@
-"""Under mpirun, every rank: the stand-in's tokens against Hugging Face's `generate` on a tiny random GPT-2.
+"""On every rank: the stand-in's tokens against Hugging Face's `generate` on a tiny random GPT-2.
 
-    mpirun -n 4 python tests/multi/standin_parity.py <stand-in's library> --tp 2 --pp 2
-
-Exits 0 where tokens and log-probabilities agree and the stand-in refuses a wrong shard on every rank.
+tests/executor/test_standin.py calls it through tests.support.ranks.
 """
 
-import argparse
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np
 import torch
 
+from engine.world import World
 from tests.support.tiny_gpt2 import (
     LAYERS,
     OUTPUT_LEN,
@@ -38,19 +38,14 @@ def expect() -> dict[str, Any]:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("library")
-    parser.add_argument("--tp", type=int, required=True)
-    parser.add_argument("--pp", type=int, required=True)
-    args = parser.parse_args()
-    from mpi4py import MPI  # initializes MPI, which importing this module for its helpers must not do
+def check(world: World, library: str, expected: dict[str, Any], tp: int, pp: int) -> bool:
+    """Whether tokens and log-probabilities agree and the stand-in refuses a wrong shard on every rank (else it raises).
 
-    world = MPI.COMM_WORLD
-    torch.classes.load_library(args.library)
-    expected = world.bcast(expect() if world.rank == 0 else None)
-    weights = shard(expected["state"], args.tp, args.pp, world.rank)
-    op = make_op(weights, args.tp, args.pp)
+    `expected` is what `expect` returns; it takes transformers, which the ranks do without.
+    """
+    torch.classes.load_library(library)
+    weights = shard(expected["state"], tp, pp, world.rank)
+    op = make_op(weights, tp, pp)
 
     greedy = run(op, PROMPTS, OUTPUT_LEN, log_probs=2)
     assert new_tokens(greedy, PROMPTS) == expected["greedy"], (world.rank, greedy[0], expected["greedy"])
@@ -63,7 +58,7 @@ def main() -> None:
     if world.rank == world.size - 1:
         index = next(i for i in range(4 * LAYERS, 5 * LAYERS) if weights[i].numel())
         wrong_shard[index] = weights[index][:, 1:].contiguous()
-    refusals = [lambda: make_op(wrong_shard, args.tp, args.pp)]
+    refusals = [lambda: make_op(wrong_shard, tp, pp)]
     if world.size > 1:
         refusals.append(lambda: run(op, [[world.rank]], 1))
     for wrong in refusals:
@@ -73,8 +68,4 @@ def main() -> None:
             assert str(error).startswith("stand-in: "), error
         else:
             raise AssertionError(f"rank {world.rank}: the stand-in accepted it")
-    print(f"rank {world.rank} agrees\n", end="", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    return True

@@ -1,6 +1,6 @@
 """The OPT and BLOOM readers: bytes against FasterTransformer's converters, config.ini, broken checkpoints' sentences.
 
-What all readers share (files, shards, ties, pickles) is tested through GPT-2 in test_convert.py.
+What all readers share (files, shards, ties, pickles) is tested through GPT-2 in test_gpt2.py.
 """
 
 from __future__ import annotations
@@ -19,18 +19,9 @@ import torch
 import transformers
 
 from convert import convert
+from tests.support.broken import drop, edit_config, fill, put, settings
 from tests.support.checkpoints import make_bloom, make_gpt2, make_opt, save, write_weights
-from tests.test_convert import (  # noqa: F401 (no_fsync is a fixture)
-    cast,
-    config_ini,
-    drop,
-    edit_config,
-    fill,
-    no_fsync,
-    put,
-    settings,
-    weight_files,
-)
+from tests.support.folders import cast, config_ini, weight_files
 from weights.model_config import ModelConfig
 
 TINY: dict[str, Any] = dict(vocab_size=37, layers=2, hidden=24, heads=6)

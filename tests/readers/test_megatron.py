@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import configparser
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +13,11 @@ import transformers
 
 import convert
 from readers import SourceOptions
-from tests.readers.test_nemo import GRIDS, MODEL, OTHER_MODELS, Evil, no_fsync, weight_files  # noqa: F401 (no_fsync is a fixture)
-from tests.support.nemo_checkpoints import EOS, TinyGPT, nemo_names, write_megatron
-
-ITERATION = "iter_0000500"
-FILE = "model_optim_rng.pt"
-Edit = Callable[[Path], Any]
-
-
-def gpt(folder: Path) -> dict[str, str]:
-    parser = configparser.ConfigParser()
-    parser.read(folder / "config.ini")
-    return dict(parser["gpt"])
-
+from tests.support.broken import EVIL_TRACE, Edit, Evil, edit_content
+from tests.support.broken import MEGATRON_FILE as FILE
+from tests.support.broken import MEGATRON_ITERATION as ITERATION
+from tests.support.folders import config_ini, weight_files
+from tests.support.nemo_checkpoints import EOS, GRIDS, MODEL, OTHER_MODELS, TinyGPT, nemo_names, write_megatron
 
 # --- bytes ---
 
@@ -52,7 +42,7 @@ def test_version_0_without_arguments(tmp_path: Path, grid: tuple[int, int]) -> N
         assert weight_files(folder) == MODEL.files(tp)
     expected = dict(head_num="4", size_per_head="8", inter_size="96", num_layer="4", max_pos_seq_len="64")
     expected |= dict(vocab_size="320", start_id="302", end_id="302", layernorm_eps="1e-05", gelu_form="tanh")
-    config = gpt(folder)
+    config = config_ini(folder)
     assert {key: config[key] for key in expected} == expected
 
 
@@ -98,7 +88,7 @@ def test_one_iteration_or_its_folder_is_a_source_too(tmp_path: Path) -> None:
 )
 def test_form_of_gelu(tmp_path: Path, settings: dict[str, Any], form: str) -> None:
     source = write_megatron(tmp_path / "m", MODEL, edit=arguments(**settings))
-    assert gpt(convert.convert(source, tmp_path / "out", 1, "fp32"))["gelu_form"] == form
+    assert config_ini(convert.convert(source, tmp_path / "out", 1, "fp32"))["gelu_form"] == form
 
 
 def test_tokenizer_beside_and_by_option(tmp_path: Path) -> None:
@@ -115,16 +105,6 @@ def test_tokenizer_beside_and_by_option(tmp_path: Path) -> None:
 
 
 # --- broken sources ---
-
-
-def edit_content(edit: Callable[[dict[str, Any]], Any], rank: str = "mp_rank_00") -> Edit:
-    def act(folder: Path) -> None:
-        path = folder / ITERATION / rank / FILE
-        content = torch.load(path, weights_only=False)
-        edit(content)
-        torch.save(content, path)
-
-    return act
 
 
 def arguments(**values: Any) -> Edit:
@@ -247,7 +227,7 @@ def test_broken_source_gets_one_sentence(tmp_path: Path, capsys: pytest.CaptureF
     output, errors = capsys.readouterr()
     assert (code, output, errors) == (1, "", f"convert.py: {expected}\n")
     assert not any(path.name != ".convert.lock" for path in tmp_path.glob("out/*"))
-    assert not Path("/tmp/test_nemo_was_here").exists()
+    assert not EVIL_TRACE.exists()
 
 
 @pytest.mark.parametrize("key", OTHER_MODELS)

@@ -17,7 +17,7 @@ from readers.archive import file_place
 from readers.tokens import from_path
 from readers.tokens import sentencepiece as read_model
 from serving.text import TextStream
-from tests.readers.test_nemo import config_ini, no_fsync  # noqa: F401 (no_fsync is a fixture)
+from tests.support.folders import config_ini
 from tests.support.nemo_checkpoints import TinyGPT, write_nemo
 
 RNG = random.Random(0)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import GPT2LMHeadModel
 
 from engine import startup
 from engine.config import EngineConfig, ParallelConfig
@@ -17,6 +17,9 @@ from engine.watchdog import Watchdog
 from engine.world import World
 from executor.runner import TorchExecutor
 from executor.startup import WeightFolder, connect, load, pick_backend
+
+if TYPE_CHECKING:  # importing it takes seconds, which ranks under mpirun save
+    from transformers import GPT2LMHeadModel
 
 NEW_TOKENS = 64
 
@@ -93,7 +96,14 @@ def hf_beams(
 
 
 def save_logits(executor: TorchExecutor, parallel: ParallelConfig, prompts: list[list[int]], path: Path) -> None:
-    """One prompt a step, in two pieces; the last stage's first rank writes [prompts, vocab] fp32."""
+    """The last stage's first rank writes `step_logits` as [prompts, vocab] fp32."""
+    rows = step_logits(executor, prompts)
+    if parallel.is_last_stage and parallel.tp_rank == 0:
+        np.save(path, np.stack(rows))
+
+
+def step_logits(executor: TorchExecutor, prompts: list[list[int]]) -> list[np.ndarray]:
+    """The next token's logits [vocab] of each prompt, one prompt a step, in two pieces; empty before the last stage."""
     rows = []
     for prompt_ids in prompts:
         blocks = list(range(-(-len(prompt_ids) // executor.cache.block_size)))
@@ -105,5 +115,4 @@ def save_logits(executor: TorchExecutor, parallel: ParallelConfig, prompts: list
             hidden = executor.hidden(Plan(chunks=[piece], new_sequences=new))
         if hidden is not None:
             rows.append(executor.model.logits(hidden[-1:])[0].cpu().numpy())
-    if parallel.is_last_stage and parallel.tp_rank == 0:
-        np.save(path, np.stack(rows))
+    return rows

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import fcntl
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -17,68 +18,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import numpy as np
-import psutil
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@functools.cache
-def mpi_environment() -> dict[str, str]:
-    """Named transports start in 0.3 s instead of 1.4; shared memory has another name in Open MPI 4."""
-    version = subprocess.run(["mpirun", "--version"], capture_output=True, text=True).stdout
-    shared_memory = "vader" if re.search(r"\b4\.\d", version) else "sm"
-    return {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": f"self,{shared_memory}"}
-
-
-def mpirun_command(num_ranks: int, *command: str) -> list[str]:
-    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-    return ["mpirun", *root, "--oversubscribe", "--bind-to", "none", "-n", str(num_ranks), sys.executable, *command]
-
-
-def mpirun(num_ranks: int, *command: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run a Python script on ranks to its end; its output is shown where an assertion on it fails."""
-    environment = {**os.environ, **mpi_environment(), "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        mpirun_command(num_ranks, *command), capture_output=True, text=True, timeout=timeout_s, env=environment
-    )
-
-
-def run_engine(folder: Path, items: list[dict[str, Any]], tp: int, pp: int, *flags: str) -> list[dict[str, Any]]:
-    """traffic.results of each of traffic's items, after a crowd on tp × pp ranks."""
-    with tempfile.TemporaryDirectory() as scratch:
-        requests, outputs = Path(scratch, "requests.json"), Path(scratch, "outputs.json")
-        requests.write_text(json.dumps(items))
-        _engine_parity(folder, requests, tp, pp, "--outputs", str(outputs), *flags)
-        return json.loads(outputs.read_text())
-
-
-def greedy_items(prompts: list[list[int]], output_len: int) -> list[dict[str, Any]]:
-    """Items that `run_engine` takes."""
-    return [{"prompt_ids": ids, "sampling": {"max_new_tokens": output_len}} for ids in prompts]
-
-
-def first_outputs(results: list[dict[str, Any]]) -> list[list[int]]:
-    """The token ids of each result's first output."""
-    return [result["outputs"][0]["token_ids"] for result in results]
-
-
-def run_logits(folder: Path, prompts: list[list[int]], tp: int, pp: int, *flags: str) -> np.ndarray:
-    """[prompts, vocab] fp32: the next token's logits on tp × pp ranks."""
-    with tempfile.TemporaryDirectory() as scratch:
-        requests, logits = Path(scratch, "requests.json"), Path(scratch, "logits.npy")
-        requests.write_text(json.dumps(greedy_items(prompts, 1)))
-        _engine_parity(folder, requests, tp, pp, "--logits", str(logits), *flags)
-        return np.load(logits)
-
-
-def _engine_parity(folder: Path, requests: Path, tp: int, pp: int, *flags: str) -> None:
-    script = str(ROOT / "tests/multi/engine_parity.py")
-    done = mpirun(tp * pp, script, str(folder), str(requests), "--tp", str(tp), "--pp", str(pp), *flags)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
+from tests.support.ranks import ROOT, kill_family, mpi_environment, mpirun_command
 
 _CONVERT = """
 import re, sys
@@ -98,12 +40,34 @@ def conversion_memory(source: Path, output_dir: Path, tp: int) -> int:
     return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
 
+_PORTS = range(20_000, 32_000)  # below those that Linux hands out by itself
+_port_locks: dict[int, IO[str]] = {}
+
+
 def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
+    """Ports of 127.0.0.1 that no other test process gets: each has a file that this process locks until it ends."""
+    folder = Path(tempfile.gettempdir(), f"test-ports-{os.getuid()}")
+    folder.mkdir(exist_ok=True)
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.choice(_PORTS)
+        if port not in _port_locks and _lock_port(folder / str(port), port):
+            ports.append(port)
+    return ports
+
+
+def _lock_port(path: Path, port: int) -> bool:
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just left is free
+            probe.bind(("127.0.0.1", port))
+    except OSError:
+        file.close()
+        return False
+    _port_locks[port] = file
+    return True
 
 
 class Server:
@@ -123,7 +87,7 @@ class Server:
                 start_new_session=True,
             )
 
-    def wait_ready(self, timeout_s: float = 120) -> Server:
+    def wait_ready(self, timeout_s: float = 300) -> Server:
         deadline = time.monotonic() + timeout_s
         while "ready: model" not in self.text:
             assert self.process.poll() is None, f"the server ended:\n{self.text}"
@@ -149,13 +113,7 @@ class Server:
 
     def kill(self) -> None:
         """End mpirun and all below it: each rank has a process group of its own, tritonserver a session."""
-        family: list[psutil.Process] = []
-        with contextlib.suppress(psutil.NoSuchProcess):
-            family = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
-        for process in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        self.process.wait()
+        kill_family(self.process)
 
     def url(self, kind: str = "http") -> str:
         return {"http": f"http://127.0.0.1:{self.http}", "grpc": f"grpc://127.0.0.1:{self.grpc}"}[kind]

@@ -339,3 +339,27 @@ def write_bpe(folder: Path, num_tokens: int, prefix: str = "") -> tuple[str, str
     for path in folder.glob("*token*.json"):
         path.unlink()
     return vocab, merges
+
+
+GRIDS = [(1, 1), (2, 1), (4, 1), (2, 2), (1, 2)]  # tp, pp of the training ranks
+MODEL = TinyGPT()
+
+
+# Variants of Megatron-core that compute something else from the same tensors: a value, and what is supported.
+OTHER_MODELS: dict[str, tuple[Any, str]] = {
+    "rope_type": ("yarn", "rope"),
+    "no_rope_freq": (4, "None"),
+    "window_size": ([128, 0], "None, [-1, -1], [-1, 0]"),
+    "softmax_type": ("off-by-one", "vanilla"),
+    "softmax_scale": (0.5, "None"),
+    "attention_output_gate": (True, "False"),
+    "experimental_attention_variant": ("gdn", "None"),
+    "multi_latent_attention": (True, "False"),
+    "qk_layernorm": (True, "False"),
+    "qk_l2_norm": (True, "False"),
+    "glu_linear_offset": (1.0, "0.0"),
+    "activation_func_clamp_value": (7.0, "None"),
+    "use_mup": (True, "False"),
+    "heterogeneous_layers_config_path": ("layers.json", "None"),
+    "virtual_pipeline_model_parallel_size": (2, "1"),
+}

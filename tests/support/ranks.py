@@ -1,0 +1,168 @@
+"""Real ranks under mpirun: a script run to its end, and ranks that stay and run one function after another."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+_START_TIMEOUT_S = 180.0  # generous: it guards against a hang, and a busy machine takes its time
+_CALL_TIMEOUT_S = 600.0
+
+
+@functools.cache
+def mpi_environment() -> dict[str, str]:
+    """Named transports start in 0.3 s instead of 1.4; shared memory has another name in Open MPI 4."""
+    version = subprocess.run(["mpirun", "--version"], capture_output=True, text=True).stdout
+    shared_memory = "vader" if re.search(r"\b4\.\d", version) else "sm"
+    return {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": f"self,{shared_memory}"}
+
+
+def mpirun_command(num_ranks: int, *command: str) -> list[str]:
+    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    return ["mpirun", *root, "--oversubscribe", "--bind-to", "none", "-n", str(num_ranks), sys.executable, *command]
+
+
+def mpirun(num_ranks: int, *command: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run a Python script on ranks to its end; its output is shown where an assertion on it fails."""
+    environment = {**os.environ, **mpi_environment(), "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        mpirun_command(num_ranks, *command), capture_output=True, text=True, timeout=timeout_s, env=environment
+    )
+
+
+def kill_family(process: subprocess.Popen[Any]) -> None:
+    """End mpirun and all below it: each rank has a process group of its own, tritonserver a session."""
+    family: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+
+
+class Ranks:
+    """Ranks of one mpirun that stay until `close`; tests/multi/pool.py is what they run."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._scratch = tempfile.TemporaryDirectory()
+        self._log = Path(self._scratch.name, "log")
+        self._connection: Connection | None = None
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(Path(self._scratch.name, "socket")))
+        self._listener.listen()
+        self._listener.settimeout(0.5)
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                mpirun_command(num_ranks, str(ROOT / "tests/multi/pool.py"), self._listener.getsockname()),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **mpi_environment(), "PYTHONPATH": str(ROOT)},
+                start_new_session=True,
+            )
+
+    def call(self, function: str, *arguments: Any) -> list[Any]:
+        """Run "module:name" as name(world, *arguments) on every rank; each rank's result, in rank order.
+
+        Fails with what the ranks have printed where one of them raises an exception or none answers in time.
+        """
+        connection = self._connection = self._connection or self._accept()
+        try:
+            connection.send((function, arguments))
+            if connection.poll(_CALL_TIMEOUT_S):
+                return connection.recv()
+        except (EOFError, OSError):  # the ranks are gone
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(10)
+        raise AssertionError(f"{function} failed on the ranks:\n{self._log.read_text()[-6000:]}")
+
+    def _accept(self) -> Connection:
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while True:
+            with contextlib.suppress(TimeoutError):
+                accepted = self._listener.accept()[0]
+                accepted.setblocking(True)
+                return Connection(accepted.detach())
+            is_alive = self._process.poll() is None
+            assert is_alive and time.monotonic() < deadline, f"no ranks:\n{self._log.read_text()[-6000:]}"
+
+    def close(self) -> None:
+        """End the ranks."""
+        if self._connection is not None:
+            self._connection.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(10)
+        kill_family(self._process)
+        self._listener.close()
+        self._scratch.cleanup()
+
+
+_kept: dict[int, Ranks] = {}
+
+
+def call_ranks(num_ranks: int, function: str, *arguments: Any) -> list[Any]:
+    """`Ranks.call` on ranks that are started at their first use and kept for this process's other tests."""
+    if num_ranks not in _kept:
+        _kept[num_ranks] = Ranks(num_ranks)
+    try:
+        return _kept[num_ranks].call(function, *arguments)
+    except BaseException:
+        _kept.pop(num_ranks).close()  # the next call starts others
+        raise
+
+
+@atexit.register
+def _close_all() -> None:
+    while _kept:
+        _kept.popitem()[1].close()
+
+
+def run_engine(folder: Path, items: list[dict[str, Any]], tp: int, pp: int, *flags: str) -> list[dict[str, Any]]:
+    """traffic.results of each of traffic's items, after a crowd on tp × pp ranks."""
+    return _engine_parity("generate", folder, items, tp, pp, *flags)
+
+
+def run_logits(folder: Path, prompts: list[list[int]], tp: int, pp: int, *flags: str) -> np.ndarray:
+    """[prompts, vocab] fp32: the next token's logits on tp × pp ranks."""
+    return _engine_parity("logits", folder, prompts, tp, pp, *flags)
+
+
+def _engine_parity(function: str, folder: Path, inputs: list[Any], tp: int, pp: int, *flags: str) -> Any:
+    """The one result that is not None."""
+    arguments = (f"tests.multi.engine_parity:{function}", inputs, str(folder), "--tp", str(tp), "--pp", str(pp), *flags)
+    if "cuda" in flags:  # ranks that stay would keep their GPUs' memory
+        ranks = Ranks(tp * pp)
+        try:
+            results = ranks.call(*arguments)
+        finally:
+            ranks.close()
+    else:
+        results = call_ranks(tp * pp, *arguments)
+    (result,) = [result for result in results if result is not None]
+    return result
+
+
+def greedy_items(prompts: list[list[int]], output_len: int) -> list[dict[str, Any]]:
+    """Items that `run_engine` takes."""
+    return [{"prompt_ids": ids, "sampling": {"max_new_tokens": output_len}} for ids in prompts]
+
+
+def first_outputs(results: list[dict[str, Any]]) -> list[list[int]]:
+    """The token ids of each result's first output."""
+    return [result["outputs"][0]["token_ids"] for result in results]
