@@ -42,7 +42,9 @@ def is_client(path: Path) -> bool:
     return path.relative_to(ROOT).parts[0] in ("client.py", "cli")
 
 
-FOLDERS = [path for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "." and path.name != "tests"]
+FOLDERS = [
+    path for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "." and path.name not in ("tests", "build")
+]
 FILES = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in folder.rglob("*.py"))])
 SIDES = {
     "client": [path for path in FILES if is_client(path)],
