@@ -61,7 +61,7 @@ SLOW = pytest.mark.slow("500 requests take a minute at each grid; some of them s
 
 @pytest.mark.parametrize(
     ("tp", "pp", "count"),
-    [(1, 1, 150), (2, 2, 40), *(pytest.param(tp, pp, COUNT, marks=SLOW) for tp, pp in ((1, 1), (2, 1), (2, 2)))],
+    [(1, 1, 150), (2, 2, 25), *(pytest.param(tp, pp, COUNT, marks=SLOW) for tp, pp in ((1, 1), (2, 1), (2, 2)))],
     ids=str,
 )
 def test_each_request_is_what_it_is_alone(

@@ -197,7 +197,7 @@ def test_greedy_parameters_against_numpy(
         Request(prompt, SamplingParams(NEW_TOKENS, **one), (end_id,), bad_word_ids=bad.get(i, []))
         for i, (prompt, one) in enumerate(zip(ids, options, strict=False))
     ]
-    engine = ft_engine(converted(1), library, end_id=end_id)
+    engine = ft_engine(converted(1), library, end_id=end_id, end_ids=())
     finish(engine, requests[:-1])
     finish(engine, requests[-1:])
     assert len(engine.executor._op.calls) == 4  # the two penalties, the word of two tokens, the last one

@@ -89,7 +89,14 @@ def test_logits_and_tokens_are_hugging_faces(name: str, tmp_path: Path) -> None:
     assert finish(engine, [request(ids, SamplingParams(NEW_TOKENS)) for ids in PROMPTS]) == expected
 
 
-@pytest.mark.parametrize("trained", [(2, 1), (4, 1), (2, 2), (1, 2)], ids=lambda grid: f"{grid[0]}x{grid[1]}")
+SLOW = pytest.mark.slow("a second each; the grids that split most stay")
+
+
+@pytest.mark.parametrize(
+    "trained",
+    [pytest.param((2, 1), marks=SLOW), (4, 1), (2, 2), pytest.param((1, 2), marks=SLOW)],
+    ids=lambda grid: f"{grid[0]}x{grid[1]}",
+)
 @pytest.mark.parametrize("name", ["nemotron", "llama", "legacy-gate-apart", "megatron-llama", "qwen2"])
 def test_files_depend_on_the_served_tp_only(name: str, trained: tuple[int, int], tmp_path: Path) -> None:
     source = SOURCES[name]

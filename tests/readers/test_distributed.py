@@ -79,7 +79,7 @@ def test_files_are_those_of_ranks_own_files(tmp_path: Path, name: str, form: str
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("packed", ["w:gz", ""])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, pytest.param(torch.float64, marks=SLOW)])
 def test_gzipped_archives_folders_and_data_types(tmp_path: Path, form: str, packed: str, dtype: torch.dtype) -> None:
     model = MODELS["llama"]()
     ranks = write_nemo(tmp_path / "m.nemo", model, dtype=dtype, style="core", **model.settings)

@@ -62,7 +62,8 @@ class Ranks:
     def __init__(self, num_ranks: int) -> None:
         self._scratch = tempfile.TemporaryDirectory()
         self._log = Path(self._scratch.name, "log")
-        self._connection: Connection | None = None
+        self._num_ranks = num_ranks
+        self._connections: list[Connection] = []  # in rank order
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(Path(self._scratch.name, "socket")))
         self._listener.listen()
@@ -80,32 +81,37 @@ class Ranks:
     def call(self, function: str, *arguments: Any) -> list[Any]:
         """Run "module:name" as name(world, *arguments) on every rank; each rank's result, in rank order.
 
-        Fails with what the ranks have printed where one of them raises an exception or none answers in time.
+        Fails with what the ranks have printed where one of them raises an exception or does not answer in time.
         """
-        connection = self._connection = self._connection or self._accept()
+        self._connections = self._connections or self._accept()
         try:
-            connection.send((function, arguments))
-            if connection.poll(_CALL_TIMEOUT_S):
-                return connection.recv()
+            for connection in self._connections:
+                connection.send((function, arguments))
+            if all(connection.poll(_CALL_TIMEOUT_S) for connection in self._connections):
+                return [connection.recv() for connection in self._connections]
         except (EOFError, OSError):  # the ranks are gone
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(10)
         raise AssertionError(f"{function} failed on the ranks:\n{self._log.read_text()[-6000:]}")
 
-    def _accept(self) -> Connection:
+    def _accept(self) -> list[Connection]:
+        connections: dict[int, Connection] = {}
         deadline = time.monotonic() + _START_TIMEOUT_S
-        while True:
+        while len(connections) < self._num_ranks:
             with contextlib.suppress(TimeoutError):
                 accepted = self._listener.accept()[0]
                 accepted.setblocking(True)
-                return Connection(accepted.detach())
+                connection = Connection(accepted.detach())
+                connections[connection.recv()] = connection
             is_alive = self._process.poll() is None
             assert is_alive and time.monotonic() < deadline, f"no ranks:\n{self._log.read_text()[-6000:]}"
+        return [connections[rank] for rank in range(self._num_ranks)]
 
     def close(self) -> None:
         """End the ranks."""
-        if self._connection is not None:
-            self._connection.close()
+        for connection in self._connections:
+            connection.close()
+        if self._connections:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(10)
         kill_family(self._process)
