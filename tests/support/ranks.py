@@ -7,6 +7,7 @@ import contextlib
 import functools
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -46,7 +47,11 @@ def mpirun(num_ranks: int, *command: str, timeout_s: float = 240) -> subprocess.
 
 
 def kill_family(process: subprocess.Popen[Any]) -> None:
-    """End mpirun and all below it: each rank has a process group of its own, tritonserver a session."""
+    """End mpirun and all below it: each rank has a process group of its own, tritonserver a session.
+
+    What they leave is removed: a folder of prterun's, over which a later one with the same pid would fail to start
+    ("The PMIx server's listener thread failed to start"), and PyTriton's shared memory.
+    """
     family: list[psutil.Process] = []
     with contextlib.suppress(psutil.NoSuchProcess):
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -54,6 +59,10 @@ def kill_family(process: subprocess.Popen[Any]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
     process.wait()
+    for pid in {process.pid, *(member.pid for member in family)}:
+        shutil.rmtree(Path(tempfile.gettempdir(), f"ompi.{pid}"), ignore_errors=True)
+        for path in Path("/dev/shm").glob(f"pytrtion{pid}-*"):
+            path.unlink(missing_ok=True)
 
 
 class Ranks:
