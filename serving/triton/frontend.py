@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import signal
 import socket
@@ -22,8 +21,6 @@ if TYPE_CHECKING:  # PyTriton reads the environment as it is imported
 
 _LOG = logging.getLogger("serving")
 _LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PRTE_", "OPAL_", "PMI_", "ORTE_")
-# Slurm signals every process of a job: tritonserver then drains by itself, for as long as the engine may.
-_EXIT_S = 5  # seconds that tritonserver may take longer than the engine
 _BIND_TRIES = 3  # PyTriton's hand-shake socket loses a race now and then
 _MAX_PROMPTS = 1024  # prompts in one Triton request
 
@@ -121,7 +118,7 @@ class TritonFrontend:
             metrics_address=flags.http_address,
             metrics_port=flags.metrics_port,
             allow_gpu_metrics=Path("/dev/nvidiactl").exists(),  # else Triton complains that it finds no GPU
-            exit_timeout_secs=math.ceil(flags.drain_timeout) + _EXIT_S,
+            exit_timeout_secs=10,  # also how long clients of a rank 0 that dies may wait for their error
             log_verbose=0,
             log_file=log_file,
         )

@@ -292,7 +292,7 @@ def test_greedy_tokens_and_logits_are_the_references(tmp_path: Path) -> None:
         model = TinyGPT(gelu=form)
         folder = convert.convert(write_nemo(tmp_path / f"{form}.nemo", model, 2, 2), tmp_path / form, 1, "fp32")
         engine = make_engine(folder, max_batch_size=9, max_step_tokens=24, block_size=4)
-        ours = finish(engine, [Request(ids, SamplingParams(20), 302) for ids in PROMPTS])
+        ours = finish(engine, [Request(ids, SamplingParams(20), (302,)) for ids in PROMPTS])
         assert ours == [model.greedy(ids, 20) for ids in PROMPTS]
         save_logits(engine.executor, ParallelConfig(), PROMPTS, tmp_path / "logits.npy")
         assert_close(np.load(tmp_path / "logits.npy"), model)

@@ -19,7 +19,6 @@ from engine.request import (
     ParameterError,
     Request,
     SamplingParams,
-    Token,
 )
 from serving.generation import Generator, LoopNotifier, Update
 from serving.request import GenerationRequest
@@ -78,7 +77,7 @@ def test_tokens_without_final_text_come_with_the_next_piece() -> None:
 
         def give(self, *token_ids: int) -> None:
             for token_id in token_ids:
-                self.seen[0].outputs[0].append(Token(token_id))
+                self.seen[0].outputs[0].append(token_id, 0.0)
                 self.seen[0].on_update(self.seen[0])
 
     async def go() -> None:
