@@ -85,7 +85,6 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self._running: dict[Request, SequenceGroup] = {}  # in order of admission
         self._slot_type = np.min_scalar_type(max_batch_size)  # slots travel in as few bytes as they need
-        self._slot_type = np.min_scalar_type(max_batch_size)  # slots travel in as few bytes as they need
         self._free_slots = list(reversed(range(max_batch_size)))
         self._pending: deque[PendingOutput] = deque()  # per plan on its way
 
@@ -285,7 +284,7 @@ class Scheduler:
             draft.pending.beam_groups.append(group)
 
     def _append(self, sequences: list[Sequence | None], step: StepOutput) -> list[Request]:
-        """Give each sequence its token; returns the requests that have news, in order."""
+        """Give each sequence its token; returns the updated requests, in order."""
         updated: list[Request] = []
         last: Request | None = None
         for sequence, token_id, log_prob in zip(sequences, step.token_ids, step.log_probs, strict=True):

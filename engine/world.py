@@ -19,7 +19,7 @@ os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
 
 from mpi4py import MPI  # noqa: E402 - the import initializes MPI, after the variable above is set
 
-_HEADER_BYTES = 3584  # holds a plan of some hundred decode chunks; below MPI's eager limit
+_HEADER_BYTES = 3584  # holds a plan of 512 decode rows; below MPI's eager limit
 _LENGTH_BYTES = 8
 _YIELD_S = 0.002  # a waiting rank yields its core for so long, then it sleeps
 _SLEEP_SHARE = 0.01  # a sleep lasts this share of the wait so far: the largest relative delay of a message

@@ -160,4 +160,4 @@ def test_an_idle_server_sleeps(server: Server) -> None:
     before = [sum(rank.cpu_times()[:2]) for rank in ranks]
     time.sleep(10)
     shares = [(sum(rank.cpu_times()[:2]) - b) / 10 for rank, b in zip(ranks, before, strict=True)]
-    assert max(shares) < 0.05, shares  # 0.03 on an idle machine (benchmarks/serving.py --idle)
+    assert max(shares) < 0.05, shares  # 0.03 on an idle machine (benchmarks/idle.py)

@@ -67,7 +67,7 @@ def test_tokens_are_hugging_faces(
     requests = [request(ids, SamplingParams(NEW_TOKENS)) for ids in inputs]
     assert finish(make(converted(1)), requests) == [hf_greedy(gpt2_source[1], ids) for ids in inputs]
     assert set(REPLAYED) <= {1, 2, 4, 8}
-    assert 8 in REPLAYED  # of six rows and two of nobody's
+    assert 8 in REPLAYED  # six rows and two padding rows
 
 
 def test_alibi(graphs: None, tmp_path: Path) -> None:
