@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -17,21 +19,38 @@ if _NUM_WORKERS > 1:
 if TYPE_CHECKING:  # importing it takes seconds, which the process that hands out the tests saves
     from transformers import GPT2LMHeadModel
 
+_TESTS = Path(__file__).parent
 # Modules that take longest come first, so that no worker is left with one of them at the end.
-_LONGEST_FIRST = (
-    "tests/e2e/",
-    "tests/engine/test_isolation.py",
-    "tests/executor/",
-    "tests/engine/",
-    "tests/readers/",
-)
+_LONGEST_FIRST = ("ranks", "tests/e2e/", "tests/executor/", "tests/engine/", "tests/readers/")
+
+
+@functools.cache
+def _unit(module: str) -> str:
+    """What one worker gets as a whole: a module, or all those whose tests run on ranks that stay.
+
+    Those ranks then are started by one worker only, and never compute for two tests at once.
+    """
+    source = (_TESTS.parent / module).read_text()
+    return "ranks" if re.search(r"^from tests\.support\.ranks import .*(call_ranks|run_)", source, re.M) else module
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> int:
-        return next((k for k, start in enumerate(_LONGEST_FIRST) if item.nodeid.startswith(start)), len(_LONGEST_FIRST))
+        unit = _unit(item.nodeid.partition("::")[0])
+        return next((k for k, start in enumerate(_LONGEST_FIRST) if unit.startswith(start)), len(_LONGEST_FIRST))
 
     items.sort(key=place)  # stable
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _unit(nodeid.partition("::")[0])
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

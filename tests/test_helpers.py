@@ -232,7 +232,12 @@ def test_offline_a_cached_copy_without_safetensors_is_found_too(hub: Hub, machin
     assert machine.find("owner/tiny", **OFFLINE) == folder
 
 
-@pytest.mark.parametrize("kind", ["closed", "silent", "broken", "busy", "no hub"])
+SLOW = pytest.mark.slow("3 s each; the slowest obstacle and the plainest stay")
+
+
+@pytest.mark.parametrize(
+    "kind", ["closed", "silent", *(pytest.param(kind, marks=SLOW) for kind in ("broken", "busy", "no hub"))]
+)
 def test_a_hub_out_of_reach_costs_seconds_and_a_cached_copy_does(
     hub: Hub, machine: Machine, tiny: Path, kind: str
 ) -> None:

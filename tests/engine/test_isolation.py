@@ -61,7 +61,7 @@ SLOW = pytest.mark.slow("500 requests take a minute at each grid; some of them s
 
 @pytest.mark.parametrize(
     ("tp", "pp", "count"),
-    [(1, 1, 150), (2, 2, 25), *(pytest.param(tp, pp, COUNT, marks=SLOW) for tp, pp in ((1, 1), (2, 1), (2, 2)))],
+    [(1, 1, 100), (2, 2, 25), *(pytest.param(tp, pp, COUNT, marks=SLOW) for tp, pp in ((1, 1), (2, 1), (2, 2)))],
     ids=str,
 )
 def test_each_request_is_what_it_is_alone(
@@ -137,7 +137,7 @@ def flat(values: list[Any]) -> list[float]:
     return [number for value in values for number in (flat(value) if isinstance(value, (list, tuple)) else [value])]
 
 
-@pytest.mark.parametrize("count", [150, pytest.param(COUNT, marks=SLOW)])
+@pytest.mark.parametrize("count", [100, pytest.param(COUNT, marks=SLOW)])
 def test_the_mix_has_everything(count: int, items: list[dict[str, Any]], runs: Runs) -> None:
     alone = runs.get(1, 1, True, count)
     reasons = {output["finish_reason"] for result in alone for output in result["outputs"]}

@@ -106,7 +106,11 @@ def test_half_precision_on_disk_and_bf16_on_a_cpu(variant: str, stored: torch.dt
     assert distances.max() < 0.03
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (2, 2)], ids=["tp2-pp1", "tp2-pp2"])
+@pytest.mark.parametrize(
+    ("tp", "pp"),
+    [pytest.param(2, 1, marks=pytest.mark.slow("2 s each; the larger grid stays")), (2, 2)],
+    ids=["tp2-pp1", "tp2-pp2"],
+)
 @pytest.mark.parametrize("family", SPLIT)
 def test_tokens_over_ranks(source: Callable[[str], Source], family: str, tp: int, pp: int) -> None:
     expected = source(SPLIT[family])

@@ -90,6 +90,7 @@ def test_logits_and_tokens_are_hugging_faces(name: str, tmp_path: Path) -> None:
 
 
 SLOW = pytest.mark.slow("a second each; the grids that split most stay")
+SLOW_GRID = pytest.mark.slow("2 s each; a grid or a model that has more to go wrong stays")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,9 @@ def test_biases_of_queries_keys_and_values_alone(name: str, trained: tuple[int, 
     assert source.error(run_logits(source.converted(tmp_path, tp, trained), PROMPTS, tp, 1)) < 1e-5
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (2, 2)], ids=["tp1-pp1", "tp2-pp1", "tp2-pp2"])
+@pytest.mark.parametrize(
+    ("tp", "pp"), [(1, 1), pytest.param(2, 1, marks=SLOW_GRID), (2, 2)], ids=["tp1-pp1", "tp2-pp1", "tp2-pp2"]
+)
 @pytest.mark.parametrize("name", SPLIT)
 def test_tokens_over_ranks(name: str, tp: int, pp: int, tmp_path: Path) -> None:
     source = SOURCES[name]
@@ -144,11 +147,11 @@ def test_each_rank_gets_a_copy_of_its_kv_head(name: str, tp: int, trained: tuple
 @pytest.mark.parametrize(
     ("name", "tp", "pp"),
     [
-        ("wide-heads", 2, 1),
+        pytest.param("wide-heads", 2, 1, marks=SLOW_GRID),
         ("wide-heads", 4, 1),  # two ranks copy each KV head
         ("wide-heads", 1, 3),  # stages of 2, 1 and 1 layers
-        ("wide-heads-each-with-keys", 2, 1),
-        ("megatron-narrow-heads", 4, 1),
+        pytest.param("wide-heads-each-with-keys", 2, 1, marks=SLOW_GRID),
+        pytest.param("megatron-narrow-heads", 4, 1, marks=SLOW_GRID),
         ("nemotron-multi-query", 2, 1),
     ],
 )

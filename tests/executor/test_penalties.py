@@ -79,8 +79,8 @@ KINDS: dict[str, tuple[dict[str, Any], list[int]]] = {
 }
 
 
-SLOW = pytest.mark.slow("3 s of draws each; two kinds with a decay stay")
-SLOW_KINDS = {"top_p decay", "top_p decay from 1", "top_p decay to its least", "top_p reset"}
+SLOW = pytest.mark.slow("3 s of draws each; two kinds with a decay stay, top_p alone is test_sampler.py's")
+SLOW_KINDS = {"top_p", "top_p decay", "top_p decay from 1", "top_p decay to its least", "top_p reset"}
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=SLOW if kind in SLOW_KINDS else []) for kind in KINDS])

@@ -35,7 +35,7 @@ PROMPTS = [np.random.default_rng(i).integers(0, 302, 5 + 7 * i).tolist() for i i
 # --- bytes ---
 
 
-@pytest.mark.parametrize("style", ["legacy", "core", "amp"])
+@pytest.mark.parametrize("style", ["legacy", "core", pytest.param("amp", marks=pytest.mark.slow("two styles stay"))])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_files_depend_on_the_served_tp_only(tmp_path: Path, grid: tuple[int, int], style: str) -> None:
     source = write_nemo(tmp_path / "m.nemo", MODEL, *grid, style=style)
