@@ -38,6 +38,7 @@ def test_a_hub_id_is_served_and_offline_served_again(gpt2_source: tuple[Path, GP
     assert manifests[0]["source_name"] == "owner/tiny"
 
 
+@pytest.mark.slow("test_helpers.py has the sentence, test_refusals.py another refusal under mpirun")
 def test_a_hub_id_that_does_not_exist_ends_the_start_with_one_sentence(tmp_path: Path) -> None:
     with Hub() as hub:
         flags = ["--hf-model-name", "owner/nope", "--tp", "2"]
