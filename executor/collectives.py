@@ -6,6 +6,11 @@ The only module that imports torch.distributed. One thread of each rank calls it
 from __future__ import annotations
 
 import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -143,3 +148,68 @@ class _NcclGroups:
 
     def close(self) -> None:
         self._dist.destroy_process_group()
+
+
+class NcclPairs:
+    """All-reduces of two GPUs at a time over NCCL, to measure them (engine.check); a communicator for each pair."""
+
+    kind = "NCCL"
+    num_bytes = 64 << 20
+    _TIMEOUT_S = 10.0  # the first one makes the communicator
+
+    def __init__(self, rank: int, hosts: Sequence[str], tell: Callable[[Any], Any]) -> None:
+        """On every rank. hosts: the ranks'; tell: gives rank 0's value to all ranks."""
+        import torch.distributed as dist
+
+        self._dist = dist
+        self._rank = rank
+        self._size = len(hosts)
+        self._device = torch.device("cuda", hosts[:rank].count(hosts[rank]))
+        self._store: dist.TCPStore | None = None
+        self._host = "127.0.0.1" if len(set(hosts)) == 1 else hosts[0]
+        if rank == 0:
+            self._store = dist.TCPStore(self._host, 0, self._size, is_master=True, wait_for_workers=False)
+        self._port = tell(None if self._store is None else self._store.port)
+        self._is_joined = False
+
+    def seconds(self, rank: int) -> float:
+        """The fastest of five, after one that makes the connection. Raises RuntimeError for none within the limit."""
+        found: list[float | Exception] = []
+
+        def measure() -> None:
+            try:
+                found.append(self._measure(rank))
+            except Exception as error:  # torch's own, and of the store
+                found.append(error)
+
+        thread = threading.Thread(target=measure, daemon=True)  # NCCL itself would wait for ever
+        thread.start()
+        thread.join(self._TIMEOUT_S)
+        remedy = "look at NCCL_SOCKET_IFNAME and at what NCCL_DEBUG=INFO prints"
+        if not found:
+            raise RuntimeError(f"no answer over NCCL within {self._TIMEOUT_S:g} s: {remedy}")
+        if isinstance(found[0], Exception):
+            raise RuntimeError(f"NCCL fails ({str(found[0]).strip().splitlines()[0][:200]}): {remedy}")
+        return found[0]
+
+    def _measure(self, rank: int) -> float:
+        dist, timeout = self._dist, timedelta(seconds=self._TIMEOUT_S)
+        torch.cuda.set_device(self._device)  # of this thread
+        if not self._is_joined:
+            store = self._store or dist.TCPStore(self._host, self._port, self._size, is_master=False, timeout=timeout)
+            dist.init_process_group("nccl", store=store, rank=self._rank, world_size=self._size, timeout=timeout)
+            self._is_joined = True
+        group = dist.new_group(sorted((self._rank, rank)), timeout=timeout, use_local_synchronization=True)
+        tensor = torch.ones(self.num_bytes // 4, device=self._device)
+        best = float("inf")
+        for _ in range(6):
+            started = time.monotonic()
+            dist.all_reduce(tensor, group=group)
+            torch.cuda.synchronize(self._device)
+            best = min(best, time.monotonic() - started)
+        return best
+
+    def close(self) -> None:
+        """Leave the groups."""
+        if self._is_joined:
+            self._dist.destroy_process_group()

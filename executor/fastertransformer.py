@@ -59,7 +59,7 @@ class FasterTransformerExecutor:
         """Load the library and the weights. MPI must be initialized: the op takes its rank from MPI_COMM_WORLD."""
         if engine_config.int8_mode == 1 and backend.dtype == torch.float32:
             raise ValueError("int8_mode is 1; FasterTransformer's int8 needs data_type fp16 or bf16")
-        _load_library(backend.lib_path)
+        load_library(backend.lib_path)
         self.config = config
         self.device = backend.device
         self.max_seq_len = engine_config.max_seq_len or config.max_pos_seq_len
@@ -114,7 +114,8 @@ class FasterTransformerExecutor:
         return longest
 
 
-def _load_library(lib_path: Path) -> None:
+def load_library(lib_path: Path) -> None:
+    """Load FasterTransformer's library into torch. Raises RuntimeError where it cannot be loaded."""
     try:
         torch.classes.load_library(str(lib_path))
     except (OSError, RuntimeError) as error:

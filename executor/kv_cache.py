@@ -7,15 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.decode_attention import DecodeMetadata
-from kernels.store_kv import store_kv
-
-__all__ = ["DecodeMetadata", "KVCache", "LayerCache", "PrefillChunk"]
-
 
 @dataclass(frozen=True)
 class PrefillChunk:
-    """One request's part of a step: rows [first_row, first_row + length) of the batch, and its cache kv_locs.
+    """One request's part of a step without kernels: rows [first_row, first_row + length), and its cache kv_locs.
 
     `kv_locs` are the positions of its tokens [0, kv_len) in the flat cache: a slice where its blocks follow
     one another (read without a copy), otherwise an index tensor.
@@ -39,13 +34,15 @@ class LayerCache(NamedTuple):
 
     def write(self, key: torch.Tensor, value: torch.Tensor, kv_locs: torch.Tensor) -> None:
         """Store new tokens: key and value [tokens, kv_heads_local, head_dim], at kv_locs [tokens] int64."""
-        store_kv(key, value, self.keys, self.values, kv_locs)
+        self.keys[kv_locs] = key
+        self.values[kv_locs] = value
 
 
 class KVCache:
     """The keys and values of the stage's layers: `layers[i]` is the stage's layer i.
 
-    The last location is the dummy slot's: padding rows write there.
+    The last location is the dummy slot's: padding rows write there. On a CPU the tensors are views of
+    [kv_heads_local, num_locs, head_dim]: there a head is read alone, and 1.5 to 2 times as fast if it is contiguous.
     """
 
     def __init__(
@@ -58,10 +55,14 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (num_blocks * block_size + 1, kv_heads_local, head_dim)
-        self.layers = [
-            LayerCache(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2))) for _ in range(num_layers)
-        ]
+        self.num_locs = num_blocks * block_size + 1
+
+        def allocate() -> torch.Tensor:
+            if device.type == "cpu":
+                return torch.empty(kv_heads_local, self.num_locs, head_dim, dtype=dtype).transpose(0, 1)
+            return torch.empty(self.num_locs, kv_heads_local, head_dim, dtype=dtype, device=device)
+
+        self.layers = [LayerCache(allocate(), allocate()) for _ in range(num_layers)]
         self.block_size = block_size
         self.device = device
 

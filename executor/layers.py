@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from executor.collectives import Comm
 from executor.matmul import Matmul
 from kernels.add_norm import add_norm
+from kernels.embed import embed
 
 
 class Norm:
@@ -32,16 +33,17 @@ class Norm:
 
 
 class Linear:
-    """y = x · W + b: all of a replicated weight, or a column-parallel shard of one."""
+    """y = activation(x · W + b): all of a replicated weight, or a column-parallel shard of one."""
 
-    def __init__(self, matmul: Matmul, bias: torch.Tensor | None) -> None:
-        """bias: [out]"""
+    def __init__(self, matmul: Matmul, bias: torch.Tensor | None, activation: str = "none") -> None:
+        """bias: [out]; activation: a name of kernels.activation."""
         self.matmul = matmul
         self.bias = bias
+        self.activation = activation
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[rows, in] → [rows, out]"""
-        return self.matmul(x, self.bias)
+        """[rows, in] → [rows, out]; swiglu halves it."""
+        return self.matmul(x, self.bias, self.activation)
 
 
 class RowParallelLinear(Linear):
@@ -60,21 +62,25 @@ class RowParallelLinear(Linear):
 
 
 class VocabEmbedding:
-    """Token embedding, the vocabulary split over the tp group: each rank looks up its own ids, the group adds up."""
+    """Token embedding, the vocabulary split over the tp group: each rank looks up its own ids, the group adds up.
 
-    def __init__(self, rows: torch.Tensor, first_id: int, comm: Comm) -> None:
+    Position embeddings, which every rank has, are added after that.
+    """
+
+    def __init__(self, rows: torch.Tensor, position_rows: torch.Tensor | None, first_id: int, comm: Comm) -> None:
         self.rows = rows  # [vocab_local, hidden]
+        self.position_rows = position_rows  # [max_pos_seq_len, hidden]
         self.first_id = first_id
         self.comm = comm
 
-    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """[tokens] → [tokens, hidden]"""
+    def __call__(self, token_ids: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Embeds token_ids[slots, positions]: [slots, max_seq_len], [tokens], [tokens] → [tokens, hidden]"""
         if self.comm.parallel.tp == 1:
-            return F.embedding(token_ids, self.rows)
-        local_ids = token_ids - self.first_id
+            return embed(token_ids, slots, positions, self.rows, self.position_rows)
+        local_ids = token_ids[slots, positions] - self.first_id
         is_here = (local_ids >= 0) & (local_ids < self.rows.shape[0])
-        embedded = F.embedding(local_ids.where(is_here, 0), self.rows) * is_here[:, None]
-        return self.comm.all_reduce(embedded)
+        embedded = self.comm.all_reduce(F.embedding(local_ids.where(is_here, 0), self.rows) * is_here[:, None])
+        return embedded if self.position_rows is None else embedded + F.embedding(positions, self.position_rows)
 
 
 class LMHead:
@@ -82,11 +88,18 @@ class LMHead:
 
     def __init__(self, matmul: Matmul, vocab_size: int, comm: Comm) -> None:
         """matmul: of this rank's part of the vocabulary, [hidden_size, vocab_local]."""
-        self.linear = Linear(matmul, None)
+        self.matmul = matmul
         self.vocab_size = vocab_size
         self.comm = comm
 
     def __call__(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """[rows, hidden_size] → [rows, vocab]. Drops the padding at the end of an unevenly split vocabulary."""
-        logits = self.comm.all_gather_last(self.linear(hidden))[:, : self.vocab_size]
+        """[rows, hidden_size] → [rows, vocab], in `out` if given.
+
+        Drops the padding at the end of an unevenly split vocabulary.
+        """
+        if self.comm.parallel.tp == 1:
+            if out is None:
+                out = torch.empty(len(hidden), self.vocab_size, dtype=torch.float32, device=hidden.device)
+            return self.matmul(hidden, None, out=out)
+        logits = self.comm.all_gather_last(self.matmul(hidden, None))[:, : self.vocab_size]
         return logits.float() if out is None else out.copy_(logits)

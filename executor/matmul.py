@@ -12,17 +12,26 @@ import torch
 import torch.nn.functional as F
 
 from executor.quantization import Int8Matrix
-from kernels import int8_linear
+from kernels import linear
+from kernels.activation import ACTIVATIONS
 
 # oneDNN picks the packed layout for this number of rows. Measured at 1 to 128 rows, 64 is within noise of the best.
 _PACK_ROWS = 64
+# Activations that oneDNN applies to its result, and the algorithm's name: one pass over it less.
+_FUSED = {"none": ("none", ""), "relu": ("relu", ""), "gelu_tanh": ("gelu", "tanh"), "gelu_erf": ("gelu", "none")}
 
 
 class Matmul(Protocol):
     """A weight W [in, out], laid out for one device."""
 
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x [rows, in] and bias [out] of one dtype → x · W + bias, [rows, out] of that dtype."""
+    def __call__(
+        self, x: torch.Tensor, bias: torch.Tensor | None, activation: str = "none", out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [rows, in] and bias [out] of one dtype → activation(x · W + bias), [rows, out] of that dtype.
+
+        activation: a name of kernels.activation; swiglu halves the last axis. With `out`, [rows, out] fp32, the result
+        goes there.
+        """
         ...
 
 
@@ -30,9 +39,11 @@ def make_matmul(weight: torch.Tensor | Int8Matrix) -> Matmul:
     """The fastest Matmul for a weight [in, out] on the device that holds it."""
     if isinstance(weight, Int8Matrix):
         if weight.values.device.type == "cuda":
-            return Int8GpuMatmul(weight)
+            return GpuMatmul(weight.values, weight.scales)
         # Without VNNI, oneDNN adds pairs of products in 16 bits, which overflow.
         return Int8CpuMatmul(weight) if torch.cpu._is_vnni_supported() else Int8WideningMatmul(weight)
+    if weight.device.type == "cuda":
+        return GpuMatmul(weight.t().contiguous())
     return PackedMatmul(weight) if can_pack(weight.dtype, weight.device) else PlainMatmul(weight)
 
 
@@ -45,44 +56,68 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype in (torch.float32, torch.bfloat16) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
-class PlainMatmul:
+class GpuMatmul:
+    """Weights on a GPU: kernels.linear chooses its own kernels or cuBLAS."""
+
+    def __init__(self, weight: torch.Tensor, scales: torch.Tensor | None = None) -> None:
+        """weight: [out, in]; int8 with scales [out] fp32."""
+        self._weight = weight
+        self._scales = scales
+        self._workspace = linear.make_workspace(weight.device)
+
+    def __call__(
+        self, x: torch.Tensor, bias: torch.Tensor | None, activation: str = "none", out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[rows, in] → [rows, out]"""
+        return linear.linear(x, self._weight, bias, self._workspace, activation, self._scales, out)
+
+
+class CpuMatmul:
+    """What CPU formats share: activations that the product does not apply itself, and `out`."""
+
+    def __call__(
+        self, x: torch.Tensor, bias: torch.Tensor | None, activation: str = "none", out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[rows, in] → [rows, out]"""
+        y = self.multiply(x, bias, activation)
+        return y if out is None else out.copy_(y)
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+        """activation(x · W + bias), [rows, out]"""
+        return ACTIVATIONS[activation](self.product(x, bias))
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x · W + bias, [rows, out]"""
+        raise NotImplementedError
+
+
+class PlainMatmul(CpuMatmul):
     """F.linear with the weight as it was loaded."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         """weight: [in, out]"""
         self._weight = weight.t()  # [out, in], as F.linear expects
 
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """[rows, in] → [rows, out]"""
         return F.linear(x, self._weight, bias)
 
 
-class PackedMatmul:
+class PackedMatmul(CpuMatmul):
     """oneDNN's linear on a CPU, with a weight in oneDNN's blocked layout."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         """weight: [in, out]; `can_pack` says for which dtypes and devices."""
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous(), _PACK_ROWS)
 
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
         """[rows, in] → [rows, out]"""
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
+        name, algorithm = _FUSED.get(activation, _FUSED["none"])
+        y = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, name, [], algorithm)
+        return y if activation in _FUSED else ACTIVATIONS[activation](y)
 
 
-class Int8GpuMatmul:
-    """int8 weights on a GPU. bf16 and fp16 rows use the int8 kernel, which widens weights in registers; fp32 rows use
-    torch."""
-
-    def __init__(self, matrix: Int8Matrix) -> None:
-        self._matrix = matrix
-        self._workspace = int8_linear.make_workspace(matrix.values.device)
-
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """[rows, in] → [rows, out]"""
-        return int8_linear.int8_linear(x, self._matrix.values, self._matrix.scales, bias, self._workspace)
-
-
-class Int8CpuMatmul:
+class Int8CpuMatmul(CpuMatmul):
     """int8 weights on a CPU, exact, through oneDNN's uint8 · int8 product; x is fp32 or bf16.
 
     Each row of activations becomes 24-bit integers (16-bit for bf16) times a step of its own. These are split into
@@ -99,7 +134,7 @@ class Int8CpuMatmul:
         self._excess = matrix.values.sum(1, dtype=torch.int32).mul_(-128).float()
         self._ones, self._zeros = torch.ones(num_out), torch.zeros(num_out, dtype=torch.int64)
 
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """[rows, in] → [rows, out]"""
         digits, steps = _digits(x)
         parts = torch.ops.onednn.qlinear_pointwise(
@@ -127,12 +162,12 @@ def _digits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return as_bytes[..., :count].flip(-1).permute(2, 0, 1).contiguous(), largest / top
 
 
-class Int8WideningMatmul:
+class Int8WideningMatmul(CpuMatmul):
     """int8 weights, widened to x's dtype at every call: for CPUs without a safe int8 product (no VNNI)."""
 
     def __init__(self, matrix: Int8Matrix) -> None:
         self._matrix = matrix
 
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """[rows, in] → [rows, out]"""
-        return int8_linear.reference(x, self._matrix.values, self._matrix.scales, bias)
+        return linear.reference(x, self._matrix.values, bias, scales=self._matrix.scales)

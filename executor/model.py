@@ -8,7 +8,7 @@ tokens with logits to compute.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,10 +17,13 @@ import torch.nn.functional as F
 
 from executor.attention import Attention, AttentionStep
 from executor.collectives import Comm
-from executor.kv_cache import DecodeMetadata, KVCache, LayerCache, PrefillChunk
+from executor.kv_cache import KVCache, LayerCache, PrefillChunk
 from executor.layers import Linear, LMHead, Norm, RowParallelLinear, VocabEmbedding
 from executor.matmul import make_matmul
 from executor.quantization import Int8Matrix, Quantizer
+from kernels.decode_attention import DecodeMetadata
+from kernels.prompt_attention import PromptMetadata
+from kernels.ragged_attention import RaggedRows
 from weights.model_config import ModelConfig
 from weights.reader import ShardReader
 from weights.table import WeightSpec, layer_specs, outer_specs
@@ -32,31 +35,26 @@ def check_supported(config: ModelConfig) -> None:
         raise ValueError("has_adapters is True; the torch engine computes False only")
 
 
-def activation(config: ModelConfig) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The function between the MLP's linears: [tokens, inter_local] → the same; swiglu takes twice that width."""
-    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        "gelu": partial(F.gelu, approximate="none" if config.gelu_form == "erf" else "tanh"),
-        "relu": F.relu,
-        "squared_relu": lambda x: F.relu(x).square(),
-        "swiglu": _swiglu,
-    }
-    return functions[config.activation_type]
-
-
-def _swiglu(x: torch.Tensor) -> torch.Tensor:
-    gate, up = x.chunk(2, -1)
-    return F.silu(gate) * up
+def activation(config: ModelConfig) -> str:
+    """The function between the MLP's linears, by its name in kernels.activation."""
+    if config.activation_type == "gelu":
+        return "gelu_erf" if config.gelu_form == "erf" else "gelu_tanh"
+    return config.activation_type
 
 
 @dataclass(frozen=True)
 class StepInput:
     """One step's tensors, the same on every rank except for the device."""
 
-    token_ids: torch.Tensor  # [tokens] int64
+    token_ids: torch.Tensor  # [slots, max_seq_len] int64: the tokens of each slot
+    slots: torch.Tensor  # [tokens] int64
     positions: torch.Tensor  # [tokens] int64, in each token's own request
-    kv_locs: torch.Tensor  # [tokens] int64, locations of the tokens' keys and values in the flat cache
-    chunks: list[PrefillChunk]
-    decodes: DecodeMetadata | None = None  # the first rows, before the chunks'
+    kv_locs: torch.Tensor | None  # [tokens after `decodes`] int64, where their keys and values go; None: no such tokens
+    decodes: DecodeMetadata | None = None  # the first rows
+    prompts: PromptMetadata | None = None  # the other rows
+    # Where no kernels run:
+    ragged: RaggedRows | None = None  # the first rows, if each has one token and there are several
+    chunks: Sequence[PrefillChunk] = ()  # the other rows
 
 
 class GPT:
@@ -86,9 +84,9 @@ class GPT:
         wte = None
         if parallel.is_first_stage:
             wte = self._vocab_rows(outer["wte"], first_id, vocab_local)
-            self.embedding = VocabEmbedding(wte, first_id, comm)
             has_positions, has_layernorm = config.has_positional_encoding, config.has_pre_decoder_layernorm
-            self.position_table = self._load(outer["wpe"]) if has_positions else None  # [max_pos_seq_len, hidden]
+            position_rows = self._load(outer["wpe"]) if has_positions else None  # [max_pos_seq_len, hidden]
+            self.embedding = VocabEmbedding(wte, position_rows, first_id, comm)
             self.pre_decoder_layernorm = self._norm(outer, "pre_decoder_layernorm") if has_layernorm else None
             progress()
         self.layers = []
@@ -138,15 +136,15 @@ class GPT:
         parallel = self.comm.parallel
         num_tokens = step.positions.shape[0]
         if parallel.is_first_stage:
-            residual = self.embedding(step.token_ids)
-            if self.position_table is not None:
-                residual = residual + F.embedding(step.positions, self.position_table)
+            residual = self.embedding(step.token_ids, step.slots, step.positions)
             if self.pre_decoder_layernorm is not None:
                 _, residual = self.pre_decoder_layernorm(residual)
         else:
             residual = torch.empty(num_tokens, self.config.hidden_size, dtype=self.dtype, device=self.device)
             self.comm.receive_forward(residual)
-        attention_step = self.attention.step(step.positions, step.kv_locs, step.decodes, step.chunks)
+        attention_step = self.attention.step(
+            step.positions, step.kv_locs, step.decodes, step.prompts, step.ragged, step.chunks
+        )
         hidden = None
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             residual, hidden = layer.forward(residual, hidden, attention_step, layer_cache)
@@ -188,7 +186,7 @@ class Layer:
             return Norm(weight, vector(f"{name}.bias"), config.layernorm_eps)
 
         def linear(name: str, kind: Callable[..., Linear]) -> Linear:
-            weight, bias = weights[f"{name}.weight"], vector(f"{name}.bias")
+            weight, bias = weights.pop(f"{name}.weight"), vector(f"{name}.bias")
             matmul = make_matmul(weight if isinstance(weight, Int8Matrix) else weight.flatten(1))
             return kind(matmul, None if bias is None else bias.flatten())
 
@@ -197,8 +195,7 @@ class Layer:
         self.query_key_value = linear("attention.query_key_value", Linear)
         self.attention = attention
         self.dense = linear("attention.dense", partial(RowParallelLinear, comm=comm))
-        self.up = linear("mlp.dense_h_to_4h", Linear)
-        self.activation = activation(config)
+        self.up = linear("mlp.dense_h_to_4h", partial(Linear, activation=activation(config)))
         self.down = linear("mlp.dense_4h_to_h", partial(RowParallelLinear, comm=comm))
 
     def forward(
@@ -222,4 +219,4 @@ class Layer:
 
     def mlp(self, hidden: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden_size] → [tokens, hidden_size]"""
-        return self.down(self.activation(self.up(hidden)))
+        return self.down(self.up(hidden))

@@ -28,12 +28,21 @@ class BeamRows:
 
 @dataclass(frozen=True)
 class ScoredTokens:
-    """Step tokens [first, first + count) whose successors in the prompt get a log-probability; start: of the first."""
+    """Step tokens [first, first + count) whose successors in the prompt get a log-probability; start: of the first.
+
+    num_alternatives: the likeliest tokens that are reported in each successor's place.
+    """
 
     first: int
     count: int
     seq_slot: int
     start: int
+    num_alternatives: int
+
+    @property
+    def size(self) -> int:
+        """Numbers in the step's tensor."""
+        return self.count * (1 + 2 * self.num_alternatives)
 
 
 @dataclass
@@ -47,7 +56,6 @@ class OutputLayout:
     beams: list[BeamRows] = field(default_factory=list)
     scored: list[ScoredTokens] = field(default_factory=list)
     logits_rows: list[int] = field(default_factory=list)
-    is_plain: bool = False  # each row: its likeliest token, that token's log-probability, and nothing else
 
     @classmethod
     def of(cls, plan: Plan, state: SlotState, vocab_size: int) -> OutputLayout:
@@ -64,7 +72,8 @@ class OutputLayout:
                 params, prompt_len, end = request.params, request.prompt_len, chunk.start + chunk.length
                 if params.prompt_log_probs and chunk.start < prompt_len:
                     count = min(end, prompt_len - 1) - chunk.start
-                    scored.append(ScoredTokens(first, count, chunk.seq_slot, chunk.start))
+                    alternatives = params.num_prompt_log_probs
+                    scored.append(ScoredTokens(first, count, chunk.seq_slot, chunk.start, alternatives))
                 if chunk.sampled_slots and params.next_token_logits and end == prompt_len:
                     logits_rows.append(num_rows + len(sampled))
                 first += chunk.length
@@ -75,10 +84,14 @@ class OutputLayout:
             )
         rows = SamplingRows(state, slots, positions, plan.banned_ids)
         layout = cls(rows, token_index, vocab_size, scored=scored, logits_rows=logits_rows)
-        layout.is_plain = not scored and not logits_rows and rows.are_plain()
-        if not layout.is_plain:
+        if state.has_extras[slots].any():
             layout._add_extras()
         return layout
+
+    @property
+    def has_extras(self) -> bool:
+        """Whether it holds more than each row's token and log-probability."""
+        return bool(self.alternatives or self.beams or self.scored or self.logits_rows)
 
     def _add_extras(self) -> None:
         previous = None
@@ -100,7 +113,7 @@ class OutputLayout:
         num_rows = len(self.rows)
         alternatives = [2 * count for _, count in self.alternatives]
         beams = [4 * beam.num_candidates for beam in self.beams]
-        scored = [part.count for part in self.scored]
+        scored = [part.size for part in self.scored]
         return [num_rows, num_rows, *alternatives, *beams, *scored, *[self.vocab_size] * len(self.logits_rows)]
 
     def parse(self, values: torch.Tensor) -> StepOutput:
@@ -108,11 +121,15 @@ class OutputLayout:
         parts = iter(values.split(self.sizes))
         token_ids, log_probs = next(parts).long().tolist(), next(parts).tolist()
         output = StepOutput(token_ids, log_probs)
-        output.alternatives = {row: _pairs(next(parts)) for row, _ in self.alternatives}
+        output.alternatives = {row: _pairs(next(parts).view(1, 2, -1))[0] for row, _ in self.alternatives}
         for beam in self.beams:
             rows = range(beam.first, beam.first + beam.count)
             output.candidates.append(_candidates(next(parts), [output.alternatives.get(row, ()) for row in rows]))
-        output.prompt_log_probs = [next(parts).tolist() for _ in self.scored]
+        for place, scored in enumerate(self.scored):
+            log_probs, alternatives = next(parts).split([scored.count, scored.size - scored.count])
+            output.prompt_log_probs.append(log_probs.tolist())
+            if scored.num_alternatives:
+                output.prompt_alternatives[place] = _pairs(alternatives.view(scored.count, 2, scored.num_alternatives))
         output.next_token_logits = [next(parts).float().numpy() for _ in self.logits_rows]
         return output
 
@@ -120,9 +137,10 @@ class OutputLayout:
 _Pairs = tuple[tuple[int, float], ...]
 
 
-def _pairs(values: torch.Tensor) -> _Pairs:
-    token_ids, log_probs = values.view(2, -1).tolist()
-    return tuple((int(token_id), log_prob) for token_id, log_prob in zip(token_ids, log_probs, strict=True))
+def _pairs(values: torch.Tensor) -> list[_Pairs]:
+    """values: [places, 2, alternatives], token ids and log-probabilities."""
+    token_ids, log_probs = values[:, 0].long().tolist(), values[:, 1].tolist()
+    return [tuple(zip(*both, strict=True)) for both in zip(token_ids, log_probs, strict=True)]
 
 
 def _candidates(values: torch.Tensor, alternatives: list[_Pairs]) -> list[Candidate]:

@@ -1,4 +1,4 @@
-"""From a step's logits to those that a token is chosen from: penalties, banned tokens, and top_p after its decay.
+"""From a step's logits to those that a token is chosen from: biases, penalties, bans, and top_p after its decay.
 
 Each row depends on its own request only. Formulas: engine.request.SamplingParams.
 """
@@ -9,14 +9,25 @@ import numpy as np
 import torch
 
 from executor.sampling_rows import SamplingRows
-from executor.slots import Parameter
+from kernels.slot_parameters import Parameter
+
+
+def add_bias(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    """Add each row's logit_bias. Returns [rows, vocab] fp32, the argument itself where no row has one."""
+    index = np.flatnonzero(rows.state.has_bias[rows.seq_slots])
+    if not len(index):
+        return logits
+    biases = [bias for row in index.tolist() if (bias := rows.requests[row].logit_bias) is not None]
+    token_ids, values = (torch.cat(parts) for parts in zip(*biases, strict=True))
+    row_index = rows.state.tensor(np.repeat(index, [len(own_ids) for own_ids, _ in biases]))
+    return logits.index_put((row_index, token_ids), values, accumulate=True)
 
 
 def penalize(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     """Apply repetition, presence and frequency penalties.
 
     logits: [rows, vocab] fp32, not changed. Returns [rows, vocab] fp32, the argument itself where no row has a penalty.
-    Additive penalties were multiplied by the temperature, so that they count in full after the sampler divides by it.
+    Presence and frequency penalties come as amounts to subtract before the temperature divides (slots._parameters).
     """
     state = rows.state
     index = np.flatnonzero(state.has_penalty[rows.seq_slots])
@@ -37,7 +48,9 @@ def penalize(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     seen = values.gather(1, history)
     seen = torch.where(seen < 0, seen * repetition, seen / repetition)
     seen -= own.column(Parameter.PRESENCE_PENALTY, torch.float32)
-    values = values.scatter(1, history, seen) - counts * own.column(Parameter.FREQUENCY_PENALTY, torch.float32)
+    per_output = counts * own.column(Parameter.FREQUENCY_PENALTY, torch.float32)
+    per_output += (counts > 0) * own.column(Parameter.OUTPUT_PRESENCE_PENALTY, torch.float32)
+    values = values.scatter(1, history, seen) - per_output
     return logits.index_copy(0, on_device, values)
 
 

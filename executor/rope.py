@@ -1,20 +1,28 @@
-"""Rotary position embedding (Su et al. 2021): rotates the first elements of each head by position · inv_freq."""
+"""Rotary position embedding (Su et al. 2021): the angles, position · inv_freq; kernels.heads rotates."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+from kernels.heads import CosSin
 from weights.model_config import ModelConfig
-
-CosSin = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each [tokens, 1, rotary_embedding / 2] fp32
 
 
 def rotary_inv_freq(config: ModelConfig) -> torch.Tensor:
     """[rotary_embedding / 2] fp32: radians per position, rotary_base^(-2i / rotary_embedding), over the interpolation
-    factor."""
+    factor. With Llama 3's scaling (transformers' _compute_llama3_parameters), fast ones are not divided."""
     size = config.rotary_embedding
     exponents = torch.arange(0, size, 2, dtype=torch.float32) / max(size, 1)
-    return config.rotary_base**-exponents / config.rotary_interpolation_factor
+    inv_freq = config.rotary_base**-exponents
+    divided = inv_freq / config.rotary_interpolation_factor
+    if not config.rotary_trained_positions:
+        return divided
+    low, high = config.rotary_low_freq_factor, config.rotary_high_freq_factor
+    turns = inv_freq * config.rotary_trained_positions / (2 * math.pi)
+    share = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - share) * divided + share * inv_freq
 
 
 def rotary_cos_sin(positions: torch.Tensor, inv_freq: torch.Tensor) -> CosSin | None:
@@ -23,14 +31,3 @@ def rotary_cos_sin(positions: torch.Tensor, inv_freq: torch.Tensor) -> CosSin | 
         return None
     angles = positions[:, None, None] * inv_freq  # [tokens, 1, rotary_embedding / 2]
     return angles.cos(), angles.sin()
-
-
-def rotate(x: torch.Tensor, cos_sin: CosSin) -> torch.Tensor:
-    """Turn each pair (i, i + rotary_embedding / 2) of the heads' first elements; x: [tokens, heads, head_dim].
-
-    These are the pairs of GPT-NeoX, Megatron and Hugging Face (GPT-J pairs neighbours).
-    """
-    cosines, sines = cos_sin
-    half = cosines.shape[-1]
-    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
-    return torch.cat([first * cosines - second * sines, second * cosines + first * sines, rest], -1).to(x.dtype)

@@ -6,7 +6,7 @@ Knows slots, tokens and blocks from plans, and never the scheduler.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,20 @@ import torch
 
 from engine.config import EngineConfig
 from engine.plan import Plan, StepOutput
+from executor import graphs, prompt_graphs
 from executor.collectives import Comm
-from executor.graphs import DecodeGraphs, max_rows, num_bytes
-from executor.kv_cache import DecodeMetadata, KVCache
+from executor.graphs import DecodeGraphs, max_rows
+from executor.kv_cache import KVCache, PrefillChunk
 from executor.model import GPT, StepInput
 from executor.output_layout import OutputLayout
+from executor.prompt_graphs import PromptGraphs
+from executor.sampling_rows import SamplingRows
 from executor.slots import SlotState
-from executor.token_choice import sample_tokens
-from kernels import runs_on
-from kernels.decode_attention import make_workspace
+from executor.token_choice import choose, gather
+from kernels import choose_tokens, runs_on
+from kernels.decode_attention import DecodeMetadata, make_workspace
+from kernels.prompt_attention import PromptMetadata, make_tiles
+from kernels.ragged_attention import MIN_ROWS, can_batch
 from weights.reader import TORCH_DTYPES, ShardReader
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -73,8 +78,11 @@ class TorchExecutor:
         self.max_seq_len = engine_config.max_seq_len or reader.config.max_pos_seq_len
         self.max_step_tokens = engine_config.max_step_tokens or (512 if device.type == "cpu" else 8192)
         self.num_blocks = 0
-        self._workspace: torch.Tensor | None = None  # kernels.decode_attention's, on a GPU
+        # Of kernels.decode_attention and kernels.choose_tokens, on a GPU.
+        self._workspace: torch.Tensor | None = None
+        self._choosing: choose_tokens.Workspace | None = None
         self._graphs: DecodeGraphs | None = None
+        self._prompt_graphs: PromptGraphs | None = None
 
     def prepare(self) -> None:
         """Allocate the KV cache, as large on every rank as the rank with the least memory can."""
@@ -91,7 +99,8 @@ class TorchExecutor:
         memory = _memory_left(self.device, self._local_size) - SlotState.num_bytes(num_slots, max_seq_len)
         has_kernels = runs_on(self.device)  # then decode rows go through them, and steps of them through graphs
         if has_kernels:
-            memory -= num_bytes(num_slots, config.vocab_size, self.model.dtype)
+            memory -= graphs.num_bytes(num_slots, config.vocab_size, max_seq_len, self.model.dtype)
+            memory -= prompt_graphs.num_bytes(config, self.max_step_tokens, self.model.dtype)
         most_bytes = max(0, memory) * limits.kv_cache_fraction
         self.num_blocks = comm.min_over_ranks(min(most, int(most_bytes / KVCache.bytes_per_block(**shape))))
         if self.num_blocks < 1:
@@ -100,23 +109,27 @@ class TorchExecutor:
         self.slots = SlotState(num_slots, max_seq_len, limits.block_size, self.num_blocks, self.device)
         if has_kernels:
             heads_local = config.head_num // comm.parallel.tp
-            self._workspace = make_workspace(max_rows(num_slots), heads_local, self.device)
+            rows = max_rows(num_slots)
+            self._workspace = make_workspace(rows, heads_local, self.device)
+            self._choosing = choose_tokens.make_workspace(rows, config.vocab_size, max_seq_len, self.device)
             if comm.parallel.pp == 1 and not limits.enforce_eager:
                 with torch.inference_mode():
-                    self._graphs = DecodeGraphs(self.model, self.cache, self.slots, self._workspace)
+                    self._graphs = DecodeGraphs(self.model, self.cache, self.slots, self._workspace, self._choosing)
+                    self._prompt_graphs = PromptGraphs(self.model, self.cache, self.slots, self.max_step_tokens)
 
     def close(self) -> None:
         """Free what must go before the ranks leave their groups."""
-        if self._graphs is not None:
-            self._graphs.close()
+        for captured in (self._graphs, self._prompt_graphs):
+            if captured is not None:
+                captured.close()
 
     @torch.inference_mode()
     def execute(self, plan: Plan) -> StepResult | None:
         """Compute one plan. Returns its output on rank 0, None elsewhere."""
         parallel = self.comm.parallel
-        graphs = self._graphs
-        if graphs is not None and not plan.chunks and len(plan.decode_slots) <= graphs.most:
-            return self._replay(plan, graphs)
+        decode_graphs = self._graphs
+        if decode_graphs is not None and not plan.chunks and len(plan.decode_slots) <= decode_graphs.most:
+            return self._replay(plan, decode_graphs)
         hidden = self.hidden(plan)
         if not (parallel.is_first_stage or parallel.is_last_stage):
             return None
@@ -124,29 +137,61 @@ class TorchExecutor:
         if hidden is not None:
             sampled = hidden[self.slots.tensor(layout.token_index)]
             logits = self.model.logits(sampled) if len(layout.rows) else hidden.new_empty(0)
-            values = sample_tokens(layout, logits, lambda part: self.model.logits(hidden[part]))
+            chosen = self._choose(layout.rows, logits)
+            values = gather(layout, chosen, logits, lambda part: self.model.logits(hidden[part]))
         else:
             values = torch.empty(sum(layout.sizes), dtype=torch.float64, device=self.device)
         if len(values):
             values = self.comm.return_results(values)
-        self._keep_tokens(layout, values)
+        if hidden is None or self._choosing is None:  # the kernels that choose tokens append them, too
+            self._keep_tokens(layout, values)
         return StepResult(values, layout) if parallel.rank == 0 else None
 
     @torch.inference_mode()
     def hidden(self, plan: Plan) -> torch.Tensor | None:
         """One pass over the plan's tokens: on the last stage, their hidden states [tokens, hidden]."""
         self._update(plan)
-        return self.model.forward(self._input(plan), self.cache)
+        self._leave_prompts(plan)
+        num_decodes = len(plan.decode_slots)
+        decode_rows = zip(plan.decode_slots.tolist(), plan.decode_positions.tolist(), strict=True)
+        pieces = [(slot, position, 1) for slot, position in decode_rows]
+        pieces += [(chunk.seq_slot, chunk.start, chunk.length) for chunk in plan.chunks]
+        slots = np.repeat([slot for slot, *_ in pieces], [length for *_, length in pieces])
+        positions = np.concatenate([np.arange(start, start + length) for _, start, length in pieces])
+        if self._prompt_graphs is not None:
+            hidden = self._prompt_graphs.hidden(slots, positions, pieces)
+            if hidden is not None:
+                return hidden
+        return self.model.forward(self._input(slots, positions, pieces, num_decodes), self.cache)
 
-    def _replay(self, plan: Plan, graphs: DecodeGraphs) -> StepResult | None:
-        """A step of decode rows only, through a graph; rows that want more than the likeliest token choose again."""
+    def _replay(self, plan: Plan, decode_graphs: DecodeGraphs) -> StepResult | None:
+        """A step of decode rows only, through a graph, which chooses the tokens of all rows but a few."""
         self._update(plan)
         layout = OutputLayout.of(plan, self.slots, self.model.config.vocab_size)
-        values, logits = graphs.run(plan.decode_slots)
-        if not layout.is_plain:
-            values = sample_tokens(layout, logits, lambda part: logits[:0])
-            self._keep_tokens(layout, values)
+        chosen, logits = decode_graphs.run(plan.decode_slots)
+        chosen = self._choose_beyond(layout.rows, chosen, logits)
+        values = gather(layout, chosen, logits, lambda part: logits[:0]) if layout.has_extras else chosen.flatten()
         return StepResult(values, layout) if self.comm.parallel.rank == 0 else None
+
+    def _choose(self, rows: SamplingRows, logits: torch.Tensor) -> torch.Tensor:
+        """Choose each row's token: [2, rows] fp64. Kernels also append it to its sequence."""
+        if self._choosing is None or not len(rows):
+            return choose(rows, logits)
+        slots, positions = rows.on_device
+        self.slots.positions[slots] = positions - self.slots.advance[slots]
+        chosen = choose_tokens.choose_tokens(logits.contiguous(), slots, self.slots.tensors, self._choosing)
+        return self._choose_beyond(rows, chosen, logits)
+
+    def _choose_beyond(self, rows: SamplingRows, chosen: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Choose again for the rows that kernels cannot choose for, and append those tokens."""
+        beyond = rows.beyond_kernels()
+        if not len(beyond):
+            return chosen
+        own, index = rows.part(beyond), self.slots.tensor(beyond)
+        own_chosen = choose(own, logits[index])
+        slots, positions = own.on_device
+        self.slots.append(slots, positions, own_chosen[0].long())
+        return chosen.index_copy(1, index, own_chosen)
 
     def _keep_tokens(self, layout: OutputLayout, values: torch.Tensor) -> None:
         rows = layout.rows
@@ -159,29 +204,35 @@ class TorchExecutor:
         for reorder in plan.beam_reorders:
             self.slots.reorder(reorder)
 
-    def _input(self, plan: Plan) -> StepInput:
-        num_decodes, chunks = len(plan.decode_slots), plan.chunks
-        ranges = [np.arange(chunk.start, chunk.start + chunk.length) for chunk in chunks]
-        chunk_slots = np.repeat([chunk.seq_slot for chunk in chunks], [chunk.length for chunk in chunks]).astype(int)
-        slots = np.concatenate([plan.decode_slots.astype(int), chunk_slots])
-        positions = np.concatenate([plan.decode_positions, *ranges])
-        seq_slots, token_positions = self.slots.tensor(np.stack([slots, positions]))
-        decodes, parts = None, []
-        if self._workspace is not None and num_decodes:
-            table = self.slots.kv_loc_table
-            first = seq_slots[:num_decodes], token_positions[:num_decodes]
-            decodes = DecodeMetadata(table, *first, self._workspace)
+    def _input(
+        self, slots: np.ndarray, positions: np.ndarray, pieces: Sequence[tuple[int, int, int]], num_decodes: int
+    ) -> StepInput:
+        """slots, positions: [tokens]; pieces: (slot, first position, length), the first `num_decodes` of one token."""
+        state = self.slots
+        table = state.kv_loc_table
+        seq_slots, token_positions = state.tensor(np.stack([slots, positions]))
+        decode_slots, decode_positions = seq_slots[:num_decodes], token_positions[:num_decodes]
+        decodes = prompts = ragged = None
+        chunks: list[PrefillChunk] = []
+        first_loc = 0  # the decode kernel stores keys and values of the rows before it
+        if self._workspace is not None:
+            first_loc = num_decodes
+            if num_decodes:
+                decodes = DecodeMetadata(table, decode_slots, decode_positions, self._workspace)
+            if len(pieces) > num_decodes:
+                prompts = PromptMetadata(table, state.tensor(make_tiles(pieces[num_decodes:])))
         else:
-            decode_rows = zip(plan.decode_slots.tolist(), plan.decode_positions.tolist(), strict=True)
-            parts = [self.slots.chunk(slot, row, position, 1) for row, (slot, position) in enumerate(decode_rows)]
-        row = num_decodes
-        for chunk in chunks:
-            parts.append(self.slots.chunk(chunk.seq_slot, row, chunk.start, chunk.length))
-            row += chunk.length
-        self._leave_prompts(plan)
-        token_ids = self.slots.token_ids[seq_slots, token_positions]
-        kv_locs = self.slots.kv_loc_table[seq_slots, token_positions].long()
-        return StepInput(token_ids, token_positions, kv_locs, parts, decodes)
+            row = 0
+            if num_decodes >= MIN_ROWS and can_batch(self.model.dtype, self.device):
+                row = num_decodes
+                ragged = self.model.attention.ragged_rows(table, decode_slots, decode_positions, self.cache.num_locs)
+            for slot, start, length in pieces[row:]:
+                chunks.append(state.chunk(slot, row, start, length))
+                row += length
+        kv_locs = None
+        if len(slots) > first_loc:
+            kv_locs = table[seq_slots[first_loc:], token_positions[first_loc:]].long()
+        return StepInput(state.token_ids, seq_slots, token_positions, kv_locs, decodes, prompts, ragged, chunks)
 
     def _leave_prompts(self, plan: Plan) -> None:
         """Set the positions of sequences whose chunk samples nothing: the next step goes on after it."""
@@ -195,12 +246,17 @@ def _memory_left(device: torch.device, local_size: int) -> int:
     """Bytes that this rank may still take: the GPU's free memory, or its share of half the host's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    return host_memory() // 2 // local_size
+
+
+def host_memory() -> int:
+    """Bytes that new programs may take without swapping: of this host or, where it has a limit, this container."""
     with open("/proc/meminfo") as file:
         available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     with contextlib.suppress(OSError, ValueError):  # a container's own limit, where it has one
         limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
         available = min(available, max(0, limit - used))
-    return available // 2 // local_size
+    return available
 
 
 def computation_dtype(data_type: str, device: torch.device) -> torch.dtype:

@@ -1,9 +1,9 @@
-"""Choosing tokens from logits: greedy, temperature, top-k, top-p. Each row depends on its own request only.
+"""Choosing tokens from logits: greedy, temperature, min-p, top-k, top-p. Each row depends on its own request only.
 
-Sampling is argmax of logits / temperature + Gumbel noise over the tokens that top-k and top-p leave (the Gumbel-max
-form of drawing from their softmax). The noise of a token is a counter-based function of (random_seed, position,
-token id), so a request draws the same alone, in any batch, on any device and at any tp × pp. And unlike drawing
-from the cumulated probabilities, where rounding moves every boundary, a change in the last bits of the logits
+Sampling is argmax of logits / temperature + Gumbel noise over the tokens that min-p, top-k and top-p leave (the
+Gumbel-max form of drawing from their softmax). The noise of a token is a counter-based function of (random_seed,
+position, token id), so a request draws the same alone, in any batch, on any device and at any tp × pp. And unlike
+drawing from the cumulated probabilities, where rounding moves every boundary, a change in the last bits of the logits
 changes the token only where the two best are that close.
 """
 
@@ -14,16 +14,13 @@ import torch
 
 from engine.request import SamplingParams
 from executor.sampling_rows import SamplingRows
-from executor.slots import Parameter, as_int64
+from kernels.gumbel import gumbel, row_states
+from kernels.slot_parameters import Parameter
 
 # Rows with 0 < top_k ≤ this look at twice as many candidates, not at the vocabulary; fixed, so that a row's result
 # cannot depend on another row's top_k. A larger one sorts everything.
 _MAX_PARTIAL_TOP_K = 512
 _MOST_SORTED = 1 << 23  # logits that are sorted at once: each takes about 115 bytes meanwhile
-
-_GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64 (Steele, Lea, Flood 2014)
-_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
-_LAST_SHIFT = 31
 
 
 def sample(logits: torch.Tensor, rows: SamplingRows, top_p: torch.Tensor | None = None) -> torch.Tensor:
@@ -71,6 +68,9 @@ def _sample_rows(
     slots, positions = rows.on_device
     row_state = row_states(rows.state.seeds[slots], positions)[:, None]
     temperature = rows.column(Parameter.TEMPERATURE)
+    if rows.state.has_min_p[rows.seq_slots].any():  # p ≥ min_p · max p, in terms of logits; min_p 0 leaves all
+        least = logits.amax(dim=-1, keepdim=True) + temperature * rows.column(Parameter.MIN_P).log()
+        logits = logits.masked_fill(logits < least, float("-inf"))
     if num_candidates == 0:
         token_ids = torch.arange(logits.shape[-1], device=device)
         return (logits / temperature + gumbel(row_state, token_ids)).argmax(dim=-1)
@@ -95,34 +95,14 @@ def _sample_rows(
 
 def _descending(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The `count` largest logits of each row and their ids, largest first, equal ones by id."""
-    if count == logits.shape[-1]:
-        return logits.sort(dim=-1, descending=True, stable=True)
-    _, token_ids = logits.topk(count, dim=-1, sorted=False)
+    is_partial = count < logits.shape[-1]
+    if is_partial:
+        largest, token_ids = logits.topk(count, dim=-1, sorted=False)
+        num_reaching = (logits >= largest.amin(dim=-1, keepdim=True)).sum(dim=-1)
+        is_partial = not bool((num_reaching > count).any())  # topk takes any of those that equal the last one
+    if not is_partial:
+        values, token_ids = logits.sort(dim=-1, descending=True, stable=True)
+        return values[:, :count], token_ids[:, :count]
     token_ids = token_ids.sort(dim=-1).values
     values, order = logits.gather(-1, token_ids).sort(dim=-1, descending=True, stable=True)
     return values, token_ids.gather(-1, order)
-
-
-def row_states(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """[rows] int64: the bits of the generator's state for each (random_seed, position), both [rows] int64."""
-    state = _mix(seeds + as_int64(_GOLDEN))
-    return _mix(state + as_int64(_GOLDEN) * (positions + 1))
-
-
-def gumbel(row_state: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """[rows, 1] int64 states, token ids [tokens] or [rows, tokens] → standard Gumbel noise [rows, tokens] fp64."""
-    bits = _mix(row_state + as_int64(_GOLDEN) * (token_ids + 1))
-    uniform = (((bits >> 11) & (2**53 - 1)).double() + 0.5) * 2.0**-53  # in (0, 1)
-    return -torch.log(-torch.log(uniform))
-
-
-def _mix(z: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's output function: int64 products wrap to the same bits as uint64's."""
-    for shift, factor in _MIX:
-        z = (z ^ _shifted(z, shift)) * as_int64(factor)
-    return z ^ _shifted(z, _LAST_SHIFT)
-
-
-def _shifted(z: torch.Tensor, shift: int) -> torch.Tensor:
-    """z >> shift with zeros from the left: torch's shift of a negative number brings ones."""
-    return (z >> shift) & (2 ** (64 - shift) - 1)

@@ -8,7 +8,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from executor.slots import Parameter, SlotRequest, SlotState
+from executor.slots import SlotRequest, SlotState
+from kernels.slot_parameters import Parameter
 
 
 class SamplingRows:
@@ -50,11 +51,12 @@ class SamplingRows:
         """[rows, 1]: one parameter of each row."""
         return self._parameters[:, parameter, None].to(dtype)
 
-    def are_plain(self) -> bool:
-        """Whether each row asks for its likeliest token, that token's log-probability, and nothing else."""
-        if self.banned_ids and np.isin(self.seq_slots, list(self.banned_ids)).any():
-            return False
-        return bool((self.positions >= self.state.plain_from[self.seq_slots]).all())
+    def beyond_kernels(self) -> np.ndarray:
+        """The rows for which kernels.choose_tokens cannot choose: what it needs of them is not on the device."""
+        is_beyond = self.state.has_long_list[self.seq_slots]
+        if self.banned_ids:
+            is_beyond = is_beyond | np.isin(self.seq_slots, list(self.banned_ids))
+        return np.flatnonzero(is_beyond)
 
     def with_bans(self) -> list[int]:
         """The rows that have banned tokens."""

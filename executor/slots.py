@@ -7,7 +7,6 @@ dummy: padding rows of a graph use it.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,23 +16,10 @@ import torch
 from engine.plan import BeamReorder, NewSequences
 from engine.request import SamplingParams
 from executor.kv_cache import PrefillChunk
+from kernels.gumbel import as_int64
+from kernels.slot_parameters import MOST_LISTED, Parameter, SlotTensors
 
 _NEVER = np.iinfo(np.int64).max
-
-
-class Parameter(enum.IntEnum):
-    """Columns of SlotState.parameters. Additive penalties are there multiplied by the temperature, see penalties."""
-
-    PROMPT_LEN = 0
-    TEMPERATURE = 1
-    TOP_K = 2
-    TOP_P = 3
-    TOP_P_DECAY = 4
-    TOP_P_MIN = 5
-    TOP_P_RESET_ID = 6
-    REPETITION_PENALTY = 7
-    PRESENCE_PENALTY = 8
-    FREQUENCY_PENALTY = 9
 
 
 @dataclass(frozen=True)
@@ -43,6 +29,7 @@ class SlotRequest:
     new: NewSequences
     params: SamplingParams
     always_banned: torch.Tensor | None = None  # [any] int64, the request's banned_ids on the device
+    logit_bias: tuple[torch.Tensor, torch.Tensor] | None = None  # different ids [any] int64, biases [any] fp32, there
 
     @property
     def prompt_len(self) -> int:
@@ -58,6 +45,7 @@ class SlotState:
     beam_scores: [slots + 1] fp32.
     parameters: [slots + 1, len(Parameter)] fp64; seeds: [slots + 1] int64, the bits of random_seed.
     advance: [slots + 1] int64, by how much a decode step moves the position: 1, and 0 for the dummy.
+    bias_ids, banned_ids: [slots + 1, MOST_LISTED] int32; biases: as many fp32. `parameters` says how many are in use.
     """
 
     def __init__(
@@ -76,11 +64,17 @@ class SlotState:
         self.seeds = torch.zeros(rows, dtype=torch.int64, device=device)
         self.advance = torch.ones(rows, dtype=torch.int64, device=device)
         self.advance[num_slots] = 0
+        self.bias_ids = torch.zeros(rows, MOST_LISTED, dtype=torch.int32, device=device)
+        self.biases = torch.zeros(rows, MOST_LISTED, device=device)
+        self.banned_ids = torch.zeros(rows, MOST_LISTED, dtype=torch.int32, device=device)
         # The host's side, by slot.
         self.requests: dict[int, SlotRequest] = {}
-        self.plain_from = np.full(rows, _NEVER)  # position from which the likeliest token is all that is asked for
+        self.has_long_list = np.zeros(rows, dtype=bool)  # longer than the device's: banned_ids has none of it
+        self.has_extras = np.zeros(rows, dtype=bool)  # more is asked for than a token and its log-probability
         self.unbanned_from = np.zeros(rows, dtype=np.int64)  # position from which no token is banned in every step
         self.has_penalty = np.zeros(rows, dtype=bool)
+        self.has_bias = np.zeros(rows, dtype=bool)
+        self.has_min_p = np.zeros(rows, dtype=bool)
         self.is_greedy = np.ones(rows, dtype=bool)
         self._run_len = np.zeros(rows, dtype=np.int64)  # how many of the first locations are consecutive
         self._first_loc = np.zeros(rows, dtype=np.int64)
@@ -88,30 +82,55 @@ class SlotState:
     @staticmethod
     def num_bytes(num_slots: int, max_seq_len: int) -> int:
         """Bytes of the tensors on the device, nearly."""
-        return (num_slots + 1) * (max_seq_len * (8 + 4) + 8 * (len(Parameter) + 4))
+        return (num_slots + 1) * (max_seq_len * (8 + 4) + 8 * (len(Parameter) + 4) + MOST_LISTED * 3 * 4)
+
+    @property
+    def tensors(self) -> SlotTensors:
+        """What kernels need to choose tokens."""
+        return SlotTensors(
+            self.token_ids,
+            self.positions,
+            self.advance,
+            self.parameters,
+            self.seeds,
+            self.bias_ids,
+            self.biases,
+            self.banned_ids,
+        )
 
     def start(self, new_sequences: Sequence[NewSequences]) -> None:
-        """Give slots to new sequences."""
+        """Give slots to new sequences. Everything but lists of ids travels in one copy."""
         if not new_sequences:
             return
         slots: list[int] = []
-        rows: list[list[float]] = []
+        parameters: list[list[float]] = []
         seeds: list[int] = []
+        prompts: list[np.ndarray] = []  # per slot, the first columns of token_ids
+        locs: list[np.ndarray] = []  # per slot, the first columns of kv_loc_table
         for new in new_sequences:
-            banned = self.tensor(new.banned_ids) if new.banned_ids else None
-            own = self.tensor(new.seq_slots)
-            self.token_ids[own, : len(new.prompt_ids)] = self.tensor(new.prompt_ids)
-            for number, seq_slot in enumerate(new.seq_slots):
-                request = SlotRequest(new, new.sampling.for_sample(number), banned)
+            banned, logit_bias = self._write_lists(new)
+            prompt_ids = np.array(new.prompt_ids, dtype=np.int64)
+            for number, (seq_slot, own_locs) in enumerate(zip(new.seq_slots, self._locs(new), strict=True)):
+                request = SlotRequest(new, new.sampling.for_sample(number), banned, logit_bias)
                 self._describe(seq_slot, request)
                 slots.append(seq_slot)
-                rows.append(_parameters(request))
+                parameters.append(_parameters(request))
                 seeds.append(as_int64(request.params.random_seed))
-            self._assign(new)
-        index = self.tensor(slots)
+                prompts.append(prompt_ids)
+                locs.append(own_locs)
+                if self.device.type == "cpu":
+                    self._set_run(seq_slot, own_locs)
+        parts = [self._placed(slots, prompts), self._placed(slots, locs), np.array([slots, seeds], dtype=np.int64)]
+        parts.append(np.array(parameters, dtype=np.float64).view(np.int64))
+        on_device = self.tensor(np.concatenate([part.ravel() for part in parts])).split([part.size for part in parts])
+        (token_places, token_ids), (loc_places, kv_locs), (index, on_device_seeds) = (
+            values.view(2, -1) for values in on_device[:3]
+        )
+        self.token_ids.view(-1)[token_places] = token_ids
+        self.kv_loc_table.view(-1)[loc_places] = kv_locs.int()
         self.positions[index] = 0
-        self.parameters[index] = torch.tensor(rows, dtype=torch.float64).to(self.device, non_blocking=True)
-        self.seeds[index] = self.tensor(seeds)
+        self.seeds[index] = on_device_seeds
+        self.parameters[index] = on_device[3].view(torch.float64).view(len(slots), -1)
 
     def reorder(self, reorder: BeamReorder) -> None:
         """Let each beam continue the first `length` tokens of its parent, in place of its own, and with a new token.
@@ -148,31 +167,56 @@ class SlotState:
 
     def _describe(self, seq_slot: int, request: SlotRequest) -> None:
         params = request.params
-        is_changed = params.has_penalty or params.num_log_probs or request.always_banned is not None
-        is_plain = params.is_greedy and params.beam_width == 1 and not is_changed
         self.requests[seq_slot] = request
-        self.plain_from[seq_slot] = request.prompt_len + params.min_length if is_plain else _NEVER
+        self.has_long_list[seq_slot] = len(_listed_ids(request.new)) > MOST_LISTED
+        self.has_extras[seq_slot] = params.beam_width > 1 or params.num_log_probs > 0
         first_end = request.prompt_len + params.min_length if request.new.end_ids else 0
         self.unbanned_from[seq_slot] = first_end if request.always_banned is None else _NEVER
         self.has_penalty[seq_slot] = params.has_penalty
+        self.has_bias[seq_slot] = bool(params.logit_bias)
+        self.has_min_p[seq_slot] = params.min_p > 0
         self.is_greedy[seq_slot] = params.is_greedy
 
-    def _assign(self, new: NewSequences) -> None:
-        """Note where the new sequences' tokens go; all but the first read the prompt at the first one's locations."""
-        prompt_len = len(new.prompt_ids)
-        first_slot = new.seq_slots[0]
-        for seq_slot, block_ids in zip(new.seq_slots, new.block_ids, strict=True):
-            start = 0 if seq_slot == first_slot else prompt_len
-            blocks = np.asarray(block_ids, dtype=np.int32)[:, None] * self.block_size
-            locs = (blocks + np.arange(self.block_size, dtype=np.int32)).ravel()[: self.token_ids.shape[1] - start]
-            row = self.kv_loc_table[seq_slot]
-            if start:
-                row[:start] = self.kv_loc_table[first_slot, :start]
-            row[start : start + len(locs)] = torch.from_numpy(locs).to(self.device, non_blocking=True)
-            if start:
-                self._measure_run(seq_slot)
-            else:
-                self._set_run(seq_slot, locs)
+    def _logit_bias(self, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if not params.logit_bias:
+            return None
+        sums: dict[int, float] = {}
+        for token_id, bias in params.logit_bias:
+            sums[token_id] = sums.get(token_id, 0.0) + bias
+        values = torch.tensor(list(sums.values()), dtype=torch.float32).to(self.device, non_blocking=True)
+        return self.tensor(list(sums)), values
+
+    def _write_lists(self, new: NewSequences) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor] | None]:
+        """Write a request's lists of ids, where they fit. Returns its banned ids and its logit_bias, on the device."""
+        banned = self.tensor(new.banned_ids) if new.banned_ids else None
+        logit_bias = self._logit_bias(new.sampling)
+        listed_ids = _listed_ids(new)
+        is_listed = 0 < len(listed_ids) <= MOST_LISTED
+        if logit_bias is not None or is_listed:
+            own = self.tensor(new.seq_slots)
+            if logit_bias is not None:
+                self.bias_ids[own, : len(logit_bias[0])] = logit_bias[0].int()
+                self.biases[own, : len(logit_bias[1])] = logit_bias[1]
+            if is_listed:
+                self.banned_ids[own, : len(listed_ids)] = self.tensor(listed_ids).int()
+        return banned, logit_bias
+
+    def _locs(self, new: NewSequences) -> list[np.ndarray]:
+        """Per slot the KV locations of its tokens; all but the first slot read the prompt at the first one's."""
+        all_locs: list[np.ndarray] = []
+        for block_ids in new.block_ids:
+            blocks = np.asarray(block_ids, dtype=np.int64)[:, None] * self.block_size
+            own = (blocks + np.arange(self.block_size)).ravel()
+            if all_locs:
+                own = np.concatenate([all_locs[0][: len(new.prompt_ids)], own])
+            all_locs.append(own[: self.token_ids.shape[1]])
+        return all_locs
+
+    def _placed(self, slots: list[int], columns: list[np.ndarray]) -> np.ndarray:
+        """[2, values]: the places of each slot's first columns in a flat table of slots, and the values."""
+        lens = np.array([len(values) for values in columns])
+        starts = np.array(slots) * self.token_ids.shape[1] - (lens.cumsum() - lens)
+        return np.stack([np.repeat(starts, lens) + np.arange(lens.sum()), np.concatenate(columns)])
 
     def _measure_run(self, seq_slot: int) -> None:
         """Runs of locations spare a copy on a CPU. A GPU's kernels read the table, and never a run."""
@@ -188,9 +232,16 @@ class SlotState:
 
 
 def _parameters(request: SlotRequest) -> list[float]:
-    """A slot's row, in the order of Parameter."""
+    """A slot's row, in the order of Parameter.
+
+    FasterTransformer's penalties count in full after the temperature divides the logits: they are multiplied by it.
+    """
     params = request.params
-    temperature = params.temperature or 1.0
+    num_end_ids, num_listed = len(_early_end_ids(request.new)), len(_listed_ids(request.new))
+    temperature = 1.0 if params.openai_penalties else params.temperature or 1.0
+    presence, output_presence = params.presence_penalty * temperature, 0.0
+    if params.openai_penalties:
+        presence, output_presence = output_presence, presence
     return [
         request.prompt_len,
         params.temperature,
@@ -200,11 +251,22 @@ def _parameters(request: SlotRequest) -> list[float]:
         params.top_p_min,
         params.top_p_reset_id,
         params.repetition_penalty,
-        params.presence_penalty * temperature,
+        presence,
         params.frequency_penalty * temperature,
+        output_presence,
+        params.min_p,
+        params.min_length,
+        params.has_penalty,
+        len({token_id for token_id, _ in params.logit_bias}),
+        num_listed if num_listed <= MOST_LISTED else 0,
+        num_end_ids if num_listed <= MOST_LISTED else 0,
     ]
 
 
-def as_int64(value: int) -> int:
-    """The int64 with the bits of a uint64."""
-    return value - 2**64 if value >= 2**63 else value
+def _listed_ids(new: NewSequences) -> list[int]:
+    """The banned ids that the device gets: end ids first, if a min_length bans them at all."""
+    return [*_early_end_ids(new), *new.banned_ids]
+
+
+def _early_end_ids(new: NewSequences) -> tuple[int, ...]:
+    return new.end_ids if new.sampling.min_length else ()

@@ -56,7 +56,7 @@ def pick_backend(
     engine_config: EngineConfig, model_config: ModelConfig, lib_path: Path, local_rank: int, pp: int = 1
 ) -> Backend:
     """Pick engine, device and dtype. Raises ValueError or RuntimeError if the machine cannot do what a flag asks."""
-    device = _pick_device(engine_config.device, local_rank)
+    device = pick_device(engine_config.device, local_rank)
     dtype = computation_dtype(engine_config.data_type, device)
     engine, reason = engine_config.engine, "chosen by --engine"
     if engine == "auto":
@@ -75,6 +75,20 @@ def pick_backend(
     elif (model_config.activation_type, model_config.gelu_form) == ("gelu", "erf"):
         _LOG.warning("gelu_form is erf, and FasterTransformer computes the tanh form: results differ slightly")
     return Backend(engine, reason, device, dtype, lib_path)
+
+
+def pick_device(wish: str, local_rank: int) -> torch.device:
+    """This rank's device; wish: of --device. Raises RuntimeError where there is none for it."""
+    count = torch.cuda.device_count() if wish != "cpu" else 0
+    if wish == "cuda" and count == 0:
+        raise RuntimeError("device is cuda, and torch sees no GPU")
+    if count == 0:
+        return torch.device("cpu")
+    if local_rank >= count:
+        raise RuntimeError(
+            f"rank {local_rank} of this node has no GPU of its own: torch sees {count}; start one rank per GPU"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def connect(world: World, parallel: ParallelConfig, backend: Backend) -> Comm | None:
@@ -158,19 +172,6 @@ def _positive(variable: str) -> int:
     """An environment variable's whole number; 0 for an absent one or another text."""
     value = os.environ.get(variable, "")
     return int(value) if value.isdigit() else 0
-
-
-def _pick_device(wish: str, local_rank: int) -> torch.device:
-    count = torch.cuda.device_count() if wish != "cpu" else 0
-    if wish == "cuda" and count == 0:
-        raise RuntimeError("device is cuda, and torch sees no GPU")
-    if count == 0:
-        return torch.device("cpu")
-    if local_rank >= count:
-        raise RuntimeError(
-            f"rank {local_rank} of this node has no GPU of its own: torch sees {count}; start one rank per GPU"
-        )
-    return torch.device("cuda", local_rank)
 
 
 def _why_not_fastertransformer(config: ModelConfig, lib_path: Path, device: torch.device, pp: int) -> str | None:

@@ -1,4 +1,5 @@
 """GPU kernels in the Triton language, one per file: the kernel, a checked wrapper and its reference in plain torch.
+CPU kernels are made of torch's operators.
 
 Kernels know tensors only. "Triton" here is triton-lang's language, not the inference server.
 """

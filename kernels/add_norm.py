@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels import runs_on
+from kernels import dependent_launch, runs_on
 
 try:
     import triton
     import triton.language as tl
+
+    from kernels.dependent_launch import start_dependents, wait_for_predecessors
 except ImportError:  # a CPU-only torch comes without it
     triton = None
 
@@ -52,6 +54,7 @@ def add_norm(
         hidden_size,
         block,
         num_warps=max(4, min(16, block // 512)),
+        **dependent_launch.options(residual.device),
     )
     return total, normed
 
@@ -71,12 +74,19 @@ if triton is not None:
         has_bias: tl.constexpr,
         hidden_size: tl.constexpr,
         block: tl.constexpr,
+        pdl: tl.constexpr,
     ):
         """One row."""
         offsets = tl.arange(0, block)
         is_element = offsets < hidden_size
         places = tl.program_id(0).to(tl.int64) * hidden_size + offsets
+        if pdl:
+            start_dependents()
         w = tl.load(weight + offsets, mask=is_element, other=0.0).to(tl.float32)
+        if has_bias:
+            b = tl.load(bias + offsets, mask=is_element, other=0.0).to(tl.float32)
+        if pdl:
+            wait_for_predecessors()
         values = tl.load(residual + places, mask=is_element, other=0.0).to(tl.float32)
         if has_hidden:
             values += tl.load(hidden + places, mask=is_element, other=0.0).to(tl.float32)
@@ -88,5 +98,5 @@ if triton is not None:
         variance = tl.sum(values * values, 0) / hidden_size
         values = values * tl.rsqrt(variance + eps) * w
         if has_bias:
-            values += tl.load(bias + offsets, mask=is_element, other=0.0).to(tl.float32)
+            values += b
         tl.store(normed + places, values.to(normed.dtype.element_ty), mask=is_element)

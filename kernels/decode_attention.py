@@ -1,4 +1,4 @@
-"""Attention of one new token per sequence over all of its tokens, at any locations of the cache.
+"""Attention of one new token per sequence over all of its tokens; the new keys and values are stored on the way.
 
 Stateless: a row is (slot, position); table[slot] holds the KV locations of the slot's tokens.
 """
@@ -9,26 +9,31 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import runs_on
+from kernels import dependent_launch, runs_on
+from kernels.heads import CosSin, HeadLayout, rotated_heads
 
 try:
     import triton
     import triton.language as tl
+
+    from kernels.dependent_launch import start_dependents, wait_for_predecessors
+    from kernels.heads import load_rotated
 except ImportError:  # a CPU-only torch comes without it
     triton = None
 
-# Measured on an H200 at 1 to 32 rows, 16 to 48 heads, 200 to 2000 tokens: programs of one warp, and many of them.
-_WANTED_PROGRAMS = 1024
-_MOST_SPLITS = 32
-_BLOCK_ELEMENTS = 4096  # of keys that a program reads at once
+# Measured on an H100 and an H200 at 1 to 256 rows, 16 to 48 heads, 200 to 2000 tokens: programs of one warp, and many
+# of them; of small blocks where each reads all tokens of its sequence.
+_WANTED_PROGRAMS = 2048
+_MOST_SPLITS = 16
+_BLOCK_ELEMENTS = 2048  # of keys that a program reads at once; half of it without splits
 
 
 class DecodeMetadata(NamedTuple):
-    """Rows of one new token each, the same for every layer. All tensors are contiguous."""
+    """Rows of one new token each, the same for every layer. All tensors are contiguous, and written before the step."""
 
     table: torch.Tensor  # [slots, max_seq_len] int32: each slot's KV locations
     slots: torch.Tensor  # [rows] int64
-    positions: torch.Tensor  # [rows] int64, each query's own
+    positions: torch.Tensor  # [rows] int64, of the new tokens
     workspace: torch.Tensor  # of `make_workspace` for as many rows and heads
 
 
@@ -41,52 +46,62 @@ def make_workspace(num_rows: int, num_heads: int, device: torch.device) -> torch
 
 
 def reference(
-    query: torch.Tensor,
+    qkv: torch.Tensor,
+    layout: HeadLayout,
     keys: torch.Tensor,
     values: torch.Tensor,
     decodes: DecodeMetadata,
     slopes: torch.Tensor | None = None,
+    cos_sin: CosSin | None = None,
 ) -> torch.Tensor:
     """The same in plain torch, on any device, row by row, in fp32. It needs no workspace."""
+    query, key, value = rotated_heads(qkv, layout, cos_sin)
+    slots, positions = decodes.slots, decodes.positions
+    kv_locs = decodes.table[slots, positions].long()
+    keys[kv_locs], values[kv_locs] = key, value
     out = torch.empty_like(query)
-    group = query.shape[1] // keys.shape[1]
-    for row, (slot, position) in enumerate(zip(decodes.slots.tolist(), decodes.positions.tolist(), strict=True)):
+    for row, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
         kv_locs = decodes.table[slot, : position + 1].long()
-        k = keys[kv_locs].float().repeat_interleave(group, 1)  # [kv_len, heads, head_dim]
-        v = values[kv_locs].float().repeat_interleave(group, 1)
-        scores = torch.einsum("hd,khd->hk", query[row].float(), k) * query.shape[-1] ** -0.5
+        k = keys[kv_locs].float().repeat_interleave(layout.group, 1)  # [kv_len, heads, head_dim]
+        v = values[kv_locs].float().repeat_interleave(layout.group, 1)
+        scores = torch.einsum("hd,khd->hk", query[row].float(), k) * layout.head_dim**-0.5
         if slopes is not None:
             scores += slopes[:, None] * (torch.arange(position + 1, device=query.device) - position)
         out[row] = torch.einsum("hk,khd->hd", scores.softmax(-1), v)
-    return out
+    return out.flatten(1)
 
 
 def decode_attention(
-    query: torch.Tensor,
+    qkv: torch.Tensor,
+    layout: HeadLayout,
     keys: torch.Tensor,
     values: torch.Tensor,
     decodes: DecodeMetadata,
     slopes: torch.Tensor | None = None,
+    cos_sin: CosSin | None = None,
 ) -> torch.Tensor:
-    """softmax(q · kᵀ / √head_dim + slope · (key's position − query's)) · v, one query per sequence.
+    """Store each row's key and value, then softmax(q · kᵀ / √head_dim + slope · (key's position − query's)) · v.
 
-    query: [rows, heads, head_dim], strided in all axes but the last; keys, values: [kv_locs, kv_heads, head_dim]
-    contiguous; decodes: the queries' rows; slopes: [heads] fp32.
-    Returns [rows, heads, head_dim] as query. Sums are in fp32; their order depends on rows, heads and positions only.
+    qkv: [rows, width] contiguous, not yet rotated, in `layout`; keys, values: [kv_locs, kv_heads, head_dim]
+    contiguous; slopes: [heads] fp32; cos_sin: of the rows' positions. Returns [rows, heads · head_dim] as qkv. Sums
+    are in fp32; their order depends on rows, heads and positions only.
     """
-    if not runs_on(query.device):
-        return reference(query, keys, values, decodes, slopes)
-    table, slots, positions, workspace = decodes
-    rows, heads, head_dim = query.shape
+    if not runs_on(qkv.device):
+        return reference(qkv, layout, keys, values, decodes, slopes, cos_sin)
+    rows, heads, head_dim = len(qkv), layout.heads, layout.head_dim
     wanted = max(1, min(_MOST_SPLITS, _WANTED_PROGRAMS // (rows * heads)))
     splits = 1 << wanted.bit_length() - 1  # a power of two: few variants of the kernel
+    table, slots, positions, workspace = decodes
     dims = triton.next_power_of_2(head_dim)
-    out = torch.empty(rows, heads, head_dim, dtype=query.dtype, device=query.device)
+    out = torch.empty(rows, heads * head_dim, dtype=qkv.dtype, device=qkv.device)
     partials = out
     if splits > 1:
-        partials = torch.empty(rows * heads, splits, head_dim + 2, dtype=torch.float32, device=query.device)
+        partials = torch.empty(rows * heads, splits, head_dim + 2, dtype=torch.float32, device=qkv.device)
+    cosines, sines = (out, out) if cos_sin is None else cos_sin
     _kernel[(rows, heads, splits)](
-        query,
+        qkv,
+        cosines,
+        sines,
         keys,
         values,
         table,
@@ -96,19 +111,21 @@ def decode_attention(
         out,
         partials,
         workspace,
-        query.stride(0),
-        query.stride(1),
+        qkv.stride(0),
         table.stride(0),
         keys.stride(0),
         head_dim**-0.5,
-        heads // keys.shape[1],
-        slopes is not None,
-        splits,
-        head_dim,
-        dims,
-        max(16, _BLOCK_ELEMENTS // dims),
+        **layout.places(),
+        group=layout.group,
+        rotated_half=0 if cos_sin is None else cosines.shape[-1],
+        has_slopes=slopes is not None,
+        num_splits=splits,
+        head_dim=head_dim,
+        dims=dims,
+        block=max(16, (_BLOCK_ELEMENTS >> (splits == 1)) // dims),
         num_warps=1,
         num_stages=2,
+        **dependent_launch.options(qkv.device),
     )
     return out
 
@@ -116,8 +133,69 @@ def decode_attention(
 if triton is not None:
 
     @triton.jit
+    def _load_block(places_of, t, end, keys, values, place_stride, head_offset, is_dim):
+        """Keys and values [block, dims] of the tokens t, zeros from `end` on."""
+        is_token = t < end
+        place = tl.load(places_of + t, mask=is_token, other=0).to(tl.int64)
+        offset = place[:, None] * place_stride + head_offset[None, :]
+        is_element = is_token[:, None] & is_dim[None, :]
+        k = tl.load(keys + offset, mask=is_element, other=0.0)
+        v = tl.load(values + offset, mask=is_element, other=0.0)
+        return k, v
+
+    @triton.jit
+    def _add_block(q, k, v, t, end, position, slope, largest, weight_sum, sums, has_slopes: tl.constexpr):
+        """The running maximum, sum of weights and weighted values, with a block of keys and values added."""
+        scores = tl.sum(q[None, :] * k.to(tl.float32), 1)
+        if has_slopes:
+            scores += slope * (t - position).to(tl.float32)
+        scores = tl.where(t < end, scores, -float("inf"))
+        new_largest = tl.maximum(largest, tl.max(scores, 0))
+        weights = tl.exp(scores - new_largest)
+        shrink = tl.exp(largest - new_largest)
+        weight_sum = weight_sum * shrink + tl.sum(weights, 0)
+        sums = sums * shrink + tl.sum(weights[:, None] * v.to(tl.float32), 0)
+        return new_largest, weight_sum, sums
+
+    @triton.jit
+    def _combine(
+        partials,
+        workspace,
+        line,
+        split,
+        largest,
+        weight_sum,
+        sums,
+        d,
+        is_dim,
+        num_splits: tl.constexpr,
+        head_dim: tl.constexpr,
+    ):
+        """(is_last, weight_sum, sums): the last of a head's programs gets the sums of all its splits.
+
+        line: the head's number among the heads of all rows.
+        """
+        part = partials + (line * num_splits + split) * (head_dim + 2)
+        tl.store(part + d, sums, mask=is_dim)
+        tl.store(part + head_dim, largest)
+        tl.store(part + head_dim + 1, weight_sum)
+        tl.debug_barrier()  # all of the program's part is there before it counts
+        is_last = tl.atomic_add(workspace + line, 1, sem="acq_rel") == num_splits - 1
+        if is_last:
+            lines = partials + (line * num_splits + tl.arange(0, num_splits)) * (head_dim + 2)
+            maxima = tl.load(lines + head_dim, cache_modifier=".cg")
+            shares = tl.exp(maxima - tl.max(maxima, 0))  # of an empty part 0: its maximum is -inf
+            weight_sum = tl.sum(shares * tl.load(lines + head_dim + 1, cache_modifier=".cg"), 0)
+            parts = tl.load(lines[:, None] + d[None, :], mask=is_dim[None, :], other=0.0, cache_modifier=".cg")
+            sums = tl.sum(shares[:, None] * parts, 0)
+            tl.store(workspace + line, 0)
+        return is_last, weight_sum, sums
+
+    @triton.jit
     def _kernel(
-        query,
+        qkv,
+        cosines,  # [rows, rotated_half] fp32
+        sines,
         keys,
         values,
         table,
@@ -127,71 +205,75 @@ if triton is not None:
         out,
         partials,  # [rows · heads, splits, head_dim + 2] fp32: the weighted values, the largest score, the weights' sum
         workspace,
-        query_stride,
-        head_stride,
+        row_stride,
         table_stride,
         place_stride,
         scale,
+        group_stride: tl.constexpr,
+        key_base: tl.constexpr,
+        value_base: tl.constexpr,
         group: tl.constexpr,
+        rotated_half: tl.constexpr,
         has_slopes: tl.constexpr,
         num_splits: tl.constexpr,
         head_dim: tl.constexpr,
         dims: tl.constexpr,
         block: tl.constexpr,
+        pdl: tl.constexpr,
     ):
-        """One head of one sequence, or a split of its tokens; the last program to finish adds up the splits."""
-        row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+        """One head of one sequence, or a split of its tokens; the last program to finish adds up the splits.
+
+        The keys and values of earlier tokens were written by earlier steps, so their first block is read before the
+        wait. The new token's come from qkv; the split that it belongs to counts it first, and stores it.
+        """
+        row, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
         d = tl.arange(0, dims)
         is_dim = d < head_dim
+        if pdl:
+            start_dependents()
         slot = tl.load(slots + row)
-        kv_len = tl.load(positions + row).to(tl.int32) + 1
-        split_len = tl.cdiv(tl.cdiv(kv_len, block), num_splits) * block
+        position = tl.load(positions + row).to(tl.int32)
+        split_len = tl.cdiv(tl.cdiv(position + 1, block), num_splits) * block
         first = split * split_len
-        end = tl.minimum(first + split_len, kv_len)
-        q = tl.load(query + row * query_stride + head * head_stride + d, mask=is_dim, other=0.0).to(tl.float32) * scale
+        end = tl.minimum(first + split_len, position)
         places_of = table + slot * table_stride
+        kv_head = head // group
+        head_offset = kv_head * head_dim + d
+        k, v = _load_block(places_of, first + tl.arange(0, block), end, keys, values, place_stride, head_offset, is_dim)
         slope = 0.0
         if has_slopes:
             slope = tl.load(slopes + head)
-        head_offset = (head // group) * head_dim + d[None, :]
+        own_place = tl.load(places_of + position).to(tl.int64) * place_stride + head_offset
+        if pdl:
+            wait_for_predecessors()
+        kv_at = qkv + row * row_stride + kv_head * group_stride * head_dim
+        row_cosines, row_sines = cosines + row * rotated_half, sines + row * rotated_half
+        query = kv_at + (head % group) * head_dim
+        q = load_rotated(query, row_cosines, row_sines, d, is_dim, rotated_half).to(tl.float32) * scale
         largest = -float("inf")
         weight_sum = 0.0
         sums = tl.zeros((dims,), dtype=tl.float32)
+        if (position >= first) & (position < first + split_len):
+            own_k = load_rotated(kv_at + key_base * head_dim, row_cosines, row_sines, d, is_dim, rotated_half)
+            own_v = tl.load(kv_at + value_base * head_dim + d, mask=is_dim, other=0.0)
+            is_stored = is_dim & (head % group == 0)
+            tl.store(keys + own_place, own_k, mask=is_stored)
+            tl.store(values + own_place, own_v, mask=is_stored)
+            largest = tl.sum(q * own_k.to(tl.float32), 0)
+            weight_sum = 1.0
+            sums = own_v.to(tl.float32)
         for start in range(first, end, block):
             t = start + tl.arange(0, block)
-            is_token = t < end
-            place = tl.load(places_of + t, mask=is_token, other=0).to(tl.int64)
-            offset = place[:, None] * place_stride + head_offset
-            is_element = is_token[:, None] & is_dim[None, :]
-            k = tl.load(keys + offset, mask=is_element, other=0.0).to(tl.float32)
-            v = tl.load(values + offset, mask=is_element, other=0.0).to(tl.float32)
-            scores = tl.sum(q[None, :] * k, 1)
-            if has_slopes:
-                scores += slope * (t - kv_len + 1).to(tl.float32)
-            scores = tl.where(is_token, scores, -float("inf"))
-            new_largest = tl.maximum(largest, tl.max(scores, 0))
-            weights = tl.exp(scores - new_largest)
-            shrink = tl.exp(largest - new_largest)
-            weight_sum = weight_sum * shrink + tl.sum(weights, 0)
-            sums = sums * shrink + tl.sum(weights[:, None] * v, 0)
-            largest = new_largest
+            largest, weight_sum, sums = _add_block(
+                q, k, v, t, end, position, slope, largest, weight_sum, sums, has_slopes
+            )
+            if start + block < end:
+                k, v = _load_block(places_of, t + block, end, keys, values, place_stride, head_offset, is_dim)
         line = row * tl.num_programs(1) + head
         is_last = True
         if num_splits > 1:
-            part = partials + (line * num_splits + split) * (head_dim + 2)
-            tl.store(part + d, sums, mask=is_dim)
-            tl.store(part + head_dim, largest)
-            tl.store(part + head_dim + 1, weight_sum)
-            tl.debug_barrier()  # all of the program's part is there before it counts
-            is_last = tl.atomic_add(workspace + line, 1, sem="acq_rel") == num_splits - 1
-            if is_last:
-                lines = partials + (line * num_splits + tl.arange(0, num_splits)) * (head_dim + 2)
-                maxima = tl.load(lines + head_dim, cache_modifier=".cg")
-                shares = tl.exp(maxima - tl.max(maxima, 0))  # of an empty part 0: its maximum is -inf
-                weight_sum = tl.sum(shares * tl.load(lines + head_dim + 1, cache_modifier=".cg"), 0)
-                kv_locs = lines[:, None] + d[None, :]
-                parts = tl.load(kv_locs, mask=is_dim[None, :], other=0.0, cache_modifier=".cg")
-                sums = tl.sum(shares[:, None] * parts, 0)
-                tl.store(workspace + line, 0)
+            is_last, weight_sum, sums = _combine(
+                partials, workspace, line, split, largest, weight_sum, sums, d, is_dim, num_splits, head_dim
+            )
         if is_last:
             tl.store(out + line * head_dim + d, (sums / weight_sum).to(out.dtype.element_ty), mask=is_dim)

@@ -1,50 +1,70 @@
-"""Writes new tokens' keys and values into the cache with one launch; torch needs one for each. Stateless."""
+"""Writes new tokens' keys and values into the cache, the keys rotated, with one launch. Stateless."""
 
 from __future__ import annotations
 
 import torch
 
-from kernels import runs_on
+from kernels import dependent_launch, runs_on
+from kernels.heads import CosSin, HeadLayout, rotated_heads
 
 try:
     import triton
     import triton.language as tl
+
+    from kernels.dependent_launch import start_dependents, wait_for_predecessors
+    from kernels.heads import load_rotated
 except ImportError:  # a CPU-only torch comes without it
     triton = None
 
+_BLOCK_ELEMENTS = 2048  # that a program stores at once
+
 
 def reference(
-    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, kv_locs: torch.Tensor
+    qkv: torch.Tensor,
+    layout: HeadLayout,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    kv_locs: torch.Tensor,
+    cos_sin: CosSin | None = None,
 ) -> None:
     """The same in plain torch, on any device."""
-    keys[kv_locs] = key
-    values[kv_locs] = value
+    _, keys[kv_locs], values[kv_locs] = rotated_heads(qkv, layout, cos_sin)
 
 
 def store_kv(
-    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, kv_locs: torch.Tensor
+    qkv: torch.Tensor,
+    layout: HeadLayout,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    kv_locs: torch.Tensor,
+    cos_sin: CosSin | None = None,
 ) -> None:
-    """keys[kv_locs] = key, values[kv_locs] = value; [tokens, heads, head_dim] into [num_locs, heads, head_dim].
+    """keys[kv_locs], values[kv_locs] = the keys and values of qkv.
 
-    kv_locs: [tokens] int64; key and value may be strided in all axes but the last, keys and values are contiguous.
+    qkv: [tokens, width] contiguous rows, not yet rotated, in `layout`; keys, values: [num_locs, kv_heads, head_dim]
+    contiguous; kv_locs: [tokens] int64; cos_sin: of the tokens' positions.
     """
-    if not runs_on(key.device):
-        return reference(key, value, keys, values, kv_locs)
-    tokens, heads, head_dim = key.shape
-    _kernel[(tokens,)](
-        key,
-        value,
+    if not runs_on(qkv.device):
+        return reference(qkv, layout, keys, values, kv_locs, cos_sin)
+    cosines, sines = (keys, keys) if cos_sin is None else cos_sin
+    dims = triton.next_power_of_2(layout.head_dim)
+    block_heads = min(triton.next_power_of_2(layout.kv_heads), max(1, _BLOCK_ELEMENTS // dims))
+    _kernel[(len(qkv), -(-layout.kv_heads // block_heads))](
+        qkv,
+        cosines,
+        sines,
         keys,
         values,
         kv_locs,
-        key.stride(0),
-        key.stride(1),
-        value.stride(0),
-        value.stride(1),
-        head_dim,
-        heads * head_dim,
-        triton.next_power_of_2(heads * head_dim),
-        num_warps=8,
+        qkv.stride(0),
+        **layout.places(),
+        kv_heads=layout.kv_heads,
+        rotated_half=0 if cos_sin is None else cosines.shape[-1],
+        head_dim=layout.head_dim,
+        dims=dims,
+        block_heads=block_heads,
+        num_warps=4,
+        **dependent_launch.options(qkv.device),
     )
 
 
@@ -52,26 +72,36 @@ if triton is not None:
 
     @triton.jit
     def _kernel(
-        key,
-        value,
+        qkv,
+        cosines,  # [tokens, rotated_half] fp32
+        sines,
         keys,
         values,
         kv_locs,
-        key_stride,
-        key_head_stride,
-        value_stride,
-        value_head_stride,
+        row_stride,
+        group_stride: tl.constexpr,
+        key_base: tl.constexpr,
+        value_base: tl.constexpr,
+        kv_heads: tl.constexpr,
+        rotated_half: tl.constexpr,
         head_dim: tl.constexpr,
-        size: tl.constexpr,
-        block: tl.constexpr,
+        dims: tl.constexpr,
+        block_heads: tl.constexpr,
+        pdl: tl.constexpr,
     ):
-        """One token."""
+        """Some KV heads of one token."""
         token = tl.program_id(0).to(tl.int64)
-        offsets = tl.arange(0, block)
-        is_element = offsets < size
-        head, element = offsets // head_dim, offsets % head_dim
-        place = tl.load(kv_locs + token) * size + offsets
-        k = tl.load(key + token * key_stride + head * key_head_stride + element, mask=is_element)
-        tl.store(keys + place, k, mask=is_element)
-        v = tl.load(value + token * value_stride + head * value_head_stride + element, mask=is_element)
-        tl.store(values + place, v, mask=is_element)
+        heads = tl.program_id(1) * block_heads + tl.arange(0, block_heads)[:, None]
+        d = tl.arange(0, dims)[None, :]
+        is_element = (heads < kv_heads) & (d < head_dim)
+        if pdl:
+            start_dependents()
+            wait_for_predecessors()
+        places = (tl.load(kv_locs + token) * kv_heads + heads) * head_dim + d
+        kv_at = qkv + token * row_stride + heads * group_stride * head_dim
+        angles = token * rotated_half
+        key = kv_at + key_base * head_dim
+        k = load_rotated(key, cosines + angles, sines + angles, d, is_element, rotated_half)
+        v = tl.load(kv_at + value_base * head_dim + d, mask=is_element, other=0.0)
+        tl.store(keys + places, k, mask=is_element)
+        tl.store(values + places, v, mask=is_element)

@@ -17,7 +17,16 @@ _GELU_FORMS = ("tanh", "erf")
 _LAYERNORM_TYPES = ("pre_layernorm", "post_layernorm")
 _LENGTH_WITHOUT_POSITIONS = 2048  # tokens; such a model has no limit of its own
 # Keys that came after the first converted folders: a folder that does not need them stays as it was, byte for byte.
-_WRITTEN_IF_CHANGED = ("hidden_size", "end_ids", "has_qkv_bias", "has_dense_bias", "has_mlp_bias")
+_WRITTEN_IF_CHANGED = (
+    "hidden_size",
+    "end_ids",
+    "has_qkv_bias",
+    "has_dense_bias",
+    "has_mlp_bias",
+    "rotary_low_freq_factor",
+    "rotary_high_freq_factor",
+    "rotary_trained_positions",
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,9 @@ class ModelConfig:
     - `rotary_embedding` (FasterTransformer's GPT-J and GPT-NeoX have it): the number of a head's first elements that
       the position rotates, 0 for none. `rotary_base`^(-2i / rotary_embedding) is the angle per position, in radians;
       `rotary_interpolation_factor` divides positions.
+    - `rotary_trained_positions`, 0 for none: Llama 3's scaling. Frequencies that turn less than
+      `rotary_low_freq_factor` times in so many positions are divided by the interpolation factor, those that turn more
+      than `rotary_high_freq_factor` times are not, and those between are in proportion.
     - `hidden_size`: 0 stands for head_num · size_per_head.
     - `end_ids`: all tokens that end a text, `end_id` first; empty stands for `end_id` alone.
     - `has_qkv_bias`, `has_dense_bias`, `has_mlp_bias`: False means that these .bias files do not exist.
@@ -74,6 +86,9 @@ class ModelConfig:
     has_qkv_bias: bool = True
     has_dense_bias: bool = True
     has_mlp_bias: bool = True
+    rotary_low_freq_factor: float = 1.0
+    rotary_high_freq_factor: float = 4.0
+    rotary_trained_positions: int = 0
 
     def __post_init__(self) -> None:
         def set_default(name: str, value: object) -> None:
@@ -111,7 +126,12 @@ class ModelConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"config.ini: {name} is {getattr(self, name)!r}; known: {', '.join(allowed)}")
-        for name in ("rotary_base", "rotary_interpolation_factor"):
+        for name in (
+            "rotary_base",
+            "rotary_interpolation_factor",
+            "rotary_low_freq_factor",
+            "rotary_high_freq_factor",
+        ):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"config.ini: {name} is {getattr(self, name)}; it must be above 0")
         for name, value in (("start_id", self.start_id), *(("end_id", value) for value in self.end_ids)):
@@ -132,6 +152,11 @@ class ModelConfig:
             raise ValueError(
                 f"config.ini: rotary_embedding is {self.rotary_embedding}; it must be even, and at most size_per_head "
                 f"{self.size_per_head}"
+            )
+        if self.rotary_high_freq_factor <= self.rotary_low_freq_factor:
+            raise ValueError(
+                f"config.ini: rotary_high_freq_factor is {self.rotary_high_freq_factor}; it must be above "
+                f"rotary_low_freq_factor {self.rotary_low_freq_factor}"
             )
         if self.end_ids[0] != self.end_id:
             listed = ", ".join(map(str, self.end_ids))
@@ -206,9 +231,10 @@ class ModelConfig:
         Keys in _WRITTEN_IF_CHANGED appear only with another value than the default.
         """
         values = dataclasses.asdict(self)
-        defaults = {"hidden_size": self.attention_size, "end_ids": (self.end_id,)}
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        defaults |= {"hidden_size": self.attention_size, "end_ids": (self.end_id,)}
         for name in _WRITTEN_IF_CHANGED:
-            if values[name] == defaults.get(name, True):
+            if values[name] == defaults[name]:
                 del values[name]
         parser = configparser.ConfigParser(interpolation=None)
         parser["gpt"] = {name: _format(value) for name, value in values.items()}

@@ -1,59 +1,59 @@
-"""The way of a decode step through graphs, on a CPU: a graph's stand-in computes the step anew when it is replayed.
+"""The way of a step through graphs, on a CPU: a graph's stand-in computes the step anew when it is replayed.
 
-Everything else is the GPU's: the table of places, rows that fill a step up, one attention for all decoding rows.
+Everything else is the GPU's: the table of KV locations, padding rows, attention of decode rows and of pieces of
+prompts (by the kernels' references).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers import GPT2LMHeadModel
 
+import executor.graphs
+import executor.prompt_graphs
 from convert import convert
 from engine.engine import Engine
 from engine.request import SamplingParams
 from executor import runner
-from executor.graphs import DecodeGraphs
 from executor.runner import StepResult
 from tests.support.checkpoints import make_bloom
 from tests.support.engines import NEW_TOKENS, finish, hf_greedy, make_engine, prompts, request
 from tests.support.traffic import make_request, random_items, results, run_crowd, vocabulary
 
-REPLAYED: list[int] = []  # sizes
+REPLAYED: list[tuple[str, int]] = []  # kinds and sizes
 
 
 class StandInGraph:
     """Computes what a CUDA graph of the same size would."""
 
-    def __init__(self, graphs: DecodeGraphs, size: int) -> None:
-        self.graphs = graphs
-        self.size = size
-        self.values = graphs._step(size).clone()
+    def __init__(self, name: str, size: int, step: Callable[[int], torch.Tensor]) -> None:
+        self.key = name, size
+        self.step = step
+        self.values = step(size).clone()
 
     def replay(self) -> None:
-        REPLAYED.append(self.size)
-        self.values.copy_(self.graphs._step(self.size))
+        REPLAYED.append(self.key)
+        self.values.copy_(self.step(self.key[1]))
 
 
-def capture(self: DecodeGraphs) -> None:
-    graphs = {size: StandInGraph(self, size) for size in self._sizes}
-    self._graphs = {size: (graph, graph.values) for size, graph in graphs.items()}
+def capture(name: str, sizes: Sequence[int], step: Callable[[int], torch.Tensor], device: torch.device) -> Any:
+    graphs = {size: StandInGraph(name, size, step) for size in sizes}
+    return {size: (graph, graph.values) for size, graph in graphs.items()}
 
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(runner, "runs_on", lambda device: True)
-    monkeypatch.setattr(DecodeGraphs, "_capture", capture)
+    for module in (executor.graphs, executor.prompt_graphs):
+        monkeypatch.setattr(module, "capture", capture)
     REPLAYED.clear()
     yield
-    assert REPLAYED
+    assert {name for name, _ in REPLAYED} == {"decode steps", "steps with prompts"}
 
 
 def make(folder: Path) -> Engine:
@@ -66,8 +66,9 @@ def test_tokens_are_hugging_faces(
     inputs = prompts(9)
     requests = [request(ids, SamplingParams(NEW_TOKENS)) for ids in inputs]
     assert finish(make(converted(1)), requests) == [hf_greedy(gpt2_source[1], ids) for ids in inputs]
-    assert set(REPLAYED) <= {1, 2, 4, 8}
-    assert 8 in REPLAYED  # six rows and two padding rows
+    decodes = {size for name, size in REPLAYED if name == "decode steps"}
+    assert decodes <= {1, 2, 4, 8} and 8 in decodes  # six rows and two padding rows
+    assert {size for name, size in REPLAYED if name == "steps with prompts"} == {16, 32}  # up to 24 tokens
 
 
 def test_alibi(graphs: None, tmp_path: Path) -> None:
@@ -76,17 +77,6 @@ def test_alibi(graphs: None, tmp_path: Path) -> None:
     requests = [request(ids, SamplingParams(NEW_TOKENS)) for ids in inputs]
     engine = make(convert(tmp_path / "hf", tmp_path / "ft", 1, "fp32"))
     assert finish(engine, requests) == [hf_greedy(model, ids) for ids in inputs]
-
-
-def flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, *rest: Any
-) -> tuple[torch.Tensor]:
-    """A stand-in for aten::_flash_attention_forward: each prompt by itself."""
-    parts = [
-        F.scaled_dot_product_attention(*(x[a:b].transpose(0, 1)[None] for x in (query, key, value)), is_causal=True)
-        for a, b in pairwise(ends.tolist())
-    ]
-    return (torch.cat([part[0].transpose(0, 1) for part in parts]),)
 
 
 def test_random_requests_are_what_they_are_without(
@@ -105,10 +95,8 @@ def test_random_requests_are_what_they_are_without(
             request.getfixturevalue("graphs")
             # A GPU's results are copied before the next step writes over them.
             monkeypatch.setattr(runner, "StepResult", lambda values, layout: StepResult(values.clone(), layout))
-            flash = SimpleNamespace(default=flash_attention)
-            monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
         engine = make_engine(converted(1), max_batch_size=16, max_step_tokens=24, block_size=4)
-        engine.executor.num_ahead, engine.executor.model.attention.has_flash = int(has_graphs), has_graphs
+        engine.executor.num_ahead = int(has_graphs)
         requests = [make_request(item, vocabulary()) for item in items]
         run_crowd(engine, requests)
         found.append([results(one) for one in requests])

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.special import erf
 
 from engine.config import ParallelConfig
 from engine.plan import NewSequences
@@ -18,6 +19,7 @@ from executor.layers import Linear, LMHead, RowParallelLinear, VocabEmbedding
 from executor.matmul import PackedMatmul, PlainMatmul, can_pack, make_matmul
 from executor.model import GPT, StepInput
 from executor.slots import SlotState
+from kernels.activation import ACTIVATIONS
 from weights.model_config import ModelConfig
 from weights.reader import ShardReader
 
@@ -61,6 +63,31 @@ def test_linear_is_x_w_plus_b(rows: int, is_packed: bool, dtype: torch.dtype) ->
         assert np.linalg.norm(ours - exact) / np.linalg.norm(exact) < (1e-6 if dtype == torch.float32 else 5e-3)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", [PackedMatmul, PlainMatmul])
+def test_activations_by_definition(kind: type[PackedMatmul] | type[PlainMatmul], activation: str) -> None:
+    """At a product's end, or after it, and into a given tensor."""
+    if kind is PackedMatmul and not can_pack(torch.float32, CPU):
+        pytest.skip("oneDNN cannot pack here")
+    rng = np.random.default_rng(0)
+    x, weight, bias = rng.standard_normal((5, 24)), rng.standard_normal((24, 32)), rng.standard_normal(32)
+    y = x @ weight + bias
+    half = y.shape[1] // 2
+    expected = {
+        "none": y,
+        "gelu_tanh": 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3))),
+        "gelu_erf": 0.5 * y * (1 + erf(y / np.sqrt(2))),
+        "relu": np.maximum(y, 0),
+        "squared_relu": np.maximum(y, 0) ** 2,
+        "swiglu": y[:, :half] / (1 + np.exp(-y[:, :half])) * y[:, half:],
+    }[activation]
+    matmul = kind(torch.tensor(weight).float())
+    out = torch.empty(expected.shape)
+    found = matmul(torch.tensor(x).float(), torch.tensor(bias).float(), activation, out)
+    assert found is out
+    np.testing.assert_allclose(out.numpy(), expected, atol=2e-5, rtol=1e-5)
+
+
 def test_the_factory_packs_where_one_dnn_can() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         expected = PackedMatmul if can_pack(dtype, CPU) else PlainMatmul
@@ -83,13 +110,20 @@ def test_row_parallel_shards_add_up_with_the_bias_once() -> None:
 def test_vocabulary_shards_add_up_and_padding_is_cut() -> None:
     table = torch.randn(10, 6)  # 10 rows over 4 ranks: 3, 3, 3 and 1 with 2 rows of padding
     padded = torch.cat([table, torch.zeros(2, 6)])
-    token_ids = torch.tensor([0, 9, 3, 5, 5, 8])
+    token_ids = torch.tensor([[0, 9, 3, 5], [5, 8, 0, 0]])
+    slots, positions = torch.tensor([1, 0, 0, 1]), torch.tensor([0, 2, 1, 1])
     shards = [padded[3 * r : 3 * r + 3] for r in range(4)]
     parts = [
-        VocabEmbedding(rows, 3 * r, CountingComm(ParallelConfig(4, 1, r)))(token_ids) for r, rows in enumerate(shards)
+        VocabEmbedding(rows, None, 3 * r, CountingComm(ParallelConfig(4, 1, r)))(token_ids, slots, positions)
+        for r, rows in enumerate(shards)
     ]
-    torch.testing.assert_close(sum(parts), table[token_ids])
-    head = LMHead(PlainMatmul(padded.t()), 10, CountingComm(ParallelConfig()))
+    torch.testing.assert_close(sum(parts), table[[5, 3, 9, 8]])
+    position_rows = torch.randn(4, 6)
+    for tp in (1, 4):  # position embeddings are added once, after the sum
+        embedding = VocabEmbedding(table, position_rows, 0, CountingComm(ParallelConfig(tp, 1, 0)))
+        expected = table[[5, 3, 9, 8]] + position_rows[[0, 2, 1, 1]]
+        torch.testing.assert_close(embedding(token_ids, slots, positions), expected)
+    head = LMHead(PlainMatmul(padded.t()), 10, CountingComm(ParallelConfig(4, 1, 0)))
     hidden = torch.randn(2, 6)
     torch.testing.assert_close(head(hidden), hidden @ table.t())
 
@@ -114,7 +148,7 @@ def test_attention_of_a_ragged_batch(is_scattered: bool) -> None:
     slots = SlotState(3, 16, 4, 12, CPU)
     kv_lens, lengths = [9, 5, 14], [1, 5, 6]
     blocks = [[7, 0, 11], [3, 1], [10, 2, 9, 4]] if is_scattered else [[0, 1, 2], [3, 4], [5, 6, 7, 8]]
-    queries, expected, chunks, row = [], [], [], 0
+    rows, own_locs, expected, chunks, row = [], [], [], [], 0
     for slot, (kv_len, length) in enumerate(zip(kv_lens, lengths, strict=True)):
         k, v = rng.standard_normal((2, kv_len, 2, 8))
         q = rng.standard_normal((length, 2, 8))
@@ -122,15 +156,15 @@ def test_attention_of_a_ragged_batch(is_scattered: bool) -> None:
         kv_locs = slots.kv_loc_table[slot, :kv_len].long()
         cache.layers[0].write(torch.tensor(k).float(), torch.tensor(v).float(), kv_locs)
         chunks.append(slots.chunk(slot, row, kv_len - length, length))
-        queries.append(q)
+        rows.append(np.stack([q, k[-length:], v[-length:]], 1))
+        own_locs.append(kv_locs[-length:])
         expected.append(attention_by_definition(q, k, v).reshape(length, 16))
         row += length
     assert isinstance(chunks[0].kv_locs, slice) != is_scattered
-    nowhere = torch.zeros(row, dtype=torch.int64)
     config = ModelConfig(2, 8, 1, 9, 8, 8, max_pos_seq_len=9)
     attention = Attention(config, ParallelConfig(), torch.float32, CPU)
-    own = (torch.tensor(np.concatenate(queries)).float(), nowhere, nowhere)  # on a CPU all is read from the cache
-    ours = attention.attend(*own, cache.layers[0], attention.step(nowhere, nowhere, None, chunks))
+    step = attention.step(torch.zeros(row).long(), torch.cat(own_locs), None, None, None, chunks)
+    ours = attention(torch.tensor(np.concatenate(rows)).float().flatten(1), cache.layers[0], step)
     np.testing.assert_allclose(ours.numpy(), np.concatenate(expected), atol=2e-6)
 
 
@@ -154,9 +188,12 @@ def test_number_of_collectives(
     cache = KVCache(len(parallel.layers(4)), 4, 4, 2, 16, torch.float32, CPU)
     slots = SlotState(1, 16, 4, 4, CPU)
     slots.start([NewSequences([0], [0], SamplingParams(1), (), [[0, 1]])])
-    ids = torch.tensor([5, 6, 7])
+    slots.token_ids[0, :3] = torch.tensor([5, 6, 7])
     kv_locs = slots.kv_loc_table[0, :3].long()
-    x = model.forward(StepInput(ids, torch.arange(3), kv_locs, [slots.chunk(0, 0, 0, 3)]), cache)
+    x = model.forward(
+        StepInput(slots.token_ids, torch.zeros(3).long(), torch.arange(3), kv_locs, chunks=[slots.chunk(0, 0, 0, 3)]),
+        cache,
+    )
     if x is not None:
         model.logits(x[2:])
     assert {name: comm.calls.count(name) for name in comm.calls} == expected

@@ -34,10 +34,10 @@ def hf_log_probs(model: GPT2LMHeadModel, ids: list[int]) -> np.ndarray:
 
 
 SAMPLINGS = [
-    SamplingParams(NEW_TOKENS, num_log_probs=5, prompt_log_probs=True, next_token_logits=True),
+    SamplingParams(NEW_TOKENS, num_log_probs=5, prompt_log_probs=True, num_prompt_log_probs=4, next_token_logits=True),
     SamplingParams(NEW_TOKENS, top_k=30, temperature=0.6, repetition_penalty=1.4, num_log_probs=3, random_seed=3),
     SamplingParams(NEW_TOKENS, top_p=0.9, n=3, num_log_probs=1, prompt_log_probs=True, next_token_logits=True),
-    SamplingParams(NEW_TOKENS, beam_width=4, num_log_probs=2, prompt_log_probs=True, next_token_logits=True),
+    SamplingParams(NEW_TOKENS, beam_width=4, num_log_probs=2, prompt_log_probs=True, num_prompt_log_probs=1),
 ]
 
 
@@ -63,6 +63,12 @@ def test_log_probs_are_hugging_faces(sampling: SamplingParams, engine: Engine, m
     if sampling.prompt_log_probs:
         of_prompt = expected[np.arange(len(prompt_ids) - 1), prompt_ids[1:]]
         np.testing.assert_allclose(request.prompt_log_probs, of_prompt, atol=1e-4)
+    count = sampling.num_prompt_log_probs
+    assert len(request.prompt_alternatives) == (len(prompt_ids) - 1 if count else 0)
+    for row, alternatives in zip(expected, request.prompt_alternatives, strict=False):
+        best = np.argsort(-row)[:count]
+        assert [token_id for token_id, _ in alternatives] == best.tolist()
+        np.testing.assert_allclose([value for _, value in alternatives], row[best], atol=1e-4)
     if sampling.next_token_logits:
         with torch.inference_mode():
             logits = model(torch.tensor([prompt_ids])).logits[0, -1].numpy()
@@ -106,6 +112,40 @@ def test_presence_and_frequency_by_their_definition(engine: Engine, model: GPT2L
         ids.append(int(scores.argmax()))
     assert request.output_ids == ids[len(prompt_ids) :]
     assert request.output_ids != hf_greedy(model, prompt_ids, NEW_TOKENS)
+
+
+def test_a_bias_and_openais_penalties_by_their_definition(engine: Engine, model: GPT2LMHeadModel) -> None:
+    """A greedy text with each; the log-probabilities stay the model's own. A stranger takes the plain path."""
+    prompt_ids = prompts(2)[1]
+    plain = hf_greedy(model, prompt_ids, NEW_TOKENS)
+    bias = ((plain[0], -100.0), (plain[5], 2.5))
+    openai = dict(openai_penalties=True, presence_penalty=1.5, frequency_penalty=0.8, temperature=0.0)
+    requests = [
+        Request(prompt_ids, SamplingParams(NEW_TOKENS, logit_bias=bias)),
+        Request(prompt_ids, SamplingParams(NEW_TOKENS, **openai)),
+        Request(prompt_ids, SamplingParams(NEW_TOKENS)),
+    ]
+    finish(engine, requests)
+    assert requests[2].output_ids == plain[:NEW_TOKENS]
+    for request, is_biased in zip(requests, (True, False), strict=False):
+        ids, log_probs = list(prompt_ids), []
+        for _ in range(NEW_TOKENS):
+            row = hf_log_probs(model, ids)[-1]
+            scores, output_ids = row.copy(), ids[len(prompt_ids) :]
+            for token_id, value in bias if is_biased else ():
+                scores[token_id] += value
+            for token_id in set(output_ids) if not is_biased else ():
+                scores[token_id] -= 1.5 + 0.8 * output_ids.count(token_id)
+            ids.append(int(scores.argmax()))
+            log_probs.append(row[ids[-1]])
+        assert request.output_ids == ids[len(prompt_ids) :] != plain[:NEW_TOKENS]
+        np.testing.assert_allclose(request.outputs[0].log_probs, log_probs, atol=1e-4)
+
+
+def test_one_token_has_no_prompt_alternatives(engine: Engine) -> None:
+    request = Request([5], SamplingParams(2, prompt_log_probs=True, num_prompt_log_probs=3))
+    finish(engine, [request])
+    assert (request.prompt_log_probs, request.prompt_alternatives) == ([], [])
 
 
 def test_samples_are_different_and_each_is_a_request_with_the_next_seed(engine: Engine) -> None:

@@ -16,8 +16,9 @@ from convert import convert
 from engine.config import EngineConfig, ParallelConfig
 from engine.request import SamplingParams
 from engine.world import World
-from executor.rope import rotary_cos_sin, rotary_inv_freq, rotate
+from executor.rope import rotary_cos_sin, rotary_inv_freq
 from executor.startup import WeightFolder, load, pick_backend
+from kernels.heads import rotate
 from tests.support.broken import edit_content, edit_state
 from tests.support.engines import finish, make_engine, request, save_logits
 from tests.support.folders import weight_files

@@ -15,7 +15,7 @@ from engine.config import EngineConfig, ParallelConfig
 from executor.matmul import Int8CpuMatmul, Int8WideningMatmul, make_matmul
 from executor.quantization import Int8Matrix, Quantizer, quantize
 from executor.startup import pick_backend
-from kernels import int8_linear
+from kernels import linear
 from tests.support.engines import make_engine, prompts, save_logits
 from tests.support.quantized import by_definition, write_dequantized
 from tests.support.ranks import first_outputs, greedy_items, run_engine, run_logits
@@ -92,19 +92,20 @@ def test_rows_of_zeros_and_of_nan_stay_their_own() -> None:
 
 
 def test_wrapper_refuses_what_does_not_fit() -> None:
-    matrix, workspace = random_matrix(8, 4), int8_linear.make_workspace(CPU)
+    matrix, workspace = random_matrix(8, 4), linear.make_workspace(CPU)
     x, values, scales = torch.randn(2, 8), matrix.values, matrix.scales
     for arguments, sentence in (
         ((x[:, :7], values, scales, None), r"x is \[2, 7\] and weight \[4, 8\]"),
-        ((x, values.float(), scales, None), "must be int8 and contiguous"),
+        ((x, values.float(), scales, None), "must be torch.int8 and contiguous"),
         ((x, values, scales[:3], None), r"scales are torch.float32 \[3\]"),
         ((x, values, scales.half(), None), r"must be fp32 \[4\]"),
         ((x, values, scales, torch.zeros(4).half()), "bias is torch.float16"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            int8_linear.int8_linear(*arguments, workspace)
+            wrong_x, weight, wrong_scales, bias = arguments
+            linear.linear(wrong_x, weight, bias, workspace, scales=wrong_scales)
     exact = x @ matrix.dequantize()
-    torch.testing.assert_close(int8_linear.int8_linear(x, values, scales, None, workspace), exact)
+    torch.testing.assert_close(linear.linear(x, values, None, workspace, scales=scales), exact)
 
 
 def anonymous_mb() -> float:

@@ -11,17 +11,18 @@ from scipy.stats import chisquare, kstest
 
 from engine.request import SamplingParams
 from executor import sampler as sampling
-from executor.sampler import gumbel, row_states, sample
-from executor.slots import as_int64
+from executor.sampler import sample
+from kernels.gumbel import as_int64, gumbel, row_states
 from tests.support.rows import Row, sample_rows, sampling_rows, set_seeds
 
 DRAWS = 20_000
 LOGITS = np.array([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, 1.5, -3.0])
 
 
-def expected(temperature: float = 1.0, top_k: int = 0, top_p: float = 0.0) -> np.ndarray:
-    """The distribution by definition: softmax(logits / T), cut to top k, then to the nucleus, renormalized."""
+def expected(temperature: float = 1.0, top_k: int = 0, top_p: float = 0.0, min_p: float = 0.0) -> np.ndarray:
+    """The distribution by definition: softmax(logits / T), cut by min_p, to top k, to the nucleus, renormalized."""
     p = np.exp(LOGITS / temperature)
+    p[p < min_p * p.max()] = 0
     p /= p.sum()
     order = np.argsort(-p, kind="stable")
     keep = order[: top_k or len(p)]
@@ -48,21 +49,24 @@ def draw(params: SamplingParams, logits: np.ndarray = LOGITS) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
+    ("temperature", "top_k", "top_p", "min_p"),
     [
-        (1.0, 0, 1.0),
-        (0.5, 0, 1.0),
-        (2.0, 0, 1.0),
-        (1.0, 3, 0.0),
-        (0.7, 5, 0.0),
-        (1.0, 0, 0.6),
-        pytest.param(1.3, 0, 0.9, marks=pytest.mark.slow("3 s of draws; another top_p stays")),
-        (0.9, 4, 0.8),
+        (1.0, 0, 1.0, 0.0),
+        (0.5, 0, 1.0, 0.0),
+        (2.0, 0, 1.0, 0.0),
+        (1.0, 3, 0.0, 0.0),
+        (0.7, 5, 0.0, 0.0),
+        (1.0, 0, 0.6, 0.0),
+        pytest.param(1.3, 0, 0.9, 0.0, marks=pytest.mark.slow("3 s of draws; another top_p stays")),
+        (0.9, 4, 0.8, 0.0),
+        (1.5, 0, 1.0, 0.2),  # leaves 5 tokens; before the temperature it would leave 4
+        (1.0, 0, 0.85, 0.2),  # the nucleus is of what min_p leaves: 3 tokens, not 4
+        pytest.param(1.0, 3, 0.0, 0.5, marks=pytest.mark.slow("2 s of draws; min_p with top_p stays")),
     ],
 )
-def test_frequencies_pass_chi_square(temperature: float, top_k: int, top_p: float) -> None:
-    probabilities = expected(temperature, top_k, top_p)
-    counts = draw(SamplingParams(1, temperature, top_k, top_p))
+def test_frequencies_pass_chi_square(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+    probabilities = expected(temperature, top_k, top_p, min_p)
+    counts = draw(SamplingParams(1, temperature, top_k, top_p, min_p=min_p))
     assert counts[probabilities == 0].sum() == 0
     kept = probabilities > 0
     assert chisquare(counts[kept], probabilities[kept] * DRAWS).pvalue > 1e-3
@@ -82,7 +86,8 @@ def test_greedy_is_argmax(params: SamplingParams) -> None:
 def test_a_row_is_the_same_alone_and_among_strangers() -> None:
     logits = torch.randn(9, 3000, generator=torch.Generator().manual_seed(1)).round(decimals=1)  # many ties
     kinds = [dict(top_k=40), dict(top_p=0.9), dict(), dict(top_k=600), dict(temperature=0.5, top_p=1.0)]
-    params = [SamplingParams(1, random_seed=row * 17, **kinds[row % 5]) for row in range(9)]
+    kinds += [dict(top_p=1.0, min_p=0.3), dict(top_k=30, min_p=0.1)]
+    params = [SamplingParams(1, random_seed=row * 17, **kinds[row % 7]) for row in range(9)]
     positions = list(range(100, 109))
     together = sample_rows(logits, params, positions).tolist()
     alone = [sample_rows(logits[r : r + 1], [params[r]], [positions[r]]).item() for r in range(9)]
@@ -112,6 +117,14 @@ def test_a_nucleus_found_among_few_candidates_is_that_of_the_full_sort(monkeypat
     quick = sample_rows(logits, params, [1] * 60)
     monkeypatch.setattr(sampling, "_num_candidates", lambda params, logits: 5000)
     assert torch.equal(quick, sample_rows(logits, params, [1] * 60))
+
+
+def test_equal_logits_at_the_edge_of_the_candidates_go_by_id() -> None:
+    """topk takes any of them: a row of equal logits once gave tokens that were not among the first k."""
+    logits = torch.zeros(40, 5000)
+    for kind in (dict(top_k=20), dict(top_p=0.1)):
+        params = [SamplingParams(1, random_seed=seed, **kind) for seed in range(40)]
+        assert int(sample_rows(logits, params, [0] * 40).max()) < (20 if "top_k" in kind else 501)
 
 
 def splitmix64(state: int) -> int:

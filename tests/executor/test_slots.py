@@ -11,7 +11,8 @@ from transformers import GPT2LMHeadModel
 
 from engine.plan import BeamReorder, Chunk, NewSequences, Plan
 from engine.request import SamplingParams
-from executor.slots import Parameter, SlotState
+from executor.slots import SlotState
+from kernels.slot_parameters import Parameter
 from tests.support.engines import hf_greedy, make_engine, prompts
 
 CPU = torch.device("cpu")

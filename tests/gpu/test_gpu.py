@@ -13,8 +13,9 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from convert import convert
+from engine.request import Request, SamplingParams
 from tests.support.checkpoints import make_gpt2
-from tests.support.engines import NEW_TOKENS, SEEDED, prompts
+from tests.support.engines import NEW_TOKENS, SEEDED, make_engine, prompts
 from tests.support.ranks import first_outputs, greedy_items, run_engine, run_logits
 from tests.support.traffic import random_items
 
@@ -125,8 +126,35 @@ def test_random_requests_are_in_a_crowd_what_they_are_alone(
     assert not different, [(items[index], found[0][index], found[1][index]) for index in different[:3]]
 
 
+def test_replays_are_launches_bit_by_bit(converted: Callable[[int], Path]) -> None:
+    """200 replays of a decode step beside its kernels launched one by one, from the same state."""
+    engine = make_engine(converted(1), device="cuda", data_type="bf16", max_batch_size=8)
+    samplings = [{}, {"top_p": 0.9, "random_seed": 3}, {"top_k": 20, "repetition_penalty": 1.3, "random_seed": 4}, {}]
+    requests = [
+        Request(ids, SamplingParams(300, **sampling), ())
+        for ids, sampling in zip(prompts(8, vocab_size=5003, longest=120), samplings * 2, strict=True)
+    ]
+    for request in requests:
+        engine.submit(request)
+    while not all(len(request.output_ids) > 1 for request in requests):
+        engine.step()
+    graphs, state = engine.executor._graphs, engine.executor.slots
+    assert graphs is not None
+    before = state.token_ids.clone(), state.positions.clone()
+    with torch.inference_mode():
+        replayed = [graphs.run(np.arange(8))[0].clone() for _ in range(200)]
+        tokens = state.token_ids.clone()
+        for tensor, old in zip((state.token_ids, state.positions), before, strict=True):
+            tensor.copy_(old)
+        launched = [graphs._step(8).clone() for _ in range(200)]
+    assert len({int(row) for row in tokens.unique()}) > 100  # not one token again and again
+    assert torch.equal(tokens, state.token_ids)
+    assert torch.equal(torch.stack(replayed), torch.stack(launched))
+    engine.executor.close()
+
+
 def test_log_probs_are_hugging_faces(gpt2_source: tuple[Path, GPT2LMHeadModel], tmp_path: Path) -> None:
-    """Plain greedy rows get theirs inside a graph; rows that want more share its steps and choose outside."""
+    """Rows get theirs inside a graph; alternatives and beams are added outside, in steps that all share."""
     folder, model = convert(gpt2_source[0], tmp_path / "ft_models", 1, "fp32"), gpt2_source[1]
     wishes = [{}, {"num_log_probs": 3}, {"top_k": 20, "random_seed": 5}, {"beam_width": 3}, {"prompt_log_probs": True}]
     items = [

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from executor.quantization import quantize
-from kernels import int8_linear, int8_widen
+from kernels import int8_widen, linear
 from tests.support.engines import prompts
 from tests.support.ranks import first_outputs, greedy_items, run_engine, run_logits
 
@@ -23,36 +23,6 @@ DECODE_SHAPES = [(h, f * h) if f > 0 else (-f * h, h) for h in (4096, 6144) for 
 def random_int8(num_in: int, num_out: int) -> tuple[torch.Tensor, torch.Tensor]:
     weight = torch.randint(-128, 128, (num_out, num_in), dtype=torch.int8, device="cuda")
     return weight, torch.rand(num_out, device="cuda") / 100
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("num_in", "num_out"), [(64, 192), (768, 2304), (200, 333), (4096, 1024), (1000, 50)])
-def test_linear_is_the_reference(num_in: int, num_out: int, dtype: torch.dtype) -> None:
-    torch.manual_seed(num_in)
-    weight, scales = random_int8(num_in, num_out)
-    workspace = int8_linear.make_workspace(weight.device)
-    exact_weight = weight.double() * scales[:, None].double()
-    bias = torch.randn(num_out, device="cuda").to(dtype)
-    limit = 8e-3 if dtype == torch.bfloat16 else 1e-3  # beyond 256 rows the weights are rounded, too
-    for rows in (1, 2, 3, 7, 8, 16, 17, 32, 33, 64, 65, 100, 128, 129, 256, 257, 300):
-        x = torch.randn(rows, num_in, device="cuda").to(dtype)
-        for b in (bias, None):
-            ours = int8_linear.int8_linear(x, weight, scales, b, workspace)
-            assert ours.dtype == dtype and not workspace.any()
-            exact = x.double() @ exact_weight.t() + (0 if b is None else b.double())
-            errors = torch.linalg.vector_norm(ours.double() - exact, dim=1) / torch.linalg.vector_norm(exact, dim=1)
-            assert errors.max() < limit, rows
-            reference = int8_linear.reference(x, weight, scales, b).double()
-            torch.testing.assert_close(ours.double(), reference, rtol=0, atol=limit * float(exact.abs().max()))
-
-
-def test_sums_are_the_same_every_time() -> None:
-    """Splits add up in a fixed order, whichever ends last."""
-    weight, scales = random_int8(4096, 4096)
-    workspace = int8_linear.make_workspace(weight.device)
-    x = torch.randn(8, 4096, device="cuda", dtype=torch.bfloat16)
-    first = int8_linear.int8_linear(x, weight, scales, None, workspace)
-    assert all(torch.equal(first, int8_linear.int8_linear(x, weight, scales, None, workspace)) for _ in range(100))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -112,12 +82,12 @@ def test_figures() -> None:
             wides = [weight.bfloat16() for weight in weights]
             scales = torch.rand(num_out, device="cuda")
             bias = torch.zeros(num_out, device="cuda", dtype=torch.bfloat16)
-            workspace = int8_linear.make_workspace(bias.device)
+            workspace = linear.make_workspace(bias.device)
             x = torch.randn(rows, num_in, device="cuda", dtype=torch.bfloat16)
             ours, theirs = (
                 replayed_us(lambda run=run: run(), copies)
                 for run in (
-                    lambda: [int8_linear.int8_linear(x, w, scales, bias, workspace) for w in weights],  # noqa: B023
+                    lambda: [linear.linear(x, w, bias, workspace, scales=scales) for w in weights],  # noqa: B023
                     lambda: [torch.nn.functional.linear(x, w, bias) for w in wides],  # noqa: B023
                 )
             )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import add_norm, store_kv
+from kernels import add_norm, embed, prompt_attention, store_kv
+from kernels.heads import HeadLayout
+from kernels.prompt_attention import PromptMetadata, make_tiles
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 LIMITS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -29,12 +31,80 @@ def test_add_norm(rows: int, hidden: int, dtype: torch.dtype, has_delta: bool, h
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize(("tokens", "heads", "head_dim"), [(1, 16, 64), (37, 3, 96), (5, 48, 128)])
-def test_store_kv(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("half", [0, 16])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kv_heads", "head_dim"), [(1, 16, 16, 64), (37, 6, 3, 96), (5, 48, 48, 128)]
+)
+def test_store_kv(tokens: int, heads: int, kv_heads: int, head_dim: int, half: int, dtype: torch.dtype) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
-    qkv = torch.randn(tokens, heads, 3, head_dim, device="cuda", generator=generator).to(dtype)
+    layout = HeadLayout(heads, kv_heads, head_dim, heads != kv_heads)
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, device="cuda", generator=generator).to(dtype)
     kv_locs = torch.randperm(200, device="cuda", generator=generator)[:tokens]
-    ours, theirs = ([torch.zeros(200, heads, head_dim, dtype=dtype, device="cuda") for _ in range(2)] for _ in range(2))
-    store_kv.store_kv(qkv[:, :, 1], qkv[:, :, 2], *ours, kv_locs)
-    store_kv.reference(qkv[:, :, 1], qkv[:, :, 2], *theirs, kv_locs)
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    angles = torch.randn(tokens, 1, half, device="cuda", generator=generator)
+    cos_sin = (angles.cos(), angles.sin()) if half else None
+    shape = (200, kv_heads, head_dim)
+    ours, theirs = ([torch.zeros(shape, dtype=dtype, device="cuda") for _ in range(2)] for _ in range(2))
+    store_kv.store_kv(qkv, layout, *ours, kv_locs, cos_sin)
+    store_kv.reference(qkv, layout, *theirs, kv_locs, cos_sin)
+    assert torch.equal(ours[1], theirs[1])
+    torch.testing.assert_close(ours[0], theirs[0], rtol=LIMITS[dtype], atol=LIMITS[dtype])
+    assert half or torch.equal(ours[0], theirs[0])
+
+
+PIECES = [
+    [(3, 0, 1)],
+    [(2, 0, 128)],
+    [(3, 0, 70), (0, 5, 1), (1, 0, 1), (2, 40, 100), (4, 1300, 3), (6, 2000, 64)],
+    [(slot, 100 + slot, 1) for slot in range(7)],
+]
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "has_slopes", "half"),
+    [(16, 16, 64, False, 0), (6, 2, 96, True, 0), (8, 1, 128, False, 64), (2, 2, 8, False, 2), (12, 4, 80, False, 10)],
+)
+@pytest.mark.parametrize("pieces", PIECES, ids=len)
+def test_prompt_attention(
+    pieces: list[tuple[int, int, int]],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    has_slopes: bool,
+    half: int,
+    dtype: torch.dtype,
+) -> None:
+    """First pieces, later ones and single tokens, beside the reference in fp64; tiles of padding change nothing."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    rows = sum(length for *_, length in pieces)
+    layout = HeadLayout(heads, kv_heads, head_dim, heads != kv_heads)
+    table = torch.randperm(7 * 2100, device="cuda", generator=generator).view(7, 2100).int()
+    shape = (7 * 2100, kv_heads, head_dim)
+    keys, values = (torch.randn(shape, device="cuda", generator=generator).to(dtype) for _ in range(2))
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * head_dim, device="cuda", generator=generator).to(dtype)
+    angles = torch.randn(rows, 1, half, device="cuda", generator=generator)
+    cos_sin = (angles.cos(), angles.sin()) if half else None
+    slopes = torch.rand(heads, device="cuda", generator=generator) if has_slopes else None
+    prompts = PromptMetadata(table, torch.tensor(make_tiles(pieces, 50)).cuda())
+    ours = prompt_attention.prompt_attention(qkv, layout, keys, values, prompts, slopes, cos_sin)
+    expected = prompt_attention.reference(*wide(qkv), layout, *wide(keys, values), prompts, slopes, cos_sin)
+    error = ((ours - expected).norm() / expected.norm()).item()
+    assert error < {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}[dtype]
+    again = prompt_attention.prompt_attention(qkv, layout, keys, values, prompts, slopes, cos_sin)
+    assert torch.equal(ours, again)
+
+
+def wide(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [tensor.double() for tensor in tensors]
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("has_positions", [True, False])
+@pytest.mark.parametrize(("tokens", "hidden"), [(1, 1024), (37, 96), (300, 6144)])
+def test_embed(tokens: int, hidden: int, has_positions: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    rows, position_rows = (torch.randn(n, hidden, device="cuda", generator=generator).to(dtype) for n in (5003, 70))
+    token_ids = torch.randint(0, 5003, (9, 64), device="cuda", generator=generator)
+    slots, positions = (torch.randint(0, n, (tokens,), device="cuda", generator=generator) for n in (9, 64))
+    arguments = (token_ids, slots, positions, rows, position_rows if has_positions else None)
+    assert torch.equal(embed.embed(*arguments), embed.reference(*arguments))

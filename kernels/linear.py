@@ -1,0 +1,390 @@
+"""y = act(x · Wᵀ + b) for the few rows of a decode step; W in x's dtype, or in int8 with a scale per output.
+
+The time of such a product is the time to read W. cuBLAS reads a small W at 11 to 60 % of the memory's rate, these
+kernels at 56 to 109 % of 4.3 TB/s (one row, H200). Stateless.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from kernels import dependent_launch, int8_widen, runs_on
+from kernels.activation import ACTIVATIONS
+
+try:
+    import triton
+    import triton.language as tl
+
+    from kernels.activation import activate, gated
+    from kernels.dependent_launch import start_dependents, wait_for_predecessors
+except ImportError:  # a CPU-only torch comes without it
+    triton = None
+
+_SPLIT_COUNTERS = 4096  # output tiles that may be split; a launch has fewer
+_FEW_ROWS = 32  # beyond, cuBLAS is as quick
+_FEW_INT8_ROWS = 256  # beyond, on an H200, widening the weights and cuBLAS are quicker
+_MOST_SPLITS = 4
+_VOCABULARY = 32768  # outputs of an LM head
+_CUBLAS_GELU = {"gelu_tanh": True, "relu": False}  # activations at a product's end: whether it is GELU
+_HAS_WIDE_RESULTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)  # mm's out_dtype
+_WANTED_PROGRAMS = 160  # of tiles of 64 outputs: at least one for each multiprocessor
+
+
+def make_workspace(device: torch.device) -> torch.Tensor:
+    """The split-k workspace of one linear: a count of finished splits per output tile, int32.
+
+    It is zeros before a call, and the call leaves it zeros.
+    """
+    return torch.zeros(_SPLIT_COUNTERS, dtype=torch.int32, device=device)
+
+
+def reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str = "none",
+    scales: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same in plain torch, on any device; int8 weights are widened to x's dtype first."""
+    wide = weight if scales is None else int8_widen.reference(weight, scales, x.dtype)
+    y = ACTIVATIONS[activation](F.linear(x, wide, bias))
+    return y if out is None else out.copy_(y)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    workspace: torch.Tensor,
+    activation: str = "none",
+    scales: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """act(x · Wᵀ + b): x [rows, in], weight [out, in] of x's dtype or int8, bias [out] as x → [rows, out] as x.
+
+    activation: a name of ACTIVATIONS; swiglu returns [rows, out / 2]. scales: [out] fp32, of int8 weights. out: where
+    the result goes, [rows, out] fp32 or as x. workspace: of `make_workspace`, on x's device; two calls at once must not
+    share one. Raises ValueError where shapes or dtypes do not fit. Sums are in fp32 and their order is fixed. Without
+    Triton or a GPU, for fp32 and for many rows it calls the reference.
+    """
+    _check(x, weight, bias, scales)
+    tiles = None
+    if runs_on(x.device) and x.dtype in (torch.bfloat16, torch.float16):
+        num_out, num_in = weight.shape
+        tiles = plan(len(x), num_out, num_in, scales is not None, activation == "swiglu")
+    if tiles is None:
+        return _many_rows(x, weight, bias, activation, scales, out)
+    x, is_gated = x.contiguous(), activation == "swiglu"
+    if out is None:
+        out = torch.empty(len(x), len(weight) // (1 + is_gated), dtype=x.dtype, device=x.device)
+    block_m, block_n, block_k, splits, warps, stages = tiles
+    (rows, num_in), num_out = x.shape, out.shape[1]
+    partials = torch.empty(splits, rows, num_out, dtype=torch.float32, device=x.device) if splits > 1 else out
+    split_len = -(-num_in // (splits * block_k)) * block_k
+    splits = -(-num_in // split_len)  # no split is empty
+    tensors = (x, weight, out if scales is None else scales, out if bias is None else bias, out)
+    constants = dict(
+        num_in=num_in,
+        has_scales=scales is not None,
+        has_bias=bias is not None,
+        activation=activation,
+        is_gated=is_gated,
+        is_even=num_in % block_k == 0 and num_out % block_n == 0,
+        block_n=block_n,
+        block_k=block_k,
+        num_warps=warps,
+        num_stages=stages,
+        **dependent_launch.options(x.device),
+    )
+    grid = (-(-num_out // block_n), splits, -(-rows // block_m))
+    if block_m == 1:
+        _one_row[grid](*tensors, num_out, **constants)
+    else:
+        sizes = dict(split_len=split_len, splits=splits, block_m=block_m)
+        _tile[grid](*tensors, partials, workspace, rows, num_out, **sizes, **constants)
+    return out
+
+
+def _many_rows(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    scales: torch.Tensor | None,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """`reference`, and what cuBLAS does besides: GELU or ReLU after a product, 16-bit factors with fp32 results."""
+    wide = weight if scales is None else int8_widen.int8_widen(weight, scales, x.dtype)
+    if x.device.type == "cuda" and x.dtype != torch.float32:
+        if bias is not None and activation in _CUBLAS_GELU and out is None:
+            return torch._addmm_activation(bias, x, wide.t(), use_gelu=_CUBLAS_GELU[activation])
+        if bias is None and activation == "none" and scales is None and out is not None and _HAS_WIDE_RESULTS:
+            return torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
+    return reference(x, wide, bias, activation, out=out)
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scales: torch.Tensor | None) -> None:
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"x is {list(x.shape)} and weight {list(weight.shape)}; they must be [rows, in] and [out, in]")
+    dtype = x.dtype if scales is None else torch.int8
+    if weight.dtype != dtype or not weight.is_contiguous():
+        raise ValueError(f"weight is {weight.dtype} with strides {weight.stride()}; it must be {dtype} and contiguous")
+    if scales is not None and (scales.shape != weight.shape[:1] or scales.dtype != torch.float32):
+        raise ValueError(f"scales are {scales.dtype} {list(scales.shape)}; they must be fp32 [{weight.shape[0]}]")
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
+        raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}; it must be {x.dtype} [{weight.shape[0]}]")
+
+
+class TilePlan(NamedTuple):
+    """How a launch cuts its work into programs."""
+
+    block_m: int  # rows of a tile; 1: the kernel for one row
+    block_n: int  # outs of a tile
+    block_k: int  # ins that a program reads at once
+    splits: int  # of the in axis
+    warps: int
+    stages: int  # of the pipeline
+
+
+def plan(rows: int, num_out: int, num_in: int, is_int8: bool, is_gated: bool) -> TilePlan | None:
+    """The plan for x [rows, num_in] and weight [num_out, num_in], as measured on an H200; None: cuBLAS."""
+    if not 0 < rows <= (_FEW_INT8_ROWS if is_int8 else _FEW_ROWS):
+        return None
+    if rows == 1:
+        return _plan_one_row(num_out, num_in)
+    if is_int8:
+        return _plan_int8(rows, num_out, num_in, is_gated)
+    is_vocabulary = num_out >= _VOCABULARY
+    if is_vocabulary and rows > 16:
+        return None
+    block_n = 32 if is_gated else 64
+    tiles = -(-num_out // block_n)
+    splits = 1
+    while not is_gated and splits < _MOST_SPLITS and tiles * splits * 2 <= _WANTED_PROGRAMS:
+        splits *= 2
+    least = 1024 if tiles >= 48 else 512  # ins of a split
+    return TilePlan(16 if rows <= 16 else 32, block_n, 128, min(splits, max(1, num_in // least)), 4, 5 - is_vocabulary)
+
+
+def _plan_one_row(num_out: int, num_in: int) -> TilePlan:
+    if num_out >= _VOCABULARY:
+        block_n, block_k, warps = (8, 1024, 4) if num_in <= 2048 else (4, 2048, 8)
+    elif num_in >= 8192:
+        block_n, block_k, warps = 8, 1024, 8
+    elif num_in >= 4096 or num_in == num_out == 2048:
+        block_n, block_k, warps = 2, 2048, 4
+    else:
+        block_n, block_k, warps = (4, 1024, 4) if num_out <= 1024 else (2, 1024, 2)
+    divisor = num_in & -num_in  # the largest power of two that divides it
+    if 128 <= divisor < block_k:  # whole blocks, without masks
+        block_k = divisor
+    return TilePlan(1, block_n, block_k, 1, warps, 1)
+
+
+def _plan_int8(rows: int, num_out: int, num_in: int, is_gated: bool) -> TilePlan:
+    """`wanted` programs keep the H200's 132 multiprocessors busy; with fewer tiles the in axis is split."""
+    if rows <= 16:
+        block_m, block_n, block_k, warps, stages, wanted = 16, 32, 256, 2, 3, 512
+    elif rows <= 32:
+        block_m, block_n, block_k, warps, stages, wanted = 32, 64, 128, 2, 3, 512
+    elif rows <= 64:
+        block_m, block_n, block_k, warps, stages, wanted = 64, 64, 128, 4, 3, 256
+    elif rows <= 128 or is_gated:
+        block_m, block_n, block_k, warps, stages, wanted = 128, 64, 128, 4, 3, 256
+    else:
+        block_m, block_n, block_k, warps, stages, wanted = 128, 128, 64, 8, 4, 256
+    if is_gated:  # two tiles of W each
+        return TilePlan(block_m, block_n // 2, block_k, 1, warps, stages)
+    tiles = -(-num_out // block_n) * -(-rows // block_m)
+    splits = min(round(wanted / tiles), num_in // (2 * block_k)) if tiles <= _SPLIT_COUNTERS else 1
+    return TilePlan(block_m, block_n, block_k, max(1, splits), warps, stages)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _load(weight, outs, ks, num_out, num_in: tl.constexpr, is_even: tl.constexpr):
+        """W's tile [outs, ks]."""
+        places = weight + outs[:, None].to(tl.int64) * num_in + ks[None, :]
+        if is_even:
+            return tl.load(places)
+        return tl.load(places, mask=(outs[:, None] < num_out) & (ks[None, :] < num_in), other=0)
+
+    @triton.jit
+    def _scaled(
+        sums, scales, bias, outs, num_out, has_scales: tl.constexpr, has_bias: tl.constexpr, is_column: tl.constexpr
+    ):
+        """sums [outs] or [outs, rows] · scale + bias, fp32."""
+        if has_scales:
+            scale = tl.load(scales + outs, mask=outs < num_out, other=0.0)
+            sums = sums * (scale[:, None] if is_column else scale)
+        if has_bias:
+            added = tl.load(bias + outs, mask=outs < num_out, other=0.0).to(tl.float32)
+            sums = sums + (added[:, None] if is_column else added)
+        return sums
+
+    @triton.jit
+    def _finish(
+        sums,
+        up_sums,  # of a gated linear
+        scales,
+        bias,
+        outs,
+        num_out,
+        has_scales: tl.constexpr,
+        has_bias: tl.constexpr,
+        activation: tl.constexpr,
+        is_gated: tl.constexpr,
+        is_column: tl.constexpr,
+    ):
+        """activation(sums · scale + bias), fp32."""
+        y = _scaled(sums, scales, bias, outs, num_out, has_scales, has_bias, is_column)
+        if is_gated:
+            up_scales, up_bias = scales + num_out, bias + num_out
+            y = gated(y, _scaled(up_sums, up_scales, up_bias, outs, num_out, has_scales, has_bias, is_column))
+        else:
+            y = activate(y, activation)
+        return y
+
+    @triton.jit
+    def _add_splits(partials, counter, places, is_place, sums, size, splits: tl.constexpr):
+        """(is_last, sums): the last of a tile's programs gets the sums of all of them."""
+        tl.store(partials + tl.program_id(1) * size + places, sums, mask=is_place)
+        tl.debug_barrier()  # all of the program's sums are there before it counts
+        is_last = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
+        if is_last:
+            sums = tl.zeros_like(sums)
+            for s in range(splits):
+                part = partials + s * size
+                sums += tl.load(part + places, mask=is_place, other=0.0, cache_modifier=".cg")
+            tl.store(counter, 0)
+        return is_last, sums
+
+    @triton.jit
+    def _one_row(
+        x,
+        weight,
+        scales,
+        bias,
+        out,
+        num_out,
+        num_in: tl.constexpr,
+        has_scales: tl.constexpr,
+        has_bias: tl.constexpr,
+        activation: tl.constexpr,
+        is_gated: tl.constexpr,
+        is_even: tl.constexpr,
+        block_n: tl.constexpr,
+        block_k: tl.constexpr,
+        pdl: tl.constexpr,
+    ):
+        """A tile of W times one x. The next block of W is on its way while one is multiplied."""
+        outs = tl.program_id(0) * block_n + tl.arange(0, block_n)
+        ks = tl.arange(0, block_k)
+        ups = weight
+        if is_gated:
+            ups = weight + num_out * num_in  # W's second half
+        if pdl:
+            start_dependents()
+        w = _load(weight, outs, ks, num_out, num_in, is_even)
+        up = w
+        if is_gated:
+            up = _load(ups, outs, ks, num_out, num_in, is_even)
+        if pdl:
+            wait_for_predecessors()
+        sums = tl.zeros((block_n, block_k), tl.float32)
+        up_sums = tl.zeros((block_n, block_k), tl.float32)
+        for first in range(0, num_in, block_k):
+            next_w = w
+            next_ks = ks + first + block_k
+            if first + block_k < num_in:
+                next_w = _load(weight, outs, next_ks, num_out, num_in, is_even)
+            if is_even:
+                xs = tl.load(x + first + ks).to(tl.float32)
+            else:
+                xs = tl.load(x + first + ks, mask=first + ks < num_in, other=0.0).to(tl.float32)
+            sums += w.to(tl.float32) * xs[None, :]
+            w = next_w
+            if is_gated:
+                up_sums += up.to(tl.float32) * xs[None, :]
+                if first + block_k < num_in:
+                    up = _load(ups, outs, next_ks, num_out, num_in, is_even)
+        up_sum = tl.sum(up_sums, 1)
+        y = _finish(
+            tl.sum(sums, 1), up_sum, scales, bias, outs, num_out, has_scales, has_bias, activation, is_gated, False
+        )
+        tl.store(out + outs, y.to(out.dtype.element_ty), mask=outs < num_out)
+
+    @triton.jit
+    def _tile(
+        x,
+        weight,
+        scales,
+        bias,
+        out,
+        partials,  # [splits, rows, num_out] fp32
+        workspace,
+        rows,
+        num_out,
+        num_in: tl.constexpr,
+        split_len: tl.constexpr,
+        splits: tl.constexpr,
+        has_scales: tl.constexpr,
+        has_bias: tl.constexpr,
+        activation: tl.constexpr,
+        is_gated: tl.constexpr,
+        is_even: tl.constexpr,
+        block_m: tl.constexpr,
+        block_n: tl.constexpr,
+        block_k: tl.constexpr,
+        pdl: tl.constexpr,
+    ):
+        """A tile of yᵀ = W · xᵀ: with W on the left, int8 is widened on its way into the matrix units.
+
+        The programs of a tile's splits store partial sums; the last to finish adds them, always in the same order.
+        """
+        outs = tl.program_id(0) * block_n + tl.arange(0, block_n)
+        ms = tl.program_id(2) * block_m + tl.arange(0, block_m)
+        is_row = ms[None, :] < rows
+        first = tl.program_id(1) * split_len
+        ks = first + tl.arange(0, block_k)
+        ups = weight
+        if is_gated:
+            ups = weight + num_out * num_in  # W's second half
+        if pdl:
+            start_dependents()
+        w = _load(weight, outs, ks, num_out, num_in, is_even)
+        up = w
+        if is_gated:
+            up = _load(ups, outs, ks, num_out, num_in, is_even)
+        if pdl:
+            wait_for_predecessors()
+        xs = tl.load(x + ms[None, :] * num_in + ks[:, None], mask=is_row & (ks[:, None] < num_in), other=0.0)
+        sums = tl.dot(w.to(xs.dtype), xs)
+        up_sums = sums
+        if is_gated:
+            up_sums = tl.dot(up.to(xs.dtype), xs)
+        for k in range(first + block_k, min(first + split_len, num_in), block_k):
+            ks = k + tl.arange(0, block_k)
+            w = _load(weight, outs, ks, num_out, num_in, is_even)
+            if is_even:
+                xs = tl.load(x + ms[None, :] * num_in + ks[:, None], mask=is_row, other=0.0)
+            else:
+                xs = tl.load(x + ms[None, :] * num_in + ks[:, None], mask=is_row & (ks[:, None] < num_in), other=0.0)
+            sums = tl.dot(w.to(xs.dtype), xs, sums)
+            if is_gated:
+                up = _load(ups, outs, ks, num_out, num_in, is_even)
+                up_sums = tl.dot(up.to(xs.dtype), xs, up_sums)
+        places = ms[None, :].to(tl.int64) * num_out + outs[:, None]
+        is_place = is_row & (outs[:, None] < num_out)
+        is_last = True
+        if splits > 1:
+            counter = workspace + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+            is_last, sums = _add_splits(partials, counter, places, is_place, sums, rows * num_out, splits)
+        if is_last:
+            y = _finish(sums, up_sums, scales, bias, outs, num_out, has_scales, has_bias, activation, is_gated, True)
+            tl.store(out + places, y.to(out.dtype.element_ty), mask=is_place)

@@ -1,0 +1,222 @@
+"""Causal attention of pieces of prompts over all of their sequences' tokens, at any locations of the cache.
+
+One launch for all pieces of a step: first pieces, later pieces, and pieces of one token, which are decode rows.
+Stateless: `PromptMetadata.tiles` says which rows belong to which slot; table[slot] holds the slot's KV locations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from kernels import dependent_launch, runs_on
+from kernels.heads import CosSin, HeadLayout, rotated_heads
+
+try:
+    import triton
+    import triton.language as tl
+
+    from kernels.dependent_launch import start_dependents, wait_for_predecessors
+    from kernels.heads import load_rotated
+except ImportError:  # a CPU-only torch comes without it
+    triton = None
+
+TILE_ROWS = 64  # queries of a program
+_BLOCK_KEYS = 64  # keys that a program reads at once
+
+
+class PromptMetadata(NamedTuple):
+    """The rows of a step's pieces, the same for every layer. Contiguous, and written before the step."""
+
+    table: torch.Tensor  # [slots, max_seq_len] int32: each slot's KV locations
+    tiles: torch.Tensor  # [tiles, 4] int64 of `make_tiles`
+
+
+def make_tiles(pieces: Iterable[tuple[int, int, int]], count: int | None = None) -> np.ndarray:
+    """[count, 4] int64: per tile its first row, number of rows, slot, and first row's position.
+
+    pieces: (slot, first token's position, length) in the order of the rows. count: with padding, tiles of no rows;
+    None: as many as the pieces have. Raises ValueError where they have more.
+    """
+    tiles: list[tuple[int, int, int, int]] = []
+    row = 0
+    for slot, start, length in pieces:
+        for first in range(0, length, TILE_ROWS):
+            tiles.append((row + first, min(TILE_ROWS, length - first), slot, start + first))
+        row += length
+    if count is not None:
+        if len(tiles) > count:
+            raise ValueError(f"the pieces have {len(tiles)} tiles; at most {count} fit")
+        tiles += [(0, 0, 0, 0)] * (count - len(tiles))
+    return np.array(tiles, dtype=np.int64).reshape(-1, 4)
+
+
+def reference(
+    qkv: torch.Tensor,
+    layout: HeadLayout,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    prompts: PromptMetadata,
+    slopes: torch.Tensor | None = None,
+    cos_sin: CosSin | None = None,
+) -> torch.Tensor:
+    """The same in plain torch, on any device, tile by tile, in fp32."""
+    query = rotated_heads(qkv, layout, cos_sin)[0]
+    out = torch.zeros_like(query)
+    for row, count, slot, position in prompts.tiles.tolist():
+        kv_locs = prompts.table[slot, : position + count].long()
+        k = keys[kv_locs].float().repeat_interleave(layout.group, 1)  # [kv_len, heads, head_dim]
+        v = values[kv_locs].float().repeat_interleave(layout.group, 1)
+        scores = torch.einsum("qhd,khd->hqk", query[row : row + count].float(), k) * layout.head_dim**-0.5
+        places = torch.arange(position + count, device=qkv.device)
+        distances = places - places[position:, None]  # [count, kv_len]
+        if slopes is not None:
+            scores += slopes[:, None, None] * distances
+        scores = scores.masked_fill(distances > 0, float("-inf"))
+        out[row : row + count] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+    return out.flatten(1)
+
+
+def prompt_attention(
+    qkv: torch.Tensor,
+    layout: HeadLayout,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    prompts: PromptMetadata,
+    slopes: torch.Tensor | None = None,
+    cos_sin: CosSin | None = None,
+) -> torch.Tensor:
+    """softmax(q · kᵀ / √head_dim + slope · (key's position − query's)) · v over keys up to the query's own.
+
+    qkv: [rows, width] contiguous rows, not yet rotated, in `layout`; keys, values: [kv_locs, kv_heads, head_dim]
+    contiguous, the rows' own keys and values already there; slopes: [heads] fp32; cos_sin: of the rows' positions.
+    Returns [rows, heads · head_dim] as qkv; rows of no tile are undefined. Sums are in fp32; their order depends on
+    the tile only.
+    """
+    if not runs_on(qkv.device):
+        return reference(qkv, layout, keys, values, prompts, slopes, cos_sin)
+    table, tiles = prompts
+    heads, head_dim = layout.heads, layout.head_dim
+    dims = max(16, triton.next_power_of_2(head_dim))
+    is_wide = qkv.dtype == torch.float32
+    out = torch.empty(len(qkv), heads * head_dim, dtype=qkv.dtype, device=qkv.device)
+    cosines, sines = (out, out) if cos_sin is None else cos_sin
+    places = layout.places()
+    _kernel[(len(tiles), heads)](
+        qkv,
+        cosines,
+        sines,
+        keys,
+        values,
+        table,
+        tiles,
+        out if slopes is None else slopes,
+        out,
+        qkv.stride(0),
+        table.stride(0),
+        keys.stride(0),
+        head_dim**-0.5 * 1.4426950408889634,  # the kernel's exponentials are powers of two
+        group_stride=places["group_stride"],
+        group=layout.group,
+        rotated_half=0 if cos_sin is None else cosines.shape[-1],
+        has_slopes=slopes is not None,
+        precision="ieee" if is_wide else "tf32",
+        head_dim=head_dim,
+        dims=dims,
+        block_m=TILE_ROWS,
+        block_n=_BLOCK_KEYS >> is_wide,
+        num_warps=8 if is_wide else 4,
+        num_stages=2 if is_wide else 3,
+        **dependent_launch.options(qkv.device),
+    )
+    return out
+
+
+if triton is not None:
+
+    @triton.jit
+    def _weights(q, k, distances, slope, scale, largest, weight_sum, has_slopes: tl.constexpr, precision: tl.constexpr):
+        """A block of keys' weights, the running maximum and sum with them, and by how much earlier sums shrink."""
+        scores = tl.dot(q, k, input_precision=precision) * scale
+        if has_slopes:
+            scores += slope * distances.to(tl.float32)
+        scores = tl.where(distances <= 0, scores, -float("inf"))
+        new_largest = tl.maximum(largest, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_largest[:, None])
+        shrink = tl.exp2(largest - new_largest)
+        return weights, new_largest, weight_sum * shrink + tl.sum(weights, 1), shrink
+
+    @triton.jit
+    def _kernel(
+        qkv,
+        cosines,  # [rows, rotated_half] fp32
+        sines,
+        keys,
+        values,
+        table,
+        tiles,
+        slopes,
+        out,
+        row_stride,
+        table_stride,
+        place_stride,
+        scale,
+        group_stride: tl.constexpr,
+        group: tl.constexpr,
+        rotated_half: tl.constexpr,
+        has_slopes: tl.constexpr,
+        precision: tl.constexpr,
+        head_dim: tl.constexpr,
+        dims: tl.constexpr,
+        block_m: tl.constexpr,
+        block_n: tl.constexpr,
+        pdl: tl.constexpr,
+    ):
+        """One head of one tile."""
+        head = tl.program_id(1)
+        tile = tiles + tl.program_id(0) * 4
+        d = tl.arange(0, dims)
+        is_dim = d < head_dim
+        if pdl:
+            start_dependents()
+        first_row, count = tl.load(tile), tl.load(tile + 1).to(tl.int32)
+        slot, first = tl.load(tile + 2), tl.load(tile + 3).to(tl.int32)
+        slope = 0.0
+        if has_slopes:
+            slope = tl.load(slopes + head) * 1.4426950408889634
+        if pdl:
+            wait_for_predecessors()
+        if count > 0:
+            m = tl.arange(0, block_m)
+            is_row = m < count
+            ms = first_row + m
+            query = qkv + ((head // group) * group_stride + head % group) * head_dim
+            is_q = is_row[:, None] & is_dim[None, :]
+            angles = ms[:, None] * rotated_half
+            q = load_rotated(
+                query + ms[:, None] * row_stride, cosines + angles, sines + angles, d[None, :], is_q, rotated_half
+            )
+            places_of = table + slot * table_stride
+            head_offset = (head // group) * head_dim + d
+            largest = tl.full((block_m,), -float("inf"), tl.float32)
+            weight_sum = tl.zeros((block_m,), tl.float32)
+            sums = tl.zeros((block_m, dims), tl.float32)
+            end = first + count
+            for start in range(0, end, block_n):
+                t = start + tl.arange(0, block_n)
+                place = tl.load(places_of + t, mask=t < end, other=0).to(tl.int64) * place_stride
+                is_k = is_dim[:, None] & (t < end)[None, :]
+                k = tl.load(keys + place[None, :] + head_offset[:, None], mask=is_k, other=0.0)
+                distances = t[None, :] - (first + m)[:, None]
+                weights, largest, weight_sum, shrink = _weights(
+                    q, k, distances, slope, scale, largest, weight_sum, has_slopes, precision
+                )
+                is_v = (t < end)[:, None] & is_dim[None, :]
+                v = tl.load(values + place[:, None] + head_offset[None, :], mask=is_v, other=0.0)
+                sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None], input_precision=precision)
+            places = out + ms[:, None] * (tl.num_programs(1) * head_dim) + head * head_dim + d[None, :]
+            result = (sums / weight_sum[:, None]).to(out.dtype.element_ty)
+            tl.store(places, result, mask=is_q)
