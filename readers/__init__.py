@@ -13,9 +13,12 @@ from typing import Any, Protocol
 from readers.bloom import BloomReader
 from readers.checkpoint import Weight, read_json
 from readers.gpt2 import GPT2Reader
+from readers.llama import LlamaReader
 from readers.megatron import MegatronReader, is_megatron_folder
+from readers.mistral import MistralReader
 from readers.nemo import NemoReader, is_nemo_folder
 from readers.opt import OPTReader
+from readers.qwen2 import Qwen2Reader
 from readers.sharded import SourceOptions
 from weights.model_config import ModelConfig
 
@@ -54,7 +57,10 @@ class Reader(Protocol):
 READERS: dict[str, Callable[[Path, dict[str, Any]], Reader]] = {
     "bloom": BloomReader,
     "gpt2": GPT2Reader,
+    "llama": LlamaReader,
+    "mistral": MistralReader,
     "opt": OPTReader,
+    "qwen2": Qwen2Reader,
 }
 
 

@@ -43,8 +43,8 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         "line 1 column 2 (char 1))",
     ),
     "architecture": (
-        settings(model_type="llama"),
-        "{hf}/config.json: architecture 'llama' is not supported; supported: bloom, gpt2, opt",
+        settings(model_type="mamba"),
+        "{hf}/config.json: architecture 'mamba' is not supported; supported: bloom, gpt2, llama, mistral, opt, qwen2",
     ),
     "activation": (
         settings(activation_function="silu"),

@@ -1,0 +1,154 @@
+"""Hugging Face Llama 2 and 3, and derivatives of the same model_type: config.json → ModelConfig, tensors → the table.
+
+Format: transformers/models/llama/modeling_llama.py, and modeling_rope_utils.py for the rotary settings, which lie in
+config.json as rope_theta and rope_scaling, or since transformers 5 as rope_parameters. Peculiar to Llama: no learned
+positions; q, k and v are three linears, of which k and v may have fewer heads; the MLP has a gate beside its first
+matrix. Mistral and Qwen2 (their modules) differ by a few settings.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from readers.huggingface import HEAD, HuggingFaceReader, Recipe, as_stored, split_name, transposed
+from weights.table import WeightSpec
+
+_NAMES = {"wte": "embed_tokens.weight", HEAD: HEAD, "final_layernorm.weight": "norm.weight"}
+_LAYER_NAMES = {
+    "input_layernorm": "input_layernorm",
+    "attention.dense": "self_attn.o_proj",
+    "post_attention_layernorm": "post_attention_layernorm",
+    "mlp.dense_4h_to_h": "mlp.down_proj",
+}
+
+
+class LlamaReader(HuggingFaceReader):
+    """Reads a Llama checkpoint."""
+
+    architecture = "a Llama"
+    embedding = "embed_tokens.weight"
+    prefix = re.compile(r"^model\.")
+    buffers = re.compile(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # which older versions saved
+    defaults = {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "hidden_act": "silu",
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "rope_parameters": None,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+    required = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "quantization_config": None}
+
+    def biases(self) -> dict[str, bool]:
+        """ModelConfig's has_…_bias."""
+        attention = self._is("attention_bias")
+        return {"has_qkv_bias": attention, "has_dense_bias": attention, "has_mlp_bias": self._is("mlp_bias")}
+
+    def longest(self) -> int:
+        """Tokens of the longest sequence that is computed as trained."""
+        return self._size("max_position_embeddings")
+
+    def shape(self) -> dict[str, Any]:
+        if self._settings["head_dim"] is None:
+            heads = self._heads("num_attention_heads", "hidden_size")
+        else:
+            heads = {"head_num": self._size("num_attention_heads"), "size_per_head": self._size("head_dim")}
+        has_groups = self._settings["num_key_value_heads"] is not None
+        return {
+            **heads,
+            "kv_head_num": self._size("num_key_value_heads") if has_groups else heads["head_num"],
+            "hidden_size": self._size("hidden_size"),
+            "inter_size": self._size("intermediate_size"),
+            "num_layer": self._size("num_hidden_layers"),
+            "max_pos_seq_len": self.longest(),
+            "layernorm_eps": self._epsilon("rms_norm_eps"),
+            "normalization_type": "rmsnorm",
+            "activation_type": "swiglu",
+            "has_positional_encoding": False,
+            "rotary_embedding": heads["size_per_head"],
+            **self._rotation(),
+            **self.biases(),
+        }
+
+    def recipe(self, spec: WeightSpec) -> Recipe:
+        if spec.name in _NAMES:
+            return as_stored(_NAMES[spec.name], spec.shape)
+        layer, part, kind = split_name(spec)
+        if part == "attention.query_key_value":
+            return _query_key_value(f"layers.{layer}.self_attn", kind, spec)
+        if part == "mlp.dense_h_to_4h":
+            return _gate_and_up(f"layers.{layer}.mlp", kind, spec)
+        name = f"layers.{layer}.{_LAYER_NAMES[part]}.{kind}"
+        return (transposed if len(spec.shape) == 2 else as_stored)(name, spec.shape)
+
+    def _rotation(self) -> dict[str, Any]:
+        """ModelConfig's rotary_… but for the number of elements. Raises ValueError for a kind that is not computed."""
+        key = "rope_scaling" if self._settings["rope_parameters"] is None else "rope_parameters"
+        given = self._settings[key] or {}
+        if not isinstance(given, dict):
+            raise ValueError(f"{self._path}: {key} is {given!r}; settings are expected")
+
+        def positive(name: str, default: Any = None) -> float:
+            value = given.get(name, default)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise ValueError(f"{self._path}: {key}.{name} is {value!r}; it must be a number above 0")
+            return float(value)
+
+        kind = given.get("rope_type", given.get("type", "default"))
+        rotation: dict[str, Any] = {"rotary_base": positive("rope_theta", self._settings["rope_theta"])}
+        if kind in ("linear", "llama3"):
+            rotation["rotary_interpolation_factor"] = positive("factor")
+        if kind == "llama3":
+            rotation["rotary_low_freq_factor"] = positive("low_freq_factor")
+            rotation["rotary_high_freq_factor"] = positive("high_freq_factor")
+            rotation["rotary_trained_positions"] = int(positive("original_max_position_embeddings"))
+        elif kind not in ("default", "linear"):
+            raise ValueError(f"{self._path}: {key}.rope_type {kind!r} is not supported; supported: linear, llama3")
+        return rotation
+
+
+def _query_key_value(attention: str, kind: str, spec: WeightSpec) -> Recipe:
+    """q, k and v in the table's order: one after the other, or for each KV head its queries, the key, the value."""
+    inputs = spec.shape[:-2]  # of a weight
+    if spec.head_dim:
+        kv_heads, group = spec.shape[-2], spec.shape[-1] // spec.head_dim - 2
+        widths = (kv_heads * group * spec.head_dim, *(kv_heads * spec.head_dim,) * 2)
+    else:
+        widths = (spec.shape[-1],) * 3
+    parts = {f"{attention}.{name}_proj.{kind}": (width, *inputs) for name, width in zip("qkv", widths, strict=True)}
+
+    def build(*qkv: torch.Tensor) -> torch.Tensor:
+        if spec.head_dim:
+            heads = [part.unflatten(0, (kv_heads, -1, spec.head_dim)) for part in qkv]
+            whole = torch.cat(heads, 1).flatten(1, 2)  # [kv_heads, (group + 2) · head_dim, …]
+        else:
+            whole = torch.stack(qkv)
+        return whole.movedim(-1, 0) if inputs else whole
+
+    return Recipe(parts, build, " or ")
+
+
+def _gate_and_up(mlp: str, kind: str, spec: WeightSpec) -> Recipe:
+    shape = (spec.shape[-1], *spec.shape[:-2])
+    parts = {f"{mlp}.{name}_proj.{kind}": shape for name in ("gate", "up")}
+
+    def build(*matrices: torch.Tensor) -> torch.Tensor:
+        whole = torch.stack(matrices)
+        return whole.movedim(-1, 0) if kind == "weight" else whole
+
+    return Recipe(parts, build, " or ")
