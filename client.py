@@ -89,6 +89,9 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("the server")
     group.add_argument("--url", type=_url, default="http://localhost:8000", help="http://host:port, grpc://… or host")
     group.add_argument("--model-name", default="gpt2", help="the model's name in Triton")
+    group.add_argument(
+        "--api-key", help="the server's key, with which cancelled requests are stopped (or in SERVER_API_KEY)"
+    )
     group.add_argument("--init-timeout-s", type=number(float, 0), default=600.0, help="seconds to wait for the server")
     group.add_argument("--inference-timeout-s", type=number(float, 0), default=600.0, help="seconds to wait for a text")
     group.add_argument(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import glob
+import json
 import logging
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +19,55 @@ _LOG = logging.getLogger("helpers")
 _NOISY = "httpx httpcore httpx2 httpcore2 urllib3 filelock sh pytriton asyncio transformers".split()
 
 
-def setup_logging(verbose: bool = False, rank: int = 0, size: int = 1) -> None:
-    """Log to stderr, with the rank in each line if there are several."""
-    who = f"[rank {rank}] " if size > 1 else ""
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        format=f"%(asctime)s %(levelname)s {who}%(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-        force=True,
-    )
+def setup_logging(verbose: bool = False, rank: int = 0, size: int = 1, log_format: str = "text") -> None:
+    """Log to stderr: text, with the rank in each line if there are several, or "json", an object per line."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter(rank) if log_format == "json" else TextFormatter(rank, size))
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
+    logging.captureWarnings(log_format == "json")
     if not verbose:
         for noisy in _NOISY:
             logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+class TextFormatter(logging.Formatter):
+    """A line of text; a record's `fields` (extra={"fields": …}) follow its message as key=value."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        who = f"[rank {rank}] " if size > 1 else ""
+        super().__init__(f"%(asctime)s %(levelname)s {who}%(message)s", "%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """logging's call for the line without a traceback."""
+        fields = getattr(record, "fields", {})
+        return " ".join([super().formatMessage(record), *(f"{key}={_plain(value)}" for key, value in fields.items())])
+
+
+class JsonFormatter(logging.Formatter):
+    """A line with one JSON object: time, level, logger, rank, message, the record's `fields`, exception."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self._rank = rank
+
+    def format(self, record: logging.LogRecord) -> str:
+        """logging's call for the whole line."""
+        when = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+        line = {"time": when, "level": record.levelname, "logger": record.name, "rank": self._rank}
+        line |= {"message": record.getMessage(), **getattr(record, "fields", {})}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def _plain(value: Any) -> str:
+    """A value without spaces, or in JSON's quotes: a client's own text begins no line and no other field."""
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        return ",".join(map(_plain, value))
+    text = str(value)
+    return text if text.isascii() and text.isprintable() and not set(text) & set(' ",=') and text else json.dumps(text)
 
 
 def one_line(error: BaseException) -> str:
@@ -38,7 +76,7 @@ def one_line(error: BaseException) -> str:
 
 
 class ProgressLine:
-    """Shows bytes and rate on stderr: a bar on a terminal, else a line every few seconds."""
+    """Shows bytes and rate: a bar on a terminal, else a line of the log every few seconds."""
 
     def __init__(self, seconds: float = 5.0) -> None:
         self._seconds = seconds
@@ -57,7 +95,7 @@ class ProgressLine:
         elif (now := time.monotonic()) - self._shown >= self._seconds:
             self._shown = now
             rate = done / (now - self._start)
-            print(f"converted {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s", file=sys.stderr)
+            _LOG.info("converted %.2f of %.2f GB, %.0f MB/s", done / 1e9, total / 1e9, rate / 1e6)
         self.done = done
 
 
@@ -86,6 +124,13 @@ def find_checkpoint(name: str, revision: str | None = None) -> Path:
         return _download(name, revision)
     except Exception as error:  # the exceptions of requests, httpx and hf_xet have no other common class
         raise ValueError(f"hf_model_name is {name!r}: {_reason(error, revision)}") from error
+
+
+def weight_bytes(name: str) -> int:
+    """Bytes of the weight files of a checkpoint that is on this machine; 0 for another."""
+    path = Path(name).expanduser()
+    kinds = ([path], path.glob("*.safetensors"), path.glob("*.bin"))
+    return next((size for kind in kinds if (size := sum(file.stat().st_size for file in kind if file.is_file()))), 0)
 
 
 class _Missing(Exception):

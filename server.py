@@ -4,7 +4,8 @@
     mpirun -n 4 ./server.py --hf-model-name gpt2 --tp 2 --pp 2
 
 Rank 0 downloads and converts the checkpoint. Every rank loads its shards. Rank 0 runs Triton and the engine's loop; the
-other ranks follow it. SIGTERM, SIGINT or SIGUSR1: requests in flight are finished, then all ranks exit with 0.
+other ranks follow it. SIGTERM, SIGINT or SIGUSR1: requests in flight are finished, then all ranks exit with 0; with 1
+where --drain-timeout cut some off.
 """
 
 from __future__ import annotations
@@ -18,28 +19,29 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from convert import ConversionFlags, Names, convert, verify
+from engine import check
 from engine.config import EngineConfig, ParallelConfig
 from engine.engine import Engine, follow
 from engine.flags import add_flags, flag, from_flags
+from engine.judge import attempt, num_ranks
+from engine.signals import SecondSignal, end_start_up, on_stop_signals
 from engine.startup import make_engine
 from engine.watchdog import Watchdog
-from engine.world import World
+from engine.world import Mail, World, check_size
 from executor.startup import Backend, WeightFolder, connect, load, pick_backend
-from helpers import ProgressLine, find_checkpoint, model_key, one_line, setup_logging
-from serving.triton.frontend import TritonFlags, TritonFrontend, TritonModel
+from helpers import ProgressLine, find_checkpoint, model_key, one_line, setup_logging, weight_bytes
+from serving.startup import FrontEnd, FrontEndFlags
 
 _LOG = logging.getLogger("server")
 _PROGRESS_INTERVAL_S = 2.0
-# mpirun kills its ranks 0.3 to 1 s after its own SIGTERM or SIGINT; most versions forward SIGUSR1 and wait.
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_WAY_OUT_S = 60.0  # from the last step to the end of the process: Triton's own drain takes up to half of it
+_WAY_OUT_S = 60.0  # from the last step to the end of the process: Triton may take up to half of it
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,16 @@ class ModelFlags(ConversionFlags):
         os.path.join(os.environ.get("FT_REPO_DIR", ""), "build/lib/libth_transformer.so"),
         "FasterTransformer's library, ${FT_REPO_DIR}/build/lib/libth_transformer.so",
     )
+    check: bool = flag(
+        False,
+        "check ranks, GPUs, network, ports, --output-dir and Triton's libraries, print a line for each, and end: at "
+        "most a minute",
+    )
     verify_checksums: bool = flag(False, "compare the weight files with their checksums first (up to about 4 GB/s)")
     pp: int = flag(1, "pipeline parallel size: groups of layers, one after the other")
 
     @property
-    def triton_name(self) -> str:
+    def served_name(self) -> str:
         """The model's name in Triton. Raises ValueError for one that Triton cannot route."""
         name = self.model_name or model_key(self.hf_model_name)
         if not self.model_name and re.fullmatch(r"\d+-gpu", name):  # a converted folder: its parent has the name
@@ -74,19 +81,21 @@ class ModelFlags(ConversionFlags):
 def main() -> int:
     """Run one rank; returns its exit code."""
     started = time.monotonic()
-    model_flags, engine_config, triton_flags = parse_flags()
-    _on_signals(_end_start_up)
+    model_flags, engine_config, front_end_flags = parse_flags()
+    on_stop_signals(end_start_up)
+    if model_flags.check:
+        return _check(model_flags, engine_config, front_end_flags)
     world = World()
-    setup_logging(model_flags.verbose, world.rank, world.size)
+    setup_logging(model_flags.verbose, world.rank, world.size, front_end_flags.log.log_format)
     try:
-        return _serve(model_flags, engine_config, triton_flags, world, started)
+        return _serve(model_flags, engine_config, front_end_flags, world, started)
     except Exception as error:  # after start-up: a defect, or a lost rank
         _LOG.error("%s: %s; ending the job", type(error).__name__, one_line(error), exc_info=model_flags.verbose)
         world.abort()
         return 1
 
 
-def parse_flags(argv: list[str] | None = None) -> tuple[ModelFlags, EngineConfig, TritonFlags]:
+def parse_flags(argv: list[str] | None = None) -> tuple[ModelFlags, EngineConfig, FrontEndFlags]:
     """The command line as three checked configurations; argparse ends the process with code 2 for a wrong one."""
     parser = argparse.ArgumentParser(
         description="Serve a GPT on tp × pp MPI ranks behind Triton Inference Server.",
@@ -94,23 +103,49 @@ def parse_flags(argv: list[str] | None = None) -> tuple[ModelFlags, EngineConfig
     )
     add_flags(parser, ModelFlags, "model")
     add_flags(parser, EngineConfig, "engine")
-    add_flags(parser, TritonFlags, "triton")
+    for title, cls in FrontEndFlags.parts().items():
+        add_flags(parser, cls, title)
     flags = parser.parse_args(argv)
     try:
-        return from_flags(ModelFlags, flags), from_flags(EngineConfig, flags), from_flags(TritonFlags, flags)
+        front_end_flags = FrontEndFlags(**{name: from_flags(cls, flags) for name, cls in FrontEndFlags.parts().items()})
+        return from_flags(ModelFlags, flags), from_flags(EngineConfig, flags), front_end_flags
     except ValueError as error:
         parser.error(str(error))
+
+
+def _check(flags: ModelFlags, engine_config: EngineConfig, front_end_flags: FrontEndFlags) -> int:
+    """--check on one rank; returns its exit code."""
+    from executor.check import this_machine
+
+    mail = Mail()
+    setup_logging(flags.verbose, mail.rank, mail.size, front_end_flags.log.log_format)
+
+    def world() -> str:
+        _check_size(flags, mail.size)
+        return f"{num_ranks(mail.size)} for tp {flags.tp} × pp {flags.pp}"
+
+    own = [lambda: attempt("world", world), *front_end_flags.checks()]
+    wants_library = engine_config.engine == "fastertransformer" or flags.lib_path != ModelFlags.lib_path
+    machine = this_machine(engine_config.device, Path(flags.lib_path), wants_library)
+    folder = Path(flags.output_dir).expanduser().resolve()
+    return check.run(mail, own, machine, folder, weight_bytes(flags.hf_model_name) // mail.size)
+
+
+def _check_size(flags: ModelFlags, size: int) -> None:
+    """Raise ValueError if the MPI world does not have tp × pp ranks."""
+    wanted = ParallelConfig(flags.tp, flags.pp).world_size
+    check_size(size, wanted, f"mpirun -n {wanted} {shlex.join(sys.argv)}")
 
 
 def _serve(
     model_flags: ModelFlags,
     engine_config: EngineConfig,
-    triton_flags: TritonFlags,
+    front_end_flags: FrontEndFlags,
     world: World,
     started: float,
 ) -> int:
     """Start up together, then run rank 0's loop or follow it. Start-up errors end all ranks with code 1."""
-    start = _Start(model_flags, engine_config, triton_flags, world)
+    start = _Start(model_flags, engine_config, front_end_flags, world)
     meetings = (start.connect, start.prepare)  # collective: an error on one rank must end the others, which wait for it
     for stage in (start.check, start.find_weights, start.pick_backend, start.connect, start.load, start.prepare):
         error = _attempt(stage, model_flags.verbose)
@@ -124,8 +159,8 @@ def _serve(
                 _LOG.error("%s", error)
             return 1
     if world.rank == 0:
-        return _lead(start, triton_flags, started)
-    _on_signals(_SecondSignal(lambda number: None))  # this rank ends when rank 0 says so
+        return _lead(start, front_end_flags, started)
+    on_stop_signals(SecondSignal(lambda number: None))  # this rank ends when rank 0 says so
     watchdog = Watchdog()
     follow(world, start.executor, watchdog, engine_config.step_timeout_s)
     watchdog.allow(_WAY_OUT_S, "the other ranks do not end")
@@ -147,29 +182,27 @@ class _Start:
     """Start-up in stages; all ranks finish or fail a stage together."""
 
     def __init__(
-        self, model_flags: ModelFlags, engine_config: EngineConfig, triton_flags: TritonFlags, world: World
+        self, model_flags: ModelFlags, engine_config: EngineConfig, front_end_flags: FrontEndFlags, world: World
     ) -> None:
         self.flags = model_flags
         self.engine_config = engine_config
-        self.triton_flags = triton_flags
+        self.front_end_flags = front_end_flags
         self.world = world
         self.parallel: ParallelConfig
         self.backend: Backend
 
     def check(self) -> None:
         """Check the number of ranks; every rank gets the same result."""
-        flags = self.flags
-        size = ParallelConfig(flags.tp, flags.pp).world_size
-        self.world.check_size(size, f"mpirun -n {size} {shlex.join(sys.argv)}")
-        self.parallel = ParallelConfig(flags.tp, flags.pp, self.world.rank)
+        _check_size(self.flags, self.world.size)
+        self.parallel = ParallelConfig(self.flags.tp, self.flags.pp, self.world.rank)
 
     def find_weights(self) -> None:
         """Rank 0 downloads and converts; the others wait for the folder's path."""
         if self.world.rank == 0:
             folder = None
             try:
-                self.triton_name = self.flags.triton_name
-                self.triton_flags.check_free()
+                self.served_name = self.flags.served_name
+                self.front_end_flags.check_free()
                 folder = self._converted_folder()
             finally:
                 self.world.send(folder)
@@ -275,102 +308,85 @@ def _load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _lead(start: _Start, triton_flags: TritonFlags, started: float) -> int:
-    """Rank 0: Triton in front, the engine's loop in this thread, until a signal or a failure."""
-    from gpt import INPUTS, OUTPUTS, GPTModel
+def _lead(start: _Start, flags: FrontEndFlags, started: float) -> int:
+    """Rank 0: the front ends, and the engine's loop in this thread, until a signal or a failure."""
+    from gpt import triton_models
     from serving.generation import Generator
+    from serving.metrics import ServerMetrics
+    from serving.request_log import RequestLog
+    from serving.startup import make_front_ends
     from serving.tokenization import RequestEncoder
 
-    frontend = TritonFrontend(triton_flags, start.flags.verbose)
-    watchdog = Watchdog(before_exit=frontend.kill)
+    front_ends: list[FrontEnd] = []
+
+    def kill() -> None:
+        for front_end in front_ends:
+            front_end.kill()
+
+    watchdog = Watchdog(before_exit=kill)
     engine = make_engine(start.executor, start.model_config, start.engine_config, start.world, watchdog)
     config = start.model_config
-    encoder = RequestEncoder(start.tokenizer, config.end_ids, config.vocab_size, start.executor.max_seq_len)
-    model = GPTModel(Generator(engine, encoder))
-    name = start.triton_name
-    is_over = threading.Event()
-    failures: list[str] = []
+    encoder = RequestEncoder(
+        start.tokenizer,
+        config.end_ids,
+        config.vocab_size,
+        start.executor.max_seq_len,
+        spells_bad_words=start.backend.engine == "fastertransformer",
+    )
+    name, root, verbose = start.served_name, start.flags.hf_model_name, start.flags.verbose
+    metrics = ServerMetrics(name, start.executor.max_seq_len)
+    metrics.watch(lambda: engine.load)
+    generator = Generator(engine, encoder, RequestLog(flags.log, metrics))
+    models = triton_models(name, generator, flags.openai.key)
+    front_ends += make_front_ends(generator, models, name, root, flags, metrics, verbose)
     try:
-        frontend.start(
-            [
-                TritonModel(name, model.infer, INPUTS, OUTPUTS),
-                TritonModel(f"{name}_streaming", model.stream, INPUTS, OUTPUTS, decoupled=True),
-            ]
-        )
+        for front_end in front_ends:
+            front_end.start()
         engine.warm_up()
-        _on_signals(_SecondSignal(lambda number: _drain(number, engine, triton_flags.drain_timeout), frontend.kill))
-        threading.Thread(target=_watch_triton, args=(frontend, engine, is_over, failures), daemon=True).start()
-        _log_ready(start, frontend, time.monotonic() - started)
+        engine.observer = metrics
+        drain = partial(_drain_in_background, engine, front_ends, flags.triton.drain_timeout)
+        on_stop_signals(SecondSignal(drain, kill))
+        _log_ready(start, front_ends, time.monotonic() - started)
         engine.run()
     except BaseException:
-        frontend.kill()
+        kill()
         raise
-    finally:
-        is_over.set()
-    watchdog.allow(_WAY_OUT_S, "Triton or another rank does not end")
-    frontend.stop()
+    finished, cut_off = engine.drained
+    _LOG.info("%d requests in flight were finished, %d were cut off", finished, cut_off)
+    watchdog.allow(_WAY_OUT_S, "a front end or another rank does not end")
+    for front_end in front_ends:
+        front_end.stop()
     start.close()
-    for failure in failures:
-        _LOG.error("%s", failure)
-    return 1 if failures else 0
+    return 1 if cut_off else 0
 
 
-def _log_ready(start: _Start, frontend: TritonFrontend, seconds: float) -> None:
+def _log_ready(start: _Start, front_ends: Sequence[FrontEnd], seconds: float) -> None:
     backend = start.backend
     _LOG.info(
         "ready: model %s, engine %s (%s), tp %d × pp %d, %s on %s, %s, pid %d, after %.1f s",
-        start.triton_name,
+        start.served_name,
         backend.engine,
         backend.reason,
         start.flags.tp,
         start.flags.pp,
         str(backend.dtype).removeprefix("torch."),
         backend.device.type,
-        " and ".join(frontend.urls),
+        " and ".join(url for front_end in front_ends for url in front_end.urls),
         os.getpid(),
         seconds,
     )
 
 
-def _watch_triton(frontend: TritonFrontend, engine: Engine, is_over: threading.Event, failures: list[str]) -> None:
-    while not is_over.wait(1.0):
-        if not frontend.is_alive() and not is_over.is_set() and not engine.is_stopping:
-            failures.append("Triton Inference Server ended by itself; ending the job")
-            engine.stop(0.0)
-            return
-
-
-def _on_signals(handle: Callable[[int, FrameType | None], None]) -> None:
-    for number in _STOP_SIGNALS:
-        signal.signal(number, handle)
-
-
-def _end_start_up(number: int, _frame: FrameType | None) -> None:
-    """Exit at once: no request is in flight yet; the launcher ends the other ranks."""
-    print(f"server.py: {signal.Signals(number).name} during start-up; ending the job", file=sys.stderr, flush=True)
-    os._exit(128 + number)
-
-
-class _SecondSignal:
-    """Calls `first` for the first signal; the second ends the process at once, after `before_exit`."""
-
-    def __init__(self, first: Callable[[int], None], before_exit: Callable[[], None] = lambda: None) -> None:
-        self.first = first
-        self.before_exit = before_exit
-        self.num_signals = 0
-
-    def __call__(self, number: int, _frame: FrameType | None) -> None:
-        self.num_signals += 1
-        if self.num_signals == 1:
-            self.first(number)
-        else:
-            self.before_exit()
-            os._exit(1)
-
-
-def _drain(number: int, engine: Engine, drain_timeout: float) -> None:
+def _drain_in_background(engine: Engine, front_ends: Sequence[FrontEnd], drain_timeout: float, number: int) -> None:
+    """Let requests in flight finish; the signal's handler must not keep the engine's loop from them."""
     _LOG.info("%s: finishing what is in flight (at most %g s)", signal.Signals(number).name, drain_timeout)
-    engine.stop(drain_timeout)
+
+    def drain() -> None:
+        for front_end in front_ends:  # before the engine refuses: a load balancer sees it first
+            front_end.refuse()
+        engine.stop(drain_timeout)
+
+    threading.Thread(target=drain, name="drain", daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import random
 import re
 import time
@@ -210,6 +211,8 @@ class Transport:
         self.running: dict[str, None] = {}  # ids
         self.is_stopping = False
         self._is_gone = False
+        key = flags.api_key or os.environ.get("SERVER_API_KEY")
+        self._stop_parameters = {"api_key": key} if key else None
 
     async def is_ready(self) -> bool:
         """Wait for the model; False if it is not ready within --init-timeout-s."""
@@ -269,16 +272,18 @@ class Transport:
             else:
                 on_response(await self._infer(inputs))
 
-    async def _infer(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    async def _infer(
+        self, inputs: dict[str, np.ndarray], parameters: dict[str, str] | None = None
+    ) -> dict[str, np.ndarray]:
         """One request to the model that does not stream; its arrays have a batch dimension."""
         tensors = _tensors(self.connection.input_class, {name: array[None] for name, array in inputs.items()})
-        result = await self.connection.client.infer(self.flags.model_name, tensors)
+        result = await self.connection.client.infer(self.flags.model_name, tensors, parameters=parameters)
         return {name: array[0] for name, array in self.connection.arrays(result).items()}
 
     async def _stop(self, request_id: str) -> None:
         inputs = {**_id(request_id), "stop": np.array([True])}
         with contextlib.suppress(Failure, asyncio.TimeoutError), _failures(self.connection):
-            await asyncio.wait_for(self._infer(inputs), _STOP_TIMEOUT_S)
+            await asyncio.wait_for(self._infer(inputs, self._stop_parameters), _STOP_TIMEOUT_S)
 
     async def stop_all(self) -> None:
         """Cancel the running requests on the server; waits for it up to a second."""

@@ -16,8 +16,8 @@ from collections import deque
 from collections.abc import Collection
 from typing import Any, Protocol
 
-from engine.metrics import Statistics
-from engine.request import CANCELLED, EngineBusy, Request, SamplingParams
+from engine.metrics import Load, Observer, Progress, Statistics
+from engine.request import CANCELLED, SHUTDOWN, EngineBusy, EngineStopping, Request, SamplingParams
 from engine.watchdog import Watchdog
 from engine.world import World
 
@@ -41,14 +41,19 @@ class Scheduling(Protocol):
     @property
     def waiting(self) -> Collection[Request]: ...
     @property
+    def num_running(self) -> int: ...  # requests
+    @property
+    def kv_cache_usage(self) -> float: ...  # share of its blocks
+    @property
     def max_seq_len(self) -> int: ...  # tokens of a request, prompt and output together
     @property
     def has_work(self) -> bool: ...
     def check(self, request: Request) -> None: ...
     def add(self, request: Request) -> None: ...
     def schedule(self) -> Any | None: ...
-    def commit(self, step: Any) -> None: ...
+    def commit(self, step: Any) -> Progress: ...
     def cancel(self, request: Request, reason: str) -> None: ...
+    def unfinished(self) -> list[Request]: ...  # running and waiting
     def abort_all(self) -> None: ...
 
 
@@ -66,7 +71,10 @@ class Executor(Protocol):
 
 
 class Engine:
-    """Rank 0's engine. `submit` and `stop` may be called from any thread; `run` is the engine's own thread."""
+    """Rank 0's engine. `submit` and `stop` may be called from any thread; `run` is the engine's own thread.
+
+    observer: set it, if at all, after `warm_up` and before `run`.
+    """
 
     def __init__(
         self,
@@ -88,28 +96,39 @@ class Engine:
         self._submit_lock = threading.Lock()
         self._num_submitted = self._num_taken = 0  # their difference: requests in the inbox
         self._launched: deque[Any] = deque()
+        self.observer: Observer | None = None
         self._statistics = Statistics()
         self._stop_at: float | None = None
+        self._draining: list[Request] = []  # what was unfinished when the stop came
         self._is_warm = False
 
     def submit(self, *requests: Request) -> None:
         """Queue all requests, or none. Their `on_update` is called for every later change.
 
-        Raises ValueError for a request that can never run, EngineBusy if the queue is full or the engine stops.
+        Requests of other calls take turns with them (engine.waiting).
+
+        Raises ValueError for a request that can never run, EngineBusy if the queue is full, EngineStopping if the
+        engine stops.
         """
         for request in requests:
             self.scheduler.check(request)
-        if len(requests) > self.max_queue_size:
-            raise ValueError(f"the request has {len(requests)} prompts; at most {self.max_queue_size} may wait")
         with self._submit_lock:  # requests in the inbox when a stop comes are still answered; later ones are refused
-            if self._stop_at is not None:
-                raise EngineBusy("the server is stopping and takes no new requests")
-            num_waiting = len(self.scheduler.waiting) + self._num_submitted - self._num_taken
-            if num_waiting + len(requests) > self.max_queue_size:
-                raise EngineBusy(f"{num_waiting} requests wait already, and at most {self.max_queue_size} may")
+            self.check_room(len(requests))
             self._num_submitted += len(requests)
+            now, origin = time.monotonic(), object()
             for request in requests:
+                request.times.arrived, request.origin = now, origin
                 self._inbox.put((request, None))
+
+    def check_room(self, num_requests: int) -> None:
+        """Raise as `submit` would where the queue does not take so many requests now. May be called at any time."""
+        if num_requests > self.max_queue_size:
+            raise ValueError(f"the request has {num_requests} prompts; at most {self.max_queue_size} may wait")
+        if self._stop_at is not None:
+            raise EngineStopping("the server is stopping and takes no new requests")
+        num_waiting = self._num_waiting
+        if num_waiting + num_requests > self.max_queue_size:
+            raise EngineBusy(f"{num_waiting} requests wait already, and at most {self.max_queue_size} may")
 
     def cancel(self, request: Request) -> None:
         """End a submitted request soon, with the tokens it has. A request that has ended is not changed."""
@@ -134,11 +153,27 @@ class Engine:
     def is_stopping(self) -> bool:
         return self._stop_at is not None
 
+    @property
+    def load(self) -> Load:
+        """What runs and waits now; any thread may read it."""
+        return Load(self.scheduler.num_running, self._num_waiting, self.scheduler.kv_cache_usage)
+
+    @property
+    def _num_waiting(self) -> int:
+        return len(self.scheduler.waiting) + self._num_submitted - self._num_taken
+
     def stop(self, drain_timeout_s: float) -> None:
         """Let `run` return when every submitted request has ended, at the latest after `drain_timeout_s`."""
         with self._submit_lock:
             self._stop_at = min(self._stop_at or math.inf, time.monotonic() + drain_timeout_s)
             self._inbox.put(None)  # wakes the loop
+
+    @property
+    def drained(self) -> tuple[int, int]:
+        """After `run`: how many of the requests that ran or waited when the stop came were finished, and cut off."""
+        reasons = [{output.finish_reason for output in request.outputs} for request in self._draining]
+        cut_off = sum(SHUTDOWN in found for found in reasons)
+        return len(reasons) - cut_off - sum(CANCELLED in found for found in reasons), cut_off
 
     def run(self) -> None:
         """Step until stopped; sleep while there is no work. At the end, send STOP to the other ranks."""
@@ -158,6 +193,8 @@ class Engine:
         plan = self.scheduler.schedule()
         if plan is not None:
             self._statistics.count(plan.num_sequences, len(self.scheduler.waiting))
+            if self.observer is not None:
+                self.observer.count_plan(plan.num_tokens)
             with self._limit(plan.num_steps):
                 self.world.send(plan)
                 self._launched.append(self.executor.execute(plan))
@@ -170,7 +207,11 @@ class Engine:
         with self._limit(1):
             output = self._launched.popleft().wait()
         self._is_warm = True
-        self.scheduler.commit(output)
+        progress = self.scheduler.commit(output)
+        if self.observer is not None:
+            self.observer.count_progress(progress)
+            for request in progress.finished:
+                self.observer.count_finished(request)
 
     def _limit(self, num_steps: int) -> Any:
         seconds = step_limit_s(self.step_timeout_s, num_steps, self._is_warm)
@@ -182,13 +223,17 @@ class Engine:
 
     def _take(self, message: tuple[Request, str | None] | None) -> None:
         if message is None:
+            self._draining = self._draining or self.scheduler.unfinished()
             return
         request, reason = message
         if reason is None:
             self.scheduler.add(request)
             self._num_taken += 1
         else:
+            was_finished = request.is_finished
             self.scheduler.cancel(request, reason)
+            if self.observer is not None and request.is_finished and not was_finished:
+                self.observer.count_finished(request)
 
     def _sleep(self) -> None:
         try:

@@ -1,12 +1,55 @@
-"""The engine's throughput, as a log line every few seconds."""
+"""What the engine tells about itself: events for an observer, its load, and a log line every few seconds."""
 
 from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from engine.request import Request
 
 _LOG = logging.getLogger("engine")
 INTERVAL_S = 10.0
+
+
+@dataclass(slots=True)
+class Progress:
+    """What the output of one plan brought.
+
+    started: requests that got their first token; num_tokens: new tokens, without those of beams, which are known at
+    a request's end; gaps: (seconds since their last token, number of sequences); finished: requests that ended.
+    """
+
+    started: list[Request] = field(default_factory=list)
+    num_tokens: int = 0
+    gaps: list[tuple[float, int]] = field(default_factory=list)
+    finished: list[Request] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Load:
+    """The engine at one moment. kv_cache_usage: the share of its blocks that requests hold."""
+
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float
+
+
+class Observer(Protocol):
+    """Counts what the engine does. The engine's thread calls it: it must be quick and must not raise."""
+
+    def count_plan(self, num_tokens: int) -> None:
+        """A plan computes this many tokens of prompts and outputs."""
+        ...
+
+    def count_progress(self, progress: Progress) -> None:
+        """A plan's output came."""
+        ...
+
+    def count_finished(self, request: Request) -> None:
+        """A request ended, by itself or cancelled; one that ends with the server is not counted."""
+        ...
 
 
 class Statistics:

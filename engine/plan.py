@@ -93,4 +93,5 @@ class StepOutput:
     alternatives: dict[int, tuple[tuple[int, float], ...]] = field(default_factory=dict)  # row → (id, log-prob) pairs
     candidates: list[list[Candidate]] = field(default_factory=list)  # per beam search
     prompt_log_probs: list[list[float]] = field(default_factory=list)  # per chunk of a prompt that asked for them
+    prompt_alternatives: dict[int, list[tuple[tuple[int, float], ...]]] = field(default_factory=dict)  # of such a chunk
     next_token_logits: list[Sequence[float]] = field(default_factory=list)  # per prompt that ended and asked

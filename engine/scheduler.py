@@ -9,15 +9,18 @@ token by token, so their requests skip a plan that is made too early.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 
 import numpy as np
 
 from engine.beam import BeamSearch, Candidate
 from engine.blocks import BlockAllocator
+from engine.metrics import Progress
 from engine.plan import BeamReorder, Chunk, NewSequences, Plan, StepOutput
 from engine.request import SHUTDOWN, Output, ParameterError, Request
 from engine.sequence import PendingOutput, Sequence, SequenceGroup
+from engine.waiting import WaitingQueue
 
 
 def check_length(request: Request, limit: int, what: str) -> None:
@@ -65,11 +68,15 @@ class _Draft:
 
 
 class Scheduler:
-    """In-flight batching: requests join and leave between any two steps, first come, first served.
+    """In-flight batching: requests join and leave between any two steps.
 
     A request enters when its slots are free, and all blocks that it can ever need: it is never preempted, and every
-    running request ends. Each step decodes every running sequence, and spends the rest of `max_step_tokens` on
-    prompts, in chunks where they are long.
+    running request ends. Origins take turns (engine.waiting): before a request of a new origin, at most one request
+    of each origin that waits already enters. So with one other client it is the second to enter, whether that client
+    asked for one prompt or for a thousand.
+
+    Each step decodes every running sequence, and spends the rest of `max_step_tokens` on prompts, in chunks where they
+    are long.
     """
 
     has_token_log_probs = True
@@ -82,15 +89,24 @@ class Scheduler:
         self.max_step_tokens = max(max_step_tokens, max_batch_size)
         self.block_size = block_size
         self.blocks = BlockAllocator(num_blocks)
-        self.waiting: deque[Request] = deque()
+        self.waiting = WaitingQueue()
         self._running: dict[Request, SequenceGroup] = {}  # in order of admission
         self._slot_type = np.min_scalar_type(max_batch_size)  # slots travel in as few bytes as they need
         self._free_slots = list(reversed(range(max_batch_size)))
         self._pending: deque[PendingOutput] = deque()  # per plan on its way
+        self._committed_at = 0.0
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self._running)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def kv_cache_usage(self) -> float:
+        return 1 - self.blocks.num_free / self.blocks.num_blocks
 
     def check(self, request: Request) -> None:
         """Raise ParameterError for a request that could never run. May be called from any thread."""
@@ -111,7 +127,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request that `check` let pass."""
-        self.waiting.append(request)
+        self.waiting.add(request)
 
     def schedule(self) -> Plan | None:
         """The next step, or None where there is nothing to compute."""
@@ -144,14 +160,21 @@ class Scheduler:
         self._pending.append(pending)
         return plan
 
-    def commit(self, step: StepOutput) -> None:
+    def commit(self, step: StepOutput) -> Progress:
         """Take the output of the oldest plan that is not committed yet."""
         pending = self._pending.popleft()
+        since = self._committed_at
+        now = self._committed_at = time.monotonic()
+        progress, num_others = pending.measure(now)
         for group in pending.stepwise_groups:
             group.num_in_flight -= 1
         for request, log_probs in zip(pending.scored_prompts, step.prompt_log_probs, strict=True):
             if not request.is_finished:
                 request.prompt_log_probs += log_probs
+        for place, per_token in step.prompt_alternatives.items():
+            request = pending.scored_prompts[place]
+            if not request.is_finished:
+                request.prompt_alternatives += per_token
         for request, logits in zip(pending.first_logits, step.next_token_logits, strict=True):
             if not request.is_finished:
                 request.next_token_logits = logits
@@ -159,13 +182,16 @@ class Scheduler:
             sequence = pending.sequences[row]
             if sequence is not None and sequence.output.finish_reason is None:
                 sequence.output.alternatives.append(alternatives)
-        updated = self._append(pending.sequences, step)
+        updated = self._append(pending.sequences, step, progress)
+        if num_steady := progress.num_tokens - num_others:  # they got a token from the last plan too
+            progress.gaps.append((now - since, num_steady))
         for group, candidates in zip(pending.beam_groups, step.candidates, strict=True):
             if not group.request.is_finished:
-                self._advance_beams(group, candidates)
+                self._advance_beams(group, candidates, progress)
                 updated.append(group.request)
         for request in updated:
             request.on_update(request)
+        return progress
 
     def cancel(self, request: Request, reason: str) -> None:
         """End a request, waiting or running, with what it has; one that has ended, or never came, stays as it is."""
@@ -175,29 +201,35 @@ class Scheduler:
                 return
             self.waiting.remove(request)
         else:
+            if request.times.first_token:
+                request.times.last_token = group.sampled_at or self._committed_at
             if group.beam_search is not None:
                 request.outputs = group.beam_search.results()
             self._leave_all(group)
         request.end(reason)
 
+    def unfinished(self) -> list[Request]:
+        """The requests that run, then those that wait."""
+        return [*self._running, *self.waiting]
+
     def abort_all(self) -> None:
         """End every request; tokens on their way are dropped when they come."""
-        for request in [*self._running, *self.waiting]:
+        for request in self.unfinished():
             self.cancel(request, SHUTDOWN)
 
     def _admit(self) -> list[NewSequences]:
         admitted = []
-        while self.waiting and self.waiting[0].sampling.width <= len(self._free_slots):
-            request = self.waiting[0]
+        while self.waiting and (request := self.waiting.first).sampling.width <= len(self._free_slots):
             needed = self._blocks_needed(request)
             if sum(needed) > self.blocks.num_free:
                 break
-            self.waiting.popleft()
+            self.waiting.take(request)
             admitted.append(self._start(request, needed))
         return admitted
 
     def _start(self, request: Request, needed: list[int]) -> NewSequences:
         """Give a request its slots and blocks; needed: per sequence, as `_blocks_needed` counts them."""
+        request.times.scheduled = time.monotonic()
         sampling, words, prompt_len = request.sampling, request.words, len(request.prompt_ids)
         block_ids = [self._take_blocks(count) for count in needed]
         shared = block_ids[0][: self._blocks_for(prompt_len)]
@@ -243,6 +275,7 @@ class Scheduler:
 
     def _start_decoding(self, group: SequenceGroup, sampled: list[Sequence], draft: _Draft) -> None:
         group.is_prefilling = False
+        draft.pending.started.append(group)
         for sequence in sampled:
             draft.ban(sequence, [])
         for sequence in group.sequences:
@@ -283,15 +316,18 @@ class Scheduler:
         if group.beam_search is not None:
             draft.pending.beam_groups.append(group)
 
-    def _append(self, sequences: list[Sequence | None], step: StepOutput) -> list[Request]:
+    def _append(self, sequences: list[Sequence | None], step: StepOutput, progress: Progress) -> list[Request]:
         """Give each sequence its token; returns the updated requests, in order."""
         updated: list[Request] = []
         last: Request | None = None
+        num_skipped = 0  # counted instead of the tokens: the loop is hot
         for sequence, token_id, log_prob in zip(sequences, step.token_ids, step.log_probs, strict=True):
             if sequence is None:
+                num_skipped += 1
                 continue
             output = sequence.output
             if output.finish_reason is not None:  # ended while this step was on its way
+                num_skipped += 1
                 continue
             request = sequence.group.request
             output.append(token_id, log_prob)
@@ -299,20 +335,26 @@ class Scheduler:
             if reason is not None:
                 output.finish_reason = reason
                 self._leave(sequence)
-                request.is_finished = not sequence.group.sequences
+                if not sequence.group.sequences:
+                    self._finish(request, progress)
             if request is not last:
                 updated.append(request)
                 last = request
+        progress.num_tokens = len(sequences) - num_skipped
         return updated
 
-    def _advance_beams(self, group: SequenceGroup, candidates: list[Candidate]) -> None:
+    def _finish(self, request: Request, progress: Progress) -> None:
+        request.finish(self._committed_at)
+        progress.finished.append(request)
+
+    def _advance_beams(self, group: SequenceGroup, candidates: list[Candidate], progress: Progress) -> None:
         search = group.beam_search
         assert search is not None
         group.beams = search.advance(candidates)
         if group.beams is None:
             group.request.outputs = search.results()
             self._leave_all(group)
-            group.request.is_finished = True
+            self._finish(group.request, progress)
 
     def _leave_all(self, group: SequenceGroup) -> None:
         for sequence in list(group.sequences):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from engine.beam import Beams, BeamSearch
+from engine.metrics import Progress
 from engine.request import Output, Request
 
 
@@ -38,6 +39,7 @@ class SequenceGroup:
     is_prefilling: bool = True
     is_stepwise: bool = False  # the host decides on each token (beams, bad words) before it plans the next one
     num_in_flight: int = 0  # plans on their way that sample for it; counted where it is stepwise
+    sampled_at: float = 0.0  # when its last tokens came; kept where it is stepwise
 
 
 @dataclass(eq=False, slots=True)
@@ -49,3 +51,21 @@ class PendingOutput:
     scored_prompts: list[Request] = field(default_factory=list)
     first_logits: list[Request] = field(default_factory=list)
     stepwise_groups: list[SequenceGroup] = field(default_factory=list)
+    started: list[SequenceGroup] = field(default_factory=list)  # they get their first tokens
+
+    def measure(self, now: float) -> tuple[Progress, int]:
+        """The progress so far: who gets a first token, or one after plans that skipped it; and how many tokens.
+
+        Call it before the tokens are given out, at the time that they came. Beams' tokens are not counted.
+        """
+        started = [group.request for group in self.started if not group.request.is_finished]
+        for request in started:
+            request.times.first_token = now
+        num_tokens = sum(request.sampling.n for request in started if request.sampling.beam_width == 1)
+        progress = Progress(started)
+        for group in self.stepwise_groups:
+            if group.sampled_at and group.sequences and group.beam_search is None:
+                progress.gaps.append((now - group.sampled_at, len(group.sequences)))
+                num_tokens += len(group.sequences)
+            group.sampled_at = now
+        return progress, num_tokens

@@ -7,12 +7,14 @@ stop words. executor.fastertransformer calls the op.
 from __future__ import annotations
 
 import math
-from collections import deque
+import time
 from dataclasses import dataclass
 from typing import Any
 
+from engine.metrics import Progress
 from engine.request import SHUTDOWN, Output, ParameterError, Request, SamplingParams
 from engine.scheduler import check_length
+from engine.waiting import WaitingQueue
 
 _MAX_TOP_K = 1024  # the op clips silently (TopKSamplingLayer.cu)
 _MAX_PENALIZED_LEN = 6144  # 8 bytes of 48 KiB of shared memory per token (sampling_penalty_kernels.cu)
@@ -20,10 +22,11 @@ _MAX_PENALIZED_LEN = 6144  # 8 bytes of 48 KiB of shared memory per token (sampl
 # field -> the one value that the op has
 _ONLY_VALUES: dict[str, Any] = {
     "frequency_penalty": 0,
+    "min_p": 0,
     "top_p_decay": 1,
     "early_stopping": "false",
     "num_log_probs": 0,
-    "prompt_log_probs": False,
+    "prompt_log_probs": False,  # and so no num_prompt_log_probs
     "next_token_logits": False,
 }
 
@@ -57,27 +60,38 @@ class Batch:
         """Sequences that get tokens."""
         return len(self.rows) * self.beam_width
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompts and outputs, the longest output for all."""
+        return sum(len(row.prompt_ids) for row in self.rows) + self.num_steps * self.num_sequences
+
 
 class StaticScheduler:
-    """Batches in order of arrival: each is formed around the request that has waited longest.
+    """Batches in order of arrival, with turns (engine.waiting): each is formed around the first in line.
 
-    It takes in those behind it, first come, first served, that fit (`_Group`); the others keep their places in line.
-    So a request may be overtaken while it does not fit, but only until it is the first in line: it runs in the n-th
-    batch at the latest where it was the n-th to come. A batch runs to its end whatever becomes of its requests.
+    It takes in those behind it, in their order, that fit (`_Group`); the others keep their places in line. So a
+    request may be overtaken while it does not fit, but only until it is the first in line: an origin that comes where
+    n others wait has a request in the (n + 1)-th batch at the latest. A batch runs to its end whatever becomes of its
+    requests.
     """
 
     has_token_log_probs = False
+    kv_cache_usage = 0.0  # the op keeps it to itself
 
     def __init__(self, max_batch_size: int, max_seq_len: int, end_id: int) -> None:
         self.max_batch_size = max_batch_size
         self.max_seq_len = max_seq_len
         self.end_id = end_id
-        self.waiting: deque[Request] = deque()
+        self.waiting = WaitingQueue()
         self._running: list[Request] = []
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self._running)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
 
     def check(self, request: Request) -> None:
         """Raise ParameterError for a request that the op cannot run. May be called from any thread."""
@@ -86,6 +100,14 @@ class StaticScheduler:
             if getattr(params, field) != value:
                 given = _shown(getattr(params, field))
                 raise ParameterError(field, f"is {given}; with the FasterTransformer engine it must be {_shown(value)}")
+        if params.logit_bias:
+            raise ParameterError("logit_bias", "is given; the FasterTransformer engine does not have it")
+        if params.openai_penalties and params.presence_penalty != 0:
+            raise ParameterError(
+                "presence_penalty",
+                f"is {params.presence_penalty:g} and counts the output only; "
+                "with the FasterTransformer engine it must be 0 then",
+            )
         if not request.end_ids:
             raise ParameterError("ignore_eos", "is true; with the FasterTransformer engine it must be false")
         if request.end_ids != (self.end_id,):
@@ -111,21 +133,28 @@ class StaticScheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request that `check` let pass."""
-        self.waiting.append(request)
+        self.waiting.add(request)
 
     def schedule(self) -> Batch | None:
         """The next batch, or None where nothing waits or one is on its way."""
         if self._running or not self.waiting:
             return None
         group = _Group(self.max_batch_size, self.max_seq_len)
-        self.waiting = deque([request for request in self.waiting if not group.take(request)])
+        for request in list(self.waiting):
+            if group.take(request):
+                self.waiting.take(request)
         self._running = group.requests
+        now = time.monotonic()
+        for request in self._running:
+            request.times.scheduled = now
         return Batch([row for request in self._running for row in _rows(request)])
 
-    def commit(self, results: list[list[Output]]) -> None:
+    def commit(self, results: list[list[Output]]) -> Progress:
         """Take what the op gave: per row one sequence, or its beams, best first, each as long as the whole batch."""
         requests, self._running = self._running, []
         rows = iter(results)
+        now = time.monotonic()
+        progress = Progress()
         for request in requests:
             sequences = [sequence for _ in range(request.sampling.n) for sequence in next(rows)]
             if request.is_finished:  # ended while the batch ran
@@ -134,8 +163,14 @@ class StaticScheduler:
             for output, sequence in zip(outputs, sequences, strict=True):
                 _cut(request, sequence, output)
             request.outputs = outputs
-            request.is_finished = True
+            request.times.first_token = now
+            request.finish(now)
+            progress.started.append(request)
+            progress.finished.append(request)
+            if request.sampling.beam_width == 1:
+                progress.num_tokens += sum(len(output.token_ids) for output in outputs)
             request.on_update(request)
+        return progress
 
     def cancel(self, request: Request, reason: str) -> None:
         """End a request: one that runs gets nothing, and its rows are dropped when the batch ends."""
@@ -147,9 +182,13 @@ class StaticScheduler:
             return
         request.end(reason)
 
+    def unfinished(self) -> list[Request]:
+        """The requests that run, then those that wait."""
+        return [*self._running, *self.waiting]
+
     def abort_all(self) -> None:
         """End every request; the running batch's tokens are dropped when they come."""
-        for request in [*self._running, *self.waiting]:
+        for request in self.unfinished():
             self.cancel(request, SHUTDOWN)
 
 

@@ -10,6 +10,7 @@ import pickle
 import socket
 import sys
 import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,31 @@ _LENGTH_BYTES = 8
 _YIELD_S = 0.002  # a waiting rank yields its core for so long, then it sleeps
 _SLEEP_SHARE = 0.01  # a sleep lasts this share of the wait so far: the largest relative delay of a message
 _LONGEST_SLEEP_S = 0.005  # a poll costs about 50 µs: 1 % of a core
+_POST_S = 1.0
+_POLL_S = 0.0001
+
+
+def check_size(size: int, expected: int, command: str) -> None:
+    """Raise ValueError if the world has another size than expected; command: the right one, for the message."""
+    launcher, num_started = _launched()
+    if size == 1 and num_started > 1:
+        remedy = "start with srun --mpi=pmix" if launcher == "Slurm" else "take the mpirun of mpi4py's MPI library"
+        raise ValueError(f"{num_started} {launcher} tasks, but each is an MPI world of its own: {remedy}")
+    if size != expected:
+        raise ValueError(f"tp × pp takes {expected} ranks and {size} were started: {command}")
+
+
+def is_surplus(size: int) -> bool:
+    """Whether this process is a world of its own, by mistake, and another one was started before it."""
+    number = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("SLURM_PROCID", "0"))
+    return size == 1 < _launched()[1] and number != "0"
+
+
+def _launched() -> tuple[str, int]:
+    """The launcher of this process, and how many it started. mpirun's variables come first: it runs inside srun too."""
+    if "OMPI_COMM_WORLD_SIZE" in os.environ:
+        return "mpirun", int(os.environ["OMPI_COMM_WORLD_SIZE"])
+    return "Slurm", int(os.environ.get("SLURM_NTASKS", 1)) if "SLURM_PROCID" in os.environ else 1
 
 
 class Group:
@@ -74,15 +100,6 @@ class World:
     def split(self, color: int, key: int) -> Group:
         """The group of the ranks with the same color, in order of key; every rank of the world calls this."""
         return Group(self._comm.Split(color=color, key=key))
-
-    def check_size(self, expected: int, command: str) -> None:
-        """Raise ValueError if the world has another size; command: the right command, for the message."""
-        if self.size == expected:
-            return
-        tasks = int(os.environ.get("SLURM_NTASKS", 1)) if "SLURM_PROCID" in os.environ else 1
-        if self.size == 1 and tasks == expected:
-            raise ValueError(f"{tasks} Slurm tasks, but each is an MPI world of its own: start with srun --mpi=pmix")
-        raise ValueError(f"tp × pp takes {expected} ranks and {self.size} were started: {command}")
 
     def send(self, message: Any) -> None:
         """Rank 0: send a picklable message to all other ranks; they call `receive`."""
@@ -140,3 +157,59 @@ class World:
                 os.sched_yield()
             else:
                 time.sleep(min(waited * _SLEEP_SHARE, _LONGEST_SLEEP_S))
+
+
+class Mail:
+    """Messages between ranks of which some may not answer: nothing here waits without a limit.
+
+    It takes no collective, so it can be made where `World` would wait for ever. `tag` tells messages apart.
+    """
+
+    def __init__(self) -> None:
+        self._comm = MPI.COMM_WORLD
+        self.rank: int = self._comm.rank
+        self.size: int = self._comm.size
+        self._posted: list[MPI.Request] = []  # each keeps its message until it is sent
+
+    def post(self, value: Any, rank: int, tag: int) -> None:
+        """Send a small picklable value; returns once it is on its way, or after a second."""
+        request = self._comm.isend(value, dest=rank, tag=tag)
+        self._posted.append(request)
+        _poll(request.Test, _POST_S)
+
+    def collect(self, ranks: Iterable[int], tag: int, timeout_s: float) -> dict[int, Any]:
+        """A value of each of these ranks; those that do not come in time are absent."""
+        found: dict[int, Any] = {}
+        missing = set(ranks)
+
+        def look() -> bool:
+            for rank in sorted(missing):
+                message = self._comm.improbe(source=rank, tag=tag)
+                if message is not None:
+                    found[rank] = message.recv()
+                    missing.remove(rank)
+            return not missing
+
+        _poll(look, timeout_s)
+        return found
+
+    def exchange(self, array: np.ndarray, out: np.ndarray, rank: int, timeout_s: float) -> bool:
+        """Swap arrays with a rank that does the same; whether both arrived in time."""
+        requests = [self._comm.Irecv(out, source=rank), self._comm.Isend(array, dest=rank)]
+        self._posted += requests
+        return _poll(lambda: MPI.Request.Testall(requests), timeout_s)
+
+    def abort(self) -> None:
+        """End every rank of the job now, with exit code 1."""
+        sys.stdout.flush()
+        self._comm.Abort(1)
+
+
+def _poll(is_done: Callable[[], bool], timeout_s: float) -> bool:
+    """Ask until it is done; False where it is not in time. At least once."""
+    deadline = time.monotonic() + timeout_s
+    while not is_done():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True

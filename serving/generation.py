@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
+import time
+import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from engine.request import SHUTDOWN, EngineBusy, Output, ParameterError, Request
-from serving.request import GenerationRequest
+from engine.request import SHUTDOWN, EngineStopping, Output, ParameterError, Request
+from serving.request import GenerationRequest, Prompts
 from serving.text import TextStream, whole_text
 from serving.tokenization import RequestEncoder
 
@@ -29,8 +32,21 @@ class Engine(Protocol):
         """Whether outputs have a log-probability per token."""
         ...
 
+    def check_room(self, num_requests: int) -> None: ...
     def submit(self, *requests: Request) -> None: ...
     def cancel(self, request: Request) -> None: ...
+
+
+class RequestObserver(Protocol):
+    """Is told of the front ends' requests, on their event loops: it must be quick and must not raise."""
+
+    def ended(self, run: Run) -> None:
+        """The front end left a run. Outputs without a finish_reason are about to be cancelled."""
+        ...
+
+    def refused(self, front_end: str, log_id: str, error: Exception) -> None:
+        """A request did not run. log_id: as the front end gave it, perhaps empty."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +78,11 @@ class Generation:
         return self.engine_request.prompt_log_probs
 
     @property
+    def prompt_alternatives(self) -> list[tuple[tuple[int, float], ...]]:
+        """(token id, log-probability) pairs in place of each of prompt_ids[1:], likeliest first, where asked for."""
+        return self.engine_request.prompt_alternatives
+
+    @property
     def next_token_logits(self) -> Sequence[float] | None:
         """[vocab_size], of the first new token, where asked for and computed by now."""
         return self.engine_request.next_token_logits
@@ -83,9 +104,9 @@ class Generation:
         return token_ids[:-1] if token_ids and token_ids[-1] in self.end_ids else token_ids
 
     def check_not_shut_down(self) -> None:
-        """Raise EngineBusy for an output that ended because the server stopped."""
+        """Raise EngineStopping for an output that ended because the server stopped."""
         if any(output.finish_reason == SHUTDOWN for output in self.outputs):
-            raise EngineBusy("the server stopped before the request was finished")
+            raise EngineStopping("the server stopped before the request was finished")
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,14 +126,22 @@ class Update:
 
 
 class Run:
-    """The prompts of one front-end request while they run. Take `updates` or `wait`."""
+    """The prompts of one front-end request while they run. Take `updates` or `wait`.
 
-    def __init__(self, generations: list[Generation], listener: _Listener) -> None:
+    log_id: the log knows it by this id; arrived: when it came, in seconds of time.monotonic().
+    """
+
+    def __init__(
+        self, generations: list[Generation], listener: _Listener, front_end: str, log_id: str, arrived: float
+    ) -> None:
         self.generations = generations
+        self.front_end = front_end
+        self.log_id = log_id
+        self.arrived = arrived
         self._listener = listener
 
     async def wait(self) -> None:
-        """Return when all have ended. Raises EngineBusy where the server stopped before that."""
+        """Return when all have ended. Raises EngineStopping where the server stopped before that."""
         changed = self._listener.changed
         for generation in self.generations:
             while not generation.is_finished:
@@ -124,7 +153,7 @@ class Run:
         """Each output's updates, as they come; the last one of an output has its finish_reason.
 
         Samples grow piece by piece, and tokens that come while the reader is busy come in one update. Beams come
-        whole, at their end. Raises EngineBusy where the server stops before the end.
+        whole, at their end. Raises EngineStopping where the server stops before the end.
         """
         self._listener.only_ends = False
         changed = self._listener.changed
@@ -144,42 +173,73 @@ class Run:
 class Generator:
     """Runs requests. One serves all front ends, whose event loops may be in threads of their own."""
 
-    def __init__(self, engine: Engine, encoder: RequestEncoder) -> None:
+    def __init__(self, engine: Engine, encoder: RequestEncoder, observer: RequestObserver | None = None) -> None:
         self.engine = engine
         self.encoder = encoder
+        self.observer = observer
         self._by_id: dict[str, Request] = {}  # those that run and have a request_id
         self._lock = threading.Lock()
         self._notifiers: dict[asyncio.AbstractEventLoop, LoopNotifier] = {}
 
     @contextlib.asynccontextmanager
-    async def run(self, requests: Iterable[GenerationRequest]) -> AsyncIterator[Run]:
+    async def run(self, requests: Prompts, *, front_end: str = "triton", log_id: str = "") -> AsyncIterator[Run]:
         """Run the prompts of one front-end request, all or none; leaving cancels those that have not ended.
 
-        requests: an iterator is advanced in the thread that tokenizes, so that parsing holds up no other request.
+        requests: they are read in the thread that tokenizes, so that parsing holds up no other request, and only
+        where the engine has room for as many.
+        log_id: the client's own id of it; by default the first prompt's request_id, or a new one.
         Raises ParameterError or ValueError for a request that cannot run, EngineBusy where there is no room now.
         """
-        encoded = await asyncio.to_thread(self.encoder.encode, requests)
-        if any(request.with_log_probs for request, _ in encoded) and not self.engine.has_token_log_probs:
-            raise ParameterError("with_log_probs", "is set; the FasterTransformer engine has cum_log_probs only")
+        arrived = time.monotonic()
+        with self.reporting(front_end, log_id):
+            generations, listener = await self._start(requests)
         loop = asyncio.get_running_loop()
-        with self._lock:
-            notifier = self._notifiers.setdefault(loop, LoopNotifier(loop))
-        listener = _Listener(notifier)
-        generations = [Generation(request, own, self.encoder.tokenizer) for request, own in encoded]
-        for generation in generations:
-            generation.engine_request.on_update = listener
-        self._submit(generations)
         timers = [
             loop.call_later(generation.request.deadline_s, self.engine.cancel, generation.engine_request)
             for generation in generations
             if generation.request.deadline_s is not None
         ]
+        own_ids = (generation.request.request_id for generation in generations)
+        log_id = log_id or next(filter(None, own_ids), None) or uuid.uuid4().hex
+        run = Run(generations, listener, front_end, log_id, arrived)
         try:
-            yield Run(generations, listener)
+            yield run
         finally:
             for timer in timers:
                 timer.cancel()
             self._leave(generations)
+            if self.observer is not None:
+                self.observer.ended(run)
+
+    @contextlib.contextmanager
+    def reporting(self, front_end: str, log_id: str) -> Iterator[None]:
+        """Tell the observer of an error in the block: a front end refuses a request before it runs."""
+        try:
+            yield
+        except ConnectionError:  # the client went away
+            raise
+        except Exception as error:
+            if self.observer is not None:
+                self.observer.refused(front_end, log_id, error)
+            raise
+
+    async def _start(self, requests: Prompts) -> tuple[list[Generation], _Listener]:
+        self.engine.check_room(len(requests))
+        encoded = await asyncio.to_thread(self.encoder.encode, requests)
+        if any(request.with_log_probs for request, _ in encoded) and not self.engine.has_token_log_probs:
+            raise ParameterError("with_log_probs", "is set; the FasterTransformer engine has cum_log_probs only")
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            notifier = self._notifiers.get(loop)
+            if notifier is None:  # loops end where a front end starts anew
+                self._notifiers = {known: old for known, old in self._notifiers.items() if not known.is_closed()}
+                notifier = self._notifiers[loop] = LoopNotifier(loop)
+        listener = _Listener(notifier)
+        generations = [Generation(request, own, self.encoder.tokenizer) for request, own in encoded]
+        for generation in generations:
+            generation.engine_request.on_update = listener
+        self._submit(generations)
+        return generations, listener
 
     def stop(self, request_ids: Sequence[str]) -> None:
         """End the requests with these ids, all or none, with the tokens that they have.
@@ -261,8 +321,14 @@ class _Sample:
         self.is_over = False
         self._generation = generation
         self._index = index
-        self._text = TextStream(generation.tokenizer, generation.prompt_ids, **generation.request.text_options)
         self._num_seen = self._num_sent = 0
+
+    @functools.cached_property
+    def _text(self) -> TextStream:
+        """Made when it is needed: it decodes the prompt, which a request may have many of."""
+        return TextStream(
+            self._generation.tokenizer, self._generation.prompt_ids, **self._generation.request.text_options
+        )
 
     def take(self) -> list[Update]:
         """The update that there is by now, if any: tokens without final text wait for the next one."""

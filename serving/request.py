@@ -5,9 +5,9 @@ Front ends make `GenerationRequest`s of their own formats; serving/tokenization.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from engine.request import ParameterError, SamplingParams
 
@@ -18,6 +18,8 @@ class GenerationRequest:
 
     prompt: text (bytes are UTF-8), or token ids. Any sequence of integers will do: it is copied once its length is
     known to be within the limits.
+    add_special_tokens: those that the tokenizer puts around a text.
+    truncate_prompt_tokens: only so many tokens of the prompt are kept, the last ones; None: all.
     start_id: stands for an empty prompt.
     end_ids: tokens that end the text; None: the model's own. ignore_eos: no token ends it.
     stop_words end the text and are cut from it, unless keep_stop_word; bad_words are never generated.
@@ -29,6 +31,8 @@ class GenerationRequest:
 
     prompt: str | bytes | Sequence[int]
     sampling: SamplingParams
+    add_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = None
     start_id: int | None = None
     end_ids: tuple[int, ...] | None = None
     ignore_eos: bool = False
@@ -54,3 +58,10 @@ class GenerationRequest:
             "stop_words": self.stop_words,
             "keep_stop_word": self.keep_stop_word,
         }
+
+
+class Prompts(Protocol):
+    """The prompts of one front-end request. Their number is known before any is parsed: reading one may parse it."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[GenerationRequest]: ...

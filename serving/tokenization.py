@@ -7,18 +7,20 @@ little.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from engine.request import ParameterError, Request, SamplingParams
 from engine.words import Vocabulary, Words
-from serving.request import GenerationRequest
+from serving.request import GenerationRequest, Prompts
 from serving.text import token_bytes
 
 _MAX_LOG_PROBS = 64  # alternatives per token
 _MAX_WORDS = 256  # stop or bad words of a prompt
 _MAX_WORD_BYTES = 256
 _MAX_WORDS_BYTES = 4096  # of all stop or bad words of a prompt together
+_MAX_WORDS_IN_ALL = 16384  # stop and bad words of all prompts of a front-end request
 # The memory that one front-end request may take on rank 0: alternatives of all its tokens, logits of all its prompts.
 _MAX_ALTERNATIVES = 1 << 18
 _MAX_LOGITS = 1 << 24
@@ -29,10 +31,18 @@ class RequestEncoder:
     """Tokenizes and checks requests.
 
     tokenizer: of transformers; end_ids: tokens that end a text by default; vocab_size: of the model; max_seq_len:
-    tokens of the longest sequence served.
+    tokens of the longest sequence served; spells_bad_words: whether the executor needs bad words as tokens.
     """
 
-    def __init__(self, tokenizer: Any, end_ids: tuple[int, ...], vocab_size: int, max_seq_len: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        end_ids: tuple[int, ...],
+        vocab_size: int,
+        max_seq_len: int,
+        *,
+        spells_bad_words: bool = False,
+    ) -> None:
         self.tokenizer = tokenizer
         self.end_ids = end_ids
         self.vocab_size = vocab_size
@@ -41,26 +51,39 @@ class RequestEncoder:
         self.max_prompt_bytes = max_seq_len * max(_MIN_BYTES_PER_TOKEN, *map(len, spellings))
         self.vocabulary = Vocabulary(spellings)
         self.vocabulary.words([b"a"], [b"ab"])  # makes its indexes, which take a large vocabulary 0.2 s
+        self._spells_bad_words = spells_bad_words
+        self._spellings = lru_cache(maxsize=64)(self._spell)  # prompts of a request often have the same words
 
-    def encode(self, requests: Iterable[GenerationRequest]) -> list[tuple[GenerationRequest, Request]]:
+    def encode(self, prompts: Prompts) -> list[tuple[GenerationRequest, Request]]:
         """Each request with the engine's request for it. May be called from any thread.
 
-        requests: the prompts of one front-end request. An iterator is advanced here, so it may parse as it goes.
+        prompts: of one front-end request. All are checked as far as that is cheap before any is tokenized.
         Raises ParameterError for the first thing that is wrong; its index is the prompt's place.
         """
-        requests = list(requests)
+        requests = list(prompts)
+        check_num_words(sum(len(request.stop_words) + len(request.bad_words) for request in requests))
         self._check_memory([request.sampling for request in requests])
-        return [(request, self._encode(request, index)) for index, request in enumerate(requests)]
+        for index, request in enumerate(requests):
+            self._check(request, index)
+        encoded = [(request, self._encode(request, index)) for index, request in enumerate(requests)]
+        num_alternatives = sum(own.sampling.num_prompt_log_probs * len(own.prompt_ids) for _, own in encoded)
+        _check_alternatives("num_prompt_log_probs", num_alternatives)
+        return encoded
+
+    def tokenize(self, prompt: str | bytes, index: int = 0, *, add_special_tokens: bool = True) -> list[int]:
+        """A text's tokens. Raises ParameterError for more bytes than the longest sequence could have.
+
+        index: the prompt that an error names; add_special_tokens: those that the tokenizer puts around a text.
+        """
+        self._check_text_length(prompt, index)
+        text = prompt if isinstance(prompt, str) else decoded(prompt, "prompt", index)
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens) if text else []
 
     def _check_memory(self, samplings: Sequence[SamplingParams]) -> None:
         for sampling in samplings:
             self._check_sampling(sampling)
-        alternatives = sum(s.num_log_probs * s.max_new_tokens * s.width for s in samplings)
-        if alternatives > _MAX_ALTERNATIVES:
-            raise ParameterError(
-                "num_log_probs",
-                f"asks for {alternatives} alternatives in one request; at most {_MAX_ALTERNATIVES} are kept",
-            )
+        num_alternatives = sum(s.num_log_probs * s.max_new_tokens * s.width for s in samplings)
+        _check_alternatives("num_log_probs", num_alternatives)
         logits = sum(s.next_token_logits for s in samplings) * self.vocab_size
         if logits > _MAX_LOGITS:
             raise ParameterError(
@@ -68,40 +91,74 @@ class RequestEncoder:
             )
 
     def _check_sampling(self, sampling: SamplingParams) -> None:
-        for field in ("top_k", "num_log_probs"):
+        for field in ("top_k", "num_log_probs", "num_prompt_log_probs"):
             value = getattr(sampling, field)
             if value > self.vocab_size:
                 raise ParameterError(field, f"is {value}; the vocabulary has {self.vocab_size} tokens")
         self._check_id("top_p_reset_id", sampling.top_p_reset_id)
-        if sampling.num_log_probs > _MAX_LOG_PROBS:
+        for token_id, _ in sampling.logit_bias:
+            if token_id >= self.vocab_size:
+                raise ParameterError("logit_bias", f"has token {token_id}; the vocabulary has {self.vocab_size} tokens")
+        for field in ("num_log_probs", "num_prompt_log_probs"):
+            value = getattr(sampling, field)
+            if value > _MAX_LOG_PROBS:
+                raise ParameterError(field, f"is {value}; it must be between 0 and {_MAX_LOG_PROBS}")
+
+    def _check(self, request: GenerationRequest, index: int) -> None:
+        """What costs little, of what could be wrong with a request."""
+        prompt, most = request.prompt, request.truncate_prompt_tokens
+        if most is not None and not 1 <= most <= self.max_seq_len:
             raise ParameterError(
-                "num_log_probs", f"is {sampling.num_log_probs}; it must be between 0 and {_MAX_LOG_PROBS}"
+                "truncate_prompt_tokens",
+                f"is {most}; it must be between 1 and the {self.max_seq_len} tokens of the longest sequence served",
+            )
+        if isinstance(prompt, (str, bytes)):
+            self._check_text_length(prompt, index)
+        elif most is None and len(prompt) > self.max_seq_len:
+            raise ParameterError(
+                "prompt_ids",
+                f"has {len(prompt)} tokens; the longest sequence served is {self.max_seq_len} tokens",
+                index=index,
+            )
+        if request.start_id is not None:
+            self._check_id("start_id", request.start_id)
+        for end_id in request.end_ids or ():
+            self._check_id("end_ids", end_id)
+        _check_words("stop_words", request.stop_words, index)
+        _check_words("bad_words", request.bad_words, index)
+
+    def _check_text_length(self, prompt: str | bytes, index: int) -> None:
+        num_bytes = len(prompt if isinstance(prompt, bytes) else _encoded(prompt, "prompt", index))
+        if num_bytes > self.max_prompt_bytes:  # to tokenize it would take long, and could not end well
+            raise ParameterError(
+                "prompt",
+                f"has {num_bytes} bytes; at most {self.max_prompt_bytes} are taken "
+                f"for the {self.max_seq_len} tokens of the longest sequence served",
+                index=index,
             )
 
     def _encode(self, request: GenerationRequest, index: int) -> Request:
+        """Of a request that `_check` let pass."""
         prompt_ids = self._prompt_ids(request, index)
         end_ids = self.end_ids if request.end_ids is None else request.end_ids
-        for end_id in end_ids:
-            self._check_id("end_ids", end_id)
-        words = self._words(request, end_ids, index)
-        if request.ignore_eos:
-            end_ids = ()
+        words = self._words(request, end_ids)
+        bad_word_ids = self._spellings(tuple(request.bad_words)) if self._spells_bad_words else []
         return Request(
             prompt_ids,
             request.sampling,
-            end_ids,
+            () if request.ignore_eos else end_ids,
             words=words,
-            bad_word_ids=self._bad_word_ids(request.bad_words),
+            bad_word_ids=bad_word_ids,
         )
 
     def _prompt_ids(self, request: GenerationRequest, index: int) -> list[int]:
-        prompt = request.prompt
+        prompt, first = request.prompt, -(request.truncate_prompt_tokens or 0)  # 0: all
         if isinstance(prompt, (str, bytes)):
-            field, prompt_ids = "prompt", self._tokenize(prompt, index)
+            field = "prompt"
+            prompt_ids = self.tokenize(prompt, index, add_special_tokens=request.add_special_tokens)[first:]
         else:
-            field, prompt_ids = "prompt_ids", self._copied(prompt, index)
+            field, prompt_ids = "prompt_ids", [int(token_id) for token_id in prompt[first:]]
         if not prompt_ids and request.start_id is not None:
-            self._check_id("start_id", request.start_id)
             prompt_ids = [request.start_id]
         if not prompt_ids:
             raise ParameterError(field, "is empty; it must have at least one token", index=index)
@@ -112,48 +169,34 @@ class RequestEncoder:
                 )
         return prompt_ids
 
-    def _copied(self, prompt_ids: Sequence[int], index: int) -> list[int]:
-        if len(prompt_ids) > self.max_seq_len:
-            raise ParameterError(
-                "prompt_ids",
-                f"has {len(prompt_ids)} tokens; the longest sequence served is {self.max_seq_len} tokens",
-                index=index,
-            )
-        return [int(token_id) for token_id in prompt_ids]
-
-    def _tokenize(self, prompt: str | bytes, index: int) -> list[int]:
-        num_bytes = len(prompt if isinstance(prompt, bytes) else _encoded(prompt, "prompt", index))
-        if num_bytes > self.max_prompt_bytes:  # to tokenize it would take long, and could not end well
-            raise ParameterError(
-                "prompt",
-                f"has {num_bytes} bytes; at most {self.max_prompt_bytes} are taken "
-                f"for the {self.max_seq_len} tokens of the longest sequence served",
-                index=index,
-            )
-        text = prompt if isinstance(prompt, str) else decoded(prompt, "prompt", index)
-        return self.tokenizer.encode(text) if text else []
-
     def _check_id(self, field: str, token_id: int) -> None:
         if token_id >= self.vocab_size:
             raise ParameterError(field, f"is {token_id}; the vocabulary has {self.vocab_size} tokens")
 
-    def _words(self, request: GenerationRequest, end_ids: tuple[int, ...], index: int) -> Words | None:
-        stop = _checked_words("stop_words", request.stop_words, index)
-        bad = _checked_words("bad_words", request.bad_words, index)
+    def _words(self, request: GenerationRequest, end_ids: tuple[int, ...]) -> Words | None:
+        stop, bad = ([word.encode() for word in words] for words in (request.stop_words, request.bad_words))
         words = self.vocabulary.words(stop, bad)
         if words is not None:
-            banned = words.always_banned
-            num_more = sum(end_id not in banned for end_id in end_ids) if request.sampling.min_length else 0
-            if len(banned) + num_more >= self.vocab_size:
-                raise ParameterError("bad_words", "leaves no token of the vocabulary to choose from")
+            more = end_ids if request.sampling.min_length else ()
+            if len(words.always_banned) + len(more) >= self.vocab_size:  # else there is no need to look closer
+                if len({*words.always_banned, *more}) >= self.vocab_size:
+                    raise ParameterError("bad_words", "leaves no token of the vocabulary to choose from")
         return words
 
-    def _bad_word_ids(self, bad_words: Sequence[str]) -> list[list[int]]:
+    def _spell(self, bad_words: tuple[str, ...]) -> list[list[int]]:
         """Each word's tokens at the beginning of a text and after a space, which most tokenizers write differently."""
         spellings = [
             self.tokenizer.encode(text, add_special_tokens=False) for word in bad_words for text in (word, f" {word}")
         ]
-        return [ids for index, ids in enumerate(spellings) if ids and ids not in spellings[:index]]
+        return [list(ids) for ids in dict.fromkeys(map(tuple, spellings)) if ids]
+
+
+def check_num_words(count: int) -> None:
+    """Raise ParameterError for more stop and bad words than one front-end request may have, in all its prompts."""
+    if count > _MAX_WORDS_IN_ALL:
+        raise ParameterError(
+            "stop_words", f"and {{}} are {count} words in all; at most {_MAX_WORDS_IN_ALL} are taken", "bad_words"
+        )
 
 
 def decoded(value: bytes, field: str, index: int | None = None) -> str:
@@ -171,7 +214,14 @@ def _encoded(text: str, field: str, index: int) -> bytes:
         raise ParameterError(field, f"is not valid text: {error.reason} at {error.start}", index=index) from None
 
 
-def _checked_words(field: str, words: Sequence[str], index: int) -> list[bytes]:
+def _check_alternatives(field: str, count: int) -> None:
+    if count > _MAX_ALTERNATIVES:
+        raise ParameterError(
+            field, f"asks for {count} alternatives in one request; at most {_MAX_ALTERNATIVES} are kept"
+        )
+
+
+def _check_words(field: str, words: Sequence[str], index: int) -> None:
     if len(words) > _MAX_WORDS:
         raise ParameterError(field, f"has {len(words)} words; at most {_MAX_WORDS} are allowed", index=index)
     encoded = [_encoded(word, field, index) for word in words]
@@ -183,4 +233,3 @@ def _checked_words(field: str, words: Sequence[str], index: int) -> list[bytes]:
         raise ParameterError(
             field, f"has a word of {longest} bytes; at most {_MAX_WORD_BYTES} are allowed", index=index
         )
-    return encoded

@@ -1,18 +1,19 @@
 """Triton's input tensors → `GenerationRequest`s, and the tensors' names for errors about a parameter.
 
-Arrays are [rows, values], one row per prompt. Nothing is tokenized here.
+Arrays are [rows, values], one row per prompt. Rows and words are counted first; nothing is tokenized here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hmac
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from engine.request import SamplingParams
 from serving.request import GenerationRequest
-from serving.tokenization import decoded
+from serving.tokenization import check_num_words, decoded
 
 # tensor -> (dtype, field of SamplingParams): one value per prompt
 _SAMPLING = {
@@ -81,10 +82,31 @@ def stop_ids(arrays: dict[str, np.ndarray]) -> list[str] | None:
     return [_text(arrays["request_id"][row].reshape(-1)[0], "request_id") for row in range(len(arrays["stop"]))]
 
 
-def parse(arrays: dict[str, np.ndarray]) -> Iterator[GenerationRequest]:
-    """One GenerationRequest per row. Raises ValueError, in one sentence, for the first thing that is wrong."""
-    for row in range(_num_rows(arrays)):
-        yield _parse_row(_Values(arrays, row), row)
+class Rows:
+    """One GenerationRequest per row, each parsed when it is read.
+
+    Raises ValueError, in one sentence, for the first thing that is wrong: here what counting shows.
+    """
+
+    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+        self._arrays = arrays
+        self._num_rows = _num_rows(arrays)
+        # The empty words that make rows equally long do not count.
+        check_num_words(sum(np.count_nonzero(arrays[name]) for name in ("stop_words", "bad_words") if name in arrays))
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __iter__(self) -> Iterator[GenerationRequest]:
+        for row in range(self._num_rows):
+            yield _parse_row(_Values(self._arrays, row), row)
+
+
+def check_key(parameters: Mapping[str, Any] | None, api_key: str) -> None:
+    """Raise ValueError where there is a key, and the request's parameters do not have it."""
+    given = str((parameters or {}).get("api_key", ""))
+    if api_key and not hmac.compare_digest(given.encode(), api_key.encode()):
+        raise ValueError("stop is set; this server takes it only with the right api_key among the request's parameters")
 
 
 def _parse_row(values: _Values, row: int) -> GenerationRequest:

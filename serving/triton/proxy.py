@@ -16,6 +16,7 @@ stock behaviour stays.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import hashlib
 import importlib.metadata
 import logging
@@ -31,6 +32,7 @@ _LOG = logging.getLogger("serving")
 _VERSION = "0.7.0"
 _FILES = ("proxy/model.py", "proxy/communication.py", "proxy/inference.py", "models/model.py")
 _DIGEST = "04f0c6f001da19af4394f30c1a7c0eabf759a12dae3ba7de2c49b26d2557572d"  # sha256 of the files in that order
+_LARGE = 16 << 20  # bytes of a request's message after which free memory goes back to the system
 _CANCEL = b"cancel "  # before a request's id, of four bytes: the client of that request has gone
 
 # Appended to the text of proxy/model.py, which has the names that it uses.
@@ -80,6 +82,15 @@ class CancellableConnector(stock.RequestsResponsesConnector):
             await super().handle_requests(scope, requests_payload, send)
         finally:
             del self._scopes[requests_id]
+            if len(requests_payload) >= _LARGE:  # later: the callable's thread may still hold the arrays
+                asyncio.get_running_loop().call_later(1.0, _give_memory_back)
+
+
+def _give_memory_back() -> None:
+    """Let glibc return the pages that it keeps: hundreds of MB after a request of many long strings."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def digest(folder: Path) -> str:
@@ -98,14 +109,14 @@ def install() -> bool:
             _VERSION,
         )
         return False
-    original = stock.Model.get_proxy_model_files
+    original = stock.Model.generate_model
 
-    def get_proxy_model_files(self: stock.Model) -> dict[str, bytes]:
-        files = original(self)
-        files[f"file:{self.model_version}/model.py"] += _STUB.encode()
-        return files
+    def generate_model(self: stock.Model, model_repository: Path) -> None:
+        original(self, model_repository)
+        with (model_repository / self.model_name / str(self.model_version) / "model.py").open("a") as file:
+            file.write(_STUB)
 
-    stock.Model.get_proxy_model_files = get_proxy_model_files
+    stock.Model.generate_model = generate_model
     stock.InferenceHandler = CancellableHandler
     stock.RequestsResponsesConnector = CancellableConnector
     return True

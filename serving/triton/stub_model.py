@@ -21,6 +21,8 @@ _CANCEL = b"cancel "  # as in proxy.py
 _POLL = -1  # instead of a message's flags: time to ask whether the client is still there
 _POLL_S = 0.1
 _MAX_POLLS = 1000  # a second, of all requests together: each costs Triton and the stub about 60 µs
+_MAX_WORDS = 16384  # stop and bad words of a request, as in serving/tokenization.py
+_MAX_BYTES = 16 << 20  # of a request's inputs, as --max-request-bytes has it by default
 _CODES = {"BadRequest": "INVALID_ARG", "ServerBusy": "UNAVAILABLE"}  # HTTP 400 and 503; all else is INTERNAL, 500
 _FINAL = 1  # TRITONSERVER_RESPONSE_COMPLETE_FINAL, which pb_utils lacks while this text is imported
 
@@ -30,6 +32,11 @@ def _error_response(text: str) -> "pb_utils.InferenceResponse":
     sentence = text.strip().rpartition("\n")[2]
     code = getattr(pb_utils.TritonError, _CODES.get(sentence.partition(": ")[0], "INTERNAL"))
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(sentence, code))
+
+
+def _num_bytes(array: Any) -> int:
+    """Bytes of an input, of all its texts where it has texts."""
+    return sum(map(len, array.flat)) if array.dtype == object else array.nbytes
 
 
 def _end_with_parent(parent: int) -> None:
@@ -72,9 +79,23 @@ class TritonPythonModel(TritonPythonModel):  # type: ignore[no-redef]  # replace
                 del self._requests[requests_id]
                 sender.send(_error_response(str(error)), _FINAL)
 
-    def _wrap_request(self, *args: Any) -> Any:
-        """Drop empty lists of strings: they mean the same as none, and PyTriton's serializer fails on them."""
-        request = self._stock_wrap_request(*args)
+    def _wrap_request(self, triton_request: Any, *args: Any) -> Any:
+        """Add Triton's id of the request, which PyTriton leaves out, as the parameter triton_request_id.
+
+        Drop empty lists of strings: they mean the same as none, and PyTriton's serializer fails on them. Refuse too
+        many words: the server's process would take 0.2 s only to read them. Refuse too many bytes: while it reads
+        400 MB, it answers nobody for 10 s.
+        """
+        request = self._stock_wrap_request(triton_request, *args)
+        lists = [array for name, array in request.data.items() if name in ("stop_words", "bad_words")]
+        num_words = sum(int((array != b"").sum()) for array in lists)
+        if num_words > _MAX_WORDS:
+            sentence = f"stop_words and bad_words are {num_words} words in all; at most {_MAX_WORDS} are taken"
+            raise ValueError(f"BadRequest: {sentence}")
+        num_bytes = sum(map(_num_bytes, request.data.values()))
+        if num_bytes > _MAX_BYTES:
+            raise ValueError(f"BadRequest: the inputs have {num_bytes} bytes; at most {_MAX_BYTES} are taken")
+        request.parameters["triton_request_id"] = triton_request.request_id()
         request.data = {name: array for name, array in request.data.items() if array.size or array.dtype != object}
         return request
 

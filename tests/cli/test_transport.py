@@ -82,6 +82,17 @@ def test_a_timeout_cancels_the_request(server: StandinServer) -> None:
         assert (code, err) == (1, "client.py: no answer within 0.35 s\n")
     wait_for(lambda: not server.model.running)
     assert len(server.model.stopped) == 2
+    assert server.model.keys == []
+
+
+def test_stops_carry_the_key_and_other_requests_do_not(server: StandinServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.model.token_s = 0.1
+    command = ["--prompts", "a", "--output-len", "1000", "--inference-timeout-s", "0.35"]
+    assert server.ask(*command, "--api-key", "of the flag")[0] == 1
+    monkeypatch.setenv("SERVER_API_KEY", "of the environment")
+    assert server.ask(*command)[0] == 1
+    wait_for(lambda: not server.model.running)
+    assert server.model.keys == ["of the flag", "of the environment"]
 
 
 def test_a_model_that_comes_late_is_waited_for() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from transformers import GPT2LMHeadModel
 
@@ -13,6 +15,7 @@ from engine.engine import Engine
 from engine.request import EngineBusy, Request, SamplingParams
 from tests.support.engines import NEW_TOKENS, SEEDED, finish, hf_greedy, make_engine, prompts, request
 from tests.support.ranks import first_outputs, greedy_items, run_engine
+from tests.support.traffic import make_request, results, run_alone, vocabulary
 
 GRIDS = [(2, 1), (1, 2), (2, 2), (4, 1)]
 
@@ -57,6 +60,18 @@ def test_requests_are_submitted_all_or_none(engine: Engine) -> None:
         engine.submit(fits, too_long)
     assert not engine.step()
     assert fits.output_ids == []
+
+
+def test_requests_take_turns_with_those_of_other_submissions(engine: Engine) -> None:
+    order: list[int] = []
+    many, one = [request([i], SamplingParams(2)) for i in range(20)], request([20], SamplingParams(2))
+    for r in [*many, one]:
+        r.on_update = lambda r: order.append(r.prompt_ids[0]) if r.is_finished else None
+    engine.submit(*many)
+    engine.submit(one)
+    while engine.step():
+        pass
+    assert order.index(20) < 9  # of the first that the engine runs, and not behind all others
 
 
 def strangers() -> list[Request]:
@@ -107,15 +122,42 @@ def test_tokens_are_the_same_at_any_tp_and_pp(
     ]
 
 
+def test_biases_penalties_min_p_and_alternatives_are_the_same_on_ranks(
+    engine: Engine, converted: Callable[[int], Path]
+) -> None:
+    """Here one after the other, there in a crowd over two stages of two ranks."""
+    kinds: list[dict[str, Any]] = [
+        {"logit_bias": [[3, 4.0], [7, -100.0]], "prompt_log_probs": True, "num_prompt_log_probs": 3},
+        {"top_p": 1.0, "min_p": 0.3, "temperature": 1.4},
+        {"top_k": 30, "min_p": 0.05, "openai_penalties": True, "presence_penalty": 0.9, "repetition_penalty": 1.2},
+    ]
+    items = [
+        {"prompt_ids": ids, "sampling": {"max_new_tokens": 12, "random_seed": place, **kinds[place % 3]}}
+        for place, ids in enumerate(prompts(9))
+    ]
+    alone = [make_request(item, vocabulary()) for item in items]
+    run_alone(engine, alone)
+    for one, there in zip(alone, run_engine(converted(2), items, 2, 2), strict=True):
+        here = results(one)
+        assert there["outputs"][0]["token_ids"] == here["outputs"][0]["token_ids"]
+        assert len(there["prompt_alternatives"]) == (len(one.prompt_ids) - 1 if one.sampling.prompt_log_probs else 0)
+        np.testing.assert_allclose(there["prompt_alternatives"], here["prompt_alternatives"], atol=1e-4)
+
+
 def test_the_queue_has_a_bound_and_a_request_that_exceeds_it_is_refused(engine: Engine) -> None:
     engine.max_queue_size = 3
     try:
         with pytest.raises(ValueError, match="^the request has 4 prompts; at most 3 may wait$"):
             engine.submit(*(request([1], SamplingParams(2)) for _ in range(4)))
+        with pytest.raises(ValueError, match="^the request has 4 prompts; at most 3 may wait$"):
+            engine.check_room(4)
+        engine.check_room(3)
         waiting = [request([1], SamplingParams(2)) for _ in range(3)]
         engine.submit(*waiting)
         with pytest.raises(EngineBusy, match="^3 requests wait already, and at most 3 may$"):
             engine.submit(request([1], SamplingParams(2)))
+        with pytest.raises(EngineBusy, match="^3 requests wait already, and at most 3 may$"):
+            engine.check_room(1)
         while engine.step():
             pass
         assert all(r.is_finished for r in waiting)

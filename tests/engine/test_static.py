@@ -73,7 +73,7 @@ def test_a_batch_never_outgrows_the_positions_and_nobody_loses_the_place_in_line
 
 def test_one_that_does_not_fit_is_overtaken_only_until_it_is_first() -> None:
     static = scheduler(request(), request(beam_width=2))
-    beams = static.waiting[1]
+    beams = list(static.waiting)[1]
     static.commit(result(static.schedule()))
     for _ in range(5):
         static.add(request())
@@ -192,6 +192,12 @@ def test_abort_all() -> None:
     ("options", "sentence"),
     [
         (dict(frequency_penalty=0.5), "frequency_penalty is 0.5; with the FasterTransformer engine it must be 0"),
+        (dict(min_p=0.1), "min_p is 0.1; with the FasterTransformer engine it must be 0"),
+        (dict(logit_bias=((3, 1.0),)), "logit_bias is given; the FasterTransformer engine does not have it"),
+        (
+            dict(openai_penalties=True, presence_penalty=0.5),
+            "presence_penalty is 0.5 and counts the output only; with the FasterTransformer engine it must be 0 then",
+        ),
         (dict(top_p_decay=0.9), "top_p_decay is 0.9; with the FasterTransformer engine it must be 1"),
         (dict(early_stopping="true"), "early_stopping is true; with the FasterTransformer engine it must be false"),
         (dict(num_log_probs=2), "num_log_probs is 2; with the FasterTransformer engine it must be 0"),
@@ -248,4 +254,9 @@ def test_penalties_have_a_longest_sequence() -> None:
 
 
 def test_what_does_not_tell_is_let_pass() -> None:
-    scheduler(request(top_k=2000, temperature=0), request(bad=[[0, 5]]), request(top_p_min=0.5, top_p_reset_id=3))
+    scheduler(
+        request(top_k=2000, temperature=0),
+        request(openai_penalties=True),
+        request(bad=[[0, 5]]),
+        request(top_p_min=0.5, top_p_reset_id=3),
+    )

@@ -29,9 +29,9 @@ def ask(prompt: Any = "ab", output_len: int = 4, *, sampling: dict[str, Any] | N
     return GenerationRequest(prompt, SamplingParams(output_len, **sampling or {}), **options)
 
 
-def updates(*requests: GenerationRequest, engine: Any = None) -> list[Update]:
+def updates(*requests: GenerationRequest, engine: Any = None, prompts: Any = None) -> list[Update]:
     async def collect() -> list[Update]:
-        async with Generator(engine or CountingEngine(0.002), letter_encoder()).run(requests) as run:
+        async with Generator(engine or CountingEngine(0.002), letter_encoder()).run(prompts or requests) as run:
             return [update async for update in run.updates()]
 
     return asyncio.run(collect())
@@ -127,6 +127,19 @@ def test_waiting_gives_whole_texts() -> None:
             return [generation.texts() for generation in run.generations]
 
     assert asyncio.run(go()) == [["abcd"], ["bcda", "bcda"], ["ajcd"]]
+
+
+def test_without_room_nothing_is_parsed() -> None:
+    class Full(CountingEngine):
+        def check_room(self, num_requests: int) -> None:
+            raise EngineBusy(f"no room for {num_requests}")
+
+    class Unread(list):
+        def __iter__(self) -> Any:
+            raise AssertionError("a prompt is read")
+
+    with pytest.raises(EngineBusy, match="^no room for 2$"):
+        updates(engine=Full(), prompts=Unread([ask(), ask()]))
 
 
 @pytest.mark.parametrize("how", ["break", "error", "cancel"])
