@@ -1,4 +1,4 @@
-# make demo | serve | test | test-all | lint | bench | help
+# make demo | serve | test | test-all | lint | bench | attack | faults | soak | help
 SHELL := bash
 .ONESHELL:
 .SHELLFLAGS := -euo pipefail -c
@@ -9,7 +9,8 @@ ARGS ?=
 HTTP_PORT ?= 8000
 GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
-PORTS = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
+OPENAI_PORT ?= 9000
+PORTS = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT) --openai-port $(OPENAI_PORT)
 
 # Uses the active environment (conda's base does not count), or the .venv that install.sh made.
 ENV = [ -n "$${VIRTUAL_ENV:-}" ] || [ "$${CONDA_DEFAULT_ENV:-base}" != base ] || source .venv/bin/activate
@@ -19,7 +20,7 @@ MPIRUN = mpirun --bind-to none --oversubscribe $$([ "$$(id -u)" = 0 ] && echo --
 # A worker for each core, up to 8; each takes whole files, in the order that tests/conftest.py gives them.
 PYTEST = python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install demo serve test test-all lint bench
+.PHONY: help install demo serve test test-all lint bench attack faults soak
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -52,8 +53,8 @@ test:  ## ruff, then the tests that are not marked slow: about 6 minutes on 2 co
 	ruff check . && ruff format --check .
 	$(PYTEST) -m "not slow"
 
-test-all:  ## lint, then all tests that this machine can run, those on a private Slurm too (for root, from Debian's packages)
-	@./install.sh --dev --slurm
+test-all:  ## lint, then all tests that this machine can run, those with Slurm, containers (for root), Chromium and lm-eval too
+	@./install.sh --dev --slurm --clients --containers
 	$(MAKE) lint
 	$(ENV)
 	$(PYTEST)
@@ -62,8 +63,23 @@ lint:  ## ruff, mypy, and shellcheck where it is installed
 	@$(ENV)
 	ruff check . && ruff format --check .
 	mypy
-	if command -v shellcheck >/dev/null; then shellcheck install.sh .ci/run; fi
+	if command -v shellcheck >/dev/null; then shellcheck -e SC1091 install.sh .ci/run deploy/docker/*.sh deploy/kubernetes/*.sh deploy/slurm/*.sbatch; fi
 
 bench: install  ## latency of the torch engine beside Hugging Face generate, GPT-2 124M shape
 	@$(ENV)
-	python benchmarks/latency.py --shapes 124M --batches 1 8 --compare-hf
+	python benchmarks/latency.py --shapes 124M --batches 1 8 --compare hf
+
+attack:  ## attacks on a server of its own, and what its other clients see: about 10 minutes (ARGS="--fuzz 500" for fewer requests)
+	@./install.sh --dev
+	$(ENV)
+	python benchmarks/attack.py $(ARGS)
+
+faults:  ## kills, stops and breaks each process of servers of its own: what becomes of them, about 4 minutes (ARGS="--only SIGSTOP")
+	@./install.sh --dev
+	$(ENV)
+	python benchmarks/faults.py $(ARGS)
+
+soak:  ## mixed load on a server of its own, and its processes' memory: 30 minutes (ARGS="--minutes 5 --settle-minutes 2")
+	@./install.sh --dev
+	$(ENV)
+	python benchmarks/soak.py $(ARGS)

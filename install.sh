@@ -2,11 +2,13 @@
 # Installs what the server, the client and the tests need, on Debian 12, on Ubuntu 22.04 or newer, or in a container.
 # It keeps every installed part that fits, so a second run takes seconds.
 #
-# usage: ./install.sh [--dev] [--slurm] [--cpu | --gpu]
-#   --dev   also what the tests and the linter need
-#   --slurm also Debian's Slurm, of which the tests start a private one; without it, those tests are skipped
-#   --cpu   the CPU build of torch, even with a GPU here
-#   --gpu   the CUDA build of torch, even without a GPU here (docker build), and in place of a CPU build
+# usage: ./install.sh [--dev] [--slurm] [--clients] [--containers] [--cpu | --gpu]
+#   --dev     also what the tests and the linter need
+#   --slurm   also Debian's Slurm, of which the tests start a private one; without it, those tests are skipped
+#   --clients also Chromium and lm-evaluation-harness, with which tests use the server; without them, those are skipped
+#   --containers also buildah, podman, runc and debootstrap, with which tests build and run the image; as --slurm
+#   --cpu     the CPU build of torch, even with a GPU here
+#   --gpu     the CUDA build of torch, even without a GPU here (docker build), and in place of a CPU build
 # Installs into the active virtual environment (venv, uv, conda except its base), else into .venv beside this script.
 # PYTHON=/path/to/python3.11 makes .venv from that Python, and ignores an active environment.
 set -euo pipefail
@@ -162,6 +164,7 @@ install_torch() {
 install_requirements() {
   local files=(requirements.txt)
   if $dev; then files+=(requirements-dev.txt); fi
+  if $clients; then files+=(tests/requirements-clients.txt); fi
   if met "${files[@]}"; then return; fi
   echo "installing ${files[*]} into $env"
   pip_install "${files[@]/#/-r}" || fail "pip could not install ${files[*]}."
@@ -220,16 +223,36 @@ has_slurm() { # its pmix plugin loads libpmix.so, which libpmix-dev brings
   for program in munged slurmctld slurmd sbatch srun; do
     command -v $program >/dev/null || return 1
   done
+  compgen -G '/usr/lib/*/libmpi.so.40' >/dev/null || return 1 # Debian's, with which its tests run, too
   compgen -G '/usr/lib*/*/pmix2/lib/libpmix.so' >/dev/null || compgen -G '/usr/lib*/*/libpmix.so' >/dev/null
 }
 
 install_slurm() {
-  local packages=(slurmctld slurmd slurm-client munge slurm-wlm-basic-plugins libpmix2 libpmix-dev)
+  local packages=(slurmctld slurmd slurm-client munge slurm-wlm-basic-plugins libpmix2 libpmix-dev libopenmpi3)
   if ! $slurm || has_slurm; then return; fi
   if [ "$(id -u)" -ne 0 ]; then
     echo "note: only root can start a Slurm: the tests on it are skipped"
   elif ! (apt_install Slurm "${packages[@]}"); then
     echo "note: no Slurm here: the tests on it are skipped"
+  fi
+}
+
+install_chromium() {
+  if ! $clients || command -v chromium chromium-browser google-chrome >/dev/null; then return; fi
+  (apt_install Chromium chromium) || echo "note: no Chromium here: the test of the page is skipped"
+}
+
+install_containers() {
+  local program missing=()
+  if ! $containers; then return; fi
+  for program in buildah podman runc debootstrap; do
+    command -v $program >/dev/null || missing+=("$program")
+  done
+  [ ${#missing[@]} -eq 0 ] && return
+  if [ "$(id -u)" -ne 0 ]; then
+    echo "note: only root can build and run containers: the tests on them are skipped"
+  elif ! (apt_install "${missing[*]}" "${missing[@]}"); then
+    echo "note: no ${missing[*]} here: the tests on containers are skipped"
   fi
 }
 
@@ -244,11 +267,13 @@ check_gpu() {
 
 main() {
   local option
-  dev=false slurm=false build=auto
+  dev=false slurm=false clients=false containers=false build=auto
   for option in "$@"; do
     case "$option" in
       --dev) dev=true ;;
       --slurm) slurm=true ;;
+      --clients) clients=true ;;
+      --containers) containers=true ;;
       --cpu | --gpu) build=${option#--} ;;
       -h | --help) sed -n '/^# usage/,/^set/ { /^# / s/^# //p }' "${BASH_SOURCE[0]}" && return ;;
       *) fail "unknown option $option; see ./install.sh --help" ;;
@@ -265,6 +290,8 @@ main() {
   install_mpi
   install_mpi_headers
   install_slurm
+  install_chromium
+  install_containers
   check_gpu
   echo "ready: Python $(version "$python"), torch $(installed torch), $mpi"
   if [ "$env" = "${VIRTUAL_ENV:-}" ] || [ "$env" = "${CONDA_PREFIX:-}" ]; then
