@@ -32,11 +32,15 @@ class BenchmarkFlags:
     """Flags of several benchmarks; each takes some of them, and may have its own defaults."""
 
     shape: str = flag("124M", "the model's shape", choices=tuple(SHAPES))
+    shapes: tuple[str, ...] = flag(
+        ("124M",), "models to time, one after another", nargs="+", type=str, choices=tuple(SHAPES)
+    )
     threads: int = flag(0, "CPU threads of a rank; 0: its share of the cores")
     batches: tuple[int, ...] = flag((1, 8), "batch sizes to time", nargs="+", type=int)
     input_len: int = flag(128, "tokens of a prompt")
     output_len: int = flag(64, "tokens to generate")
     repeats: int = flag(3, "times that each figure is taken")
+    only: str = flag("", "only rows whose name has this text")
 
 
 def model_config(shape: str, tp: int, max_pos_seq_len: int = 1024) -> ModelConfig:

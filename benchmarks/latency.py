@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Decode and prompt latency of the torch engine on random weights, per shape and batch.
 
-    python benchmarks/latency.py --shapes 124M --batches 1 8 --compare-hf
+    python benchmarks/latency.py --shapes 124M --batches 1 8 --compare hf ctranslate2
     mpirun -n 2 python benchmarks/latency.py --shapes 20B --batches 1 --tp 2
 
 Reports the time to the first token, the time per output token after it, the share of the measured bandwidth
-(--bandwidth-gbs: the time of one read of the weights, divided by the step's), and Hugging Face generate's figures for
-the same shape and threads, measured in the same run.
+(--bandwidth-gbs: the time of one read of the weights, divided by the step's), and the tokens per second of other
+engines (--compare; ctranslate2 needs the package of that name) with the same shape, threads and weight format, whose
+rounds alternate with ours.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,89 +24,56 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import SHAPES, BenchmarkFlags, RandomReader, claim_device, model_config, report, weight_bytes
-from engine.config import EngineConfig, ParallelConfig
-from engine.engine import Engine, follow
+from benchmarks.common import BenchmarkFlags, model_config, report, weight_bytes
+from benchmarks.peers import PEERS
+from benchmarks.shapes import for_each_shape, run_to_end
+from engine.config import EngineConfig
+from engine.engine import Engine
 from engine.flags import add_flags
 from engine.request import Request, SamplingParams
-from engine.startup import make_engine
-from engine.watchdog import Watchdog
-from engine.world import World
-from executor.collectives import Comm
-from executor.runner import TorchExecutor, computation_dtype
 from server import ModelFlags
 from weights.model_config import ModelConfig
-
-_TIMEOUT_S = 600.0
 
 
 def main() -> None:
     flags = parse_flags()
-    world = World()
-    device = claim_device(world, flags.device, flags.threads)
-    dtype = computation_dtype(flags.data_type, device)
-    comm = Comm(world, ParallelConfig(flags.tp, flags.pp, world.rank), device)
-    watchdog = Watchdog()
-    for shape in flags.shapes:
-        rows = measure_shape(flags, shape, world, comm, device, dtype, watchdog)
-        if world.rank == 0:
-            show(flags, shape, rows, device, dtype)
-    comm.close()
+    max_seq_len = flags.input_len + flags.output_len
+    for_each_shape(flags, max(flags.batches), max_seq_len, partial(measure, flags), partial(show, flags))
 
 
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["124M"], help="models (default: 124M)")
     add_flags(parser, ModelFlags, "ranks", ("tp", "pp"))
-    add_flags(parser, EngineConfig, "engine", ("device", "data_type"))
-    add_flags(parser, BenchmarkFlags, "load", ("threads", "batches", "input_len", "output_len", "repeats"))
+    add_flags(parser, EngineConfig, "engine", ("device", "data_type", "int8_mode"))
+    add_flags(parser, BenchmarkFlags, "load", ("shapes", "threads", "batches", "input_len", "output_len", "repeats"))
     parser.add_argument("--bandwidth-gbs", type=float, default=0.0, help="the memory's measured read bandwidth")
-    parser.add_argument("--compare-hf", action="store_true", help="also time Hugging Face generate (one rank)")
+    parser.add_argument("--compare", nargs="+", choices=tuple(PEERS), default=(), help="peers to time, too (one rank)")
     return parser.parse_args()
 
 
-def measure_shape(
-    flags: argparse.Namespace,
-    shape: str,
-    world: World,
-    comm: Comm,
-    device: torch.device,
-    dtype: torch.dtype,
-    watchdog: Watchdog,
+def measure(
+    flags: argparse.Namespace, engine: Engine, config: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> list[dict[str, float]]:
-    """Time every batch size of one shape; rank 0 gets the rows, the others an empty list."""
-    config = model_config(shape, flags.tp)
-    reader = RandomReader(config, comm.parallel.tp_rank, dtype, device)
-    limits = EngineConfig(
-        max_batch_size=max(flags.batches), max_seq_len=flags.input_len + flags.output_len, step_timeout_s=_TIMEOUT_S
-    )
-    executor = TorchExecutor(reader, limits, comm, device, world.local_size)
-    executor.prepare()
-    if world.rank > 0:
-        follow(world, executor, watchdog, _TIMEOUT_S)
-        executor.close()
-        return []
+    """A row for every batch size of one shape."""
     rows = []
-    hf_model = _hf_model(config, dtype, device) if flags.compare_hf else None
+    peers = {name: PEERS[name](config, device, dtype, flags.int8_mode) for name in flags.compare}
     prompts = np.random.default_rng(0).integers(0, config.vocab_size, (max(flags.batches), flags.input_len))
-    engine = make_engine(executor, config, limits, world, watchdog)
     for batch in flags.batches:
-        ours, theirs = [], []
+        ours: list[tuple[float, float]] = []
+        theirs: dict[str, list[float]] = {name: [] for name in peers}
         for _ in range(flags.repeats + 1):  # alternating, the first round warms both up
             ours.append(_time_engine(engine, prompts[:batch], flags.output_len))
-            if hf_model is not None:
-                theirs.append(_time_hf(hf_model, prompts[:batch], flags.output_len))
+            for name, generate in peers.items():
+                started = time.perf_counter()
+                generate(prompts[:batch], flags.output_len)
+                theirs[name].append(time.perf_counter() - started)
         first, total = np.median(ours[1:], axis=0)
         row = {"batch": batch, "first_token_ms": first * 1e3, "total_s": total}
         row["token_ms"] = (total - first) / (flags.output_len - 1) * 1e3
         row["tokens_per_s"] = batch * flags.output_len / total
-        if theirs:
-            row["hf_total_s"] = float(np.median(theirs[1:]))
-            row["hf_tokens_per_s"] = batch * flags.output_len / row["hf_total_s"]
+        for name, seconds in theirs.items():
+            row[f"{name}_tokens_per_s"] = batch * flags.output_len / float(np.median(seconds[1:]))
         rows.append(row)
-    engine.stop(0.0)
-    engine.run()
-    executor.close()
     return rows
 
 
@@ -119,61 +88,30 @@ def _time_engine(engine: Engine, prompts: np.ndarray, output_len: int) -> tuple[
 
     requests = [Request(ids.tolist(), sampling, (), on_update) for ids in prompts]
     started = time.perf_counter()
-    for request in requests:
-        engine.submit(request)
-    while not all(request.is_finished for request in requests):
-        engine.step()
-    while engine.step():  # what was launched ahead
-        pass
+    run_to_end(engine, requests)
     return max(first_tokens) - started, time.perf_counter() - started
-
-
-def _hf_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    hf_config = GPT2Config(
-        vocab_size=config.vocab_size,
-        n_positions=config.max_pos_seq_len,
-        n_embd=config.hidden_size,
-        n_layer=config.num_layer,
-        n_head=config.head_num,
-        bos_token_id=config.start_id,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return GPT2LMHeadModel(hf_config).to(dtype).to(device).eval()
-
-
-@torch.inference_mode()
-def _time_hf(model: torch.nn.Module, prompts: np.ndarray, output_len: int) -> float:
-    input_ids = torch.as_tensor(prompts, device=model.device)
-    mask = torch.ones_like(input_ids)
-    started = time.perf_counter()
-    out = model.generate(
-        input_ids, attention_mask=mask, max_new_tokens=output_len, min_new_tokens=output_len, do_sample=False
-    )
-    out.cpu()
-    assert out.shape[1] == prompts.shape[1] + output_len
-    return time.perf_counter() - started
 
 
 def show(
     flags: argparse.Namespace, shape: str, rows: list[dict[str, float]], device: torch.device, dtype: torch.dtype
 ) -> None:
-    name = str(dtype).removeprefix("torch.")
+    name = "int8" if flags.int8_mode else str(dtype).removeprefix("torch.")
     print(f"{shape} {name} tp {flags.tp} pp {flags.pp}, {flags.input_len} in, {flags.output_len} out, greedy")
-    print(f"{'batch':>6} {'first ms':>9} {'token ms':>9} {'tok/s':>9} {'HF tok/s':>9} {'ratio':>6} {'floor':>6}")
+    peers = "".join(f"{f'{peer} tok/s':>18} {'ratio':>6}" for peer in flags.compare)
+    print(f"{'batch':>6} {'first ms':>9} {'token ms':>9} {'tok/s':>9} {'floor':>6}{peers}")
     config = model_config(shape, flags.tp)
     for row in rows:
+        floor = "-"
         if flags.bandwidth_gbs:
             floor_ms = weight_bytes(config, dtype) / flags.tp / flags.bandwidth_gbs / 1e6
             row["share_of_bandwidth"] = floor_ms / row["token_ms"]
-        if "hf_tokens_per_s" in row:
-            row["ratio_to_hf"] = row["tokens_per_s"] / row["hf_tokens_per_s"]
-        cells = (row.get("hf_tokens_per_s"), row.get("ratio_to_hf"), row.get("share_of_bandwidth"))
-        optional = [f"{'-' if v is None else format(v, '.2f'):>{w}}" for v, w in zip(cells, (9, 6, 6), strict=True)]
+            floor = f"{row['share_of_bandwidth']:.2f}"
         times = f"{row['first_token_ms']:>9.2f} {row['token_ms']:>9.3f} {row['tokens_per_s']:>9.1f}"
-        print(f"{row['batch']:>6} {times} {' '.join(optional)}")
+        cells = ""
+        for peer in flags.compare:
+            row[f"ratio_to_{peer}"] = row["tokens_per_s"] / row[f"{peer}_tokens_per_s"]
+            cells += f"{row[f'{peer}_tokens_per_s']:>18.1f} {row[f'ratio_to_{peer}']:>6.2f}"
+        print(f"{row['batch']:>6} {times} {floor:>6}{cells}")
     threads = torch.get_num_threads() if device.type == "cpu" else None
     report(
         device,

@@ -1,4 +1,4 @@
-"""The host's time per step, without a model: schedule and commit, and the pickled plan's bytes.
+"""The host's time per step, without a model: schedule and commit, what the metrics add, the pickled plan's bytes.
 
     python benchmarks/scheduling.py --sequences 256
 
@@ -18,18 +18,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.plan import StepOutput
-from engine.request import Request, SamplingParams
+from engine.request import CANCELLED, Request, SamplingParams
 from engine.scheduler import Scheduler
+from serving.metrics import ServerMetrics
 
 PROMPT_LEN, STEPS = 64, 500
 
 
 def measure(num_sequences: int) -> dict[str, float]:
-    """Medians of the decode steps of `num_sequences` greedy requests that run at once."""
+    """Medians of the decode steps of `num_sequences` greedy requests that run at once, and of each request's end."""
     scheduler = Scheduler(num_sequences, 2048, 8192, 16, num_sequences * 128)
     for index in range(num_sequences):
         scheduler.add(Request([index] * PROMPT_LEN, SamplingParams(STEPS + 10), (0,)))
+    metrics = ServerMetrics("model", 2048)
     times: list[float] = []
+    metrics_times: list[float] = []
     plan_bytes = 0
     while len(times) < STEPS:
         started = time.perf_counter()
@@ -38,13 +41,34 @@ def measure(num_sequences: int) -> dict[str, float]:
         rows = plan.num_sequences
         output = StepOutput([1] * rows, [-0.5] * rows)
         after = time.perf_counter()
-        scheduler.commit(output)
+        progress = scheduler.commit(output)
         ended = time.perf_counter()
+        metrics.count_plan(plan.num_tokens)
+        metrics.count_progress(progress)
+        counted = time.perf_counter()
         if not plan.chunks:
             assert rows == num_sequences, rows
             times.append(middle - started + ended - after)
+            metrics_times.append(counted - ended)
             plan_bytes = len(pickle.dumps(plan, protocol=pickle.HIGHEST_PROTOCOL))
-    return {"sequences": num_sequences, "schedule_commit_ms": statistics.median(times) * 1e3, "plan_bytes": plan_bytes}
+    return {
+        "sequences": num_sequences,
+        "schedule_commit_ms": statistics.median(times) * 1e3,
+        "metrics_us": statistics.median(metrics_times) * 1e6,
+        "metrics_per_request_us": statistics.median(_ends(scheduler, metrics)) * 1e6,
+        "plan_bytes": plan_bytes,
+    }
+
+
+def _ends(scheduler: Scheduler, metrics: ServerMetrics) -> list[float]:
+    """Seconds to count the end of each request."""
+    times = []
+    for request in scheduler.unfinished():
+        scheduler.cancel(request, CANCELLED)
+        started = time.perf_counter()
+        metrics.count_finished(request)
+        times.append(time.perf_counter() - started)
+    return times
 
 
 def main() -> None:
@@ -52,9 +76,12 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 32, 256, 512])
     flags = parser.parse_args()
     results = [measure(count) for count in flags.sequences]
-    print("sequences  schedule + commit  pickled plan")
+    print("sequences  schedule + commit  metrics per step  per request  pickled plan")
     for result in results:
-        print(f"{result['sequences']:9}  {result['schedule_commit_ms']:14.3f} ms  {result['plan_bytes']:10} B")
+        print(
+            f"{result['sequences']:9}  {result['schedule_commit_ms']:14.3f} ms  {result['metrics_us']:13.1f} µs"
+            f"  {result['metrics_per_request_us']:8.1f} µs  {result['plan_bytes']:10} B"
+        )
     print(json.dumps({"benchmark": "scheduling", "results": results}))
 
 

@@ -7,10 +7,12 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.common import BenchmarkFlags, RandomReader, claim_device, model_config
@@ -18,15 +20,20 @@ from convert import ConversionFlags
 from engine.config import EngineConfig, ParallelConfig
 from engine.engine import Engine, follow
 from engine.flags import add_flags
+from engine.request import Request, SamplingParams
 from engine.startup import make_engine
 from engine.watchdog import Watchdog
 from engine.world import World
 from executor.collectives import Comm
 from executor.runner import TorchExecutor, computation_dtype
-from gpt import INPUTS, OUTPUTS, GPTModel
+from gpt import triton_models
+from serving.flags import LogFlags, PrometheusFlags
 from serving.generation import Generator
+from serving.metrics import ServerMetrics
+from serving.openai.flags import OpenAIFlags
+from serving.startup import FrontEndFlags, make_front_ends
 from serving.tokenization import RequestEncoder
-from serving.triton.frontend import TritonFlags, TritonFrontend, TritonModel
+from serving.triton.frontend import TritonFlags
 
 NAME = "benchmark"
 _CLIENT = Path(__file__).resolve().parent.parent / "client.py"
@@ -51,7 +58,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with the flags that `serve` reads."""
     parser = argparse.ArgumentParser(
         description=description,
-        epilog="gRPC and metrics listen on the two ports after --http-port",
+        epilog="gRPC, metrics and the OpenAI API listen on the three ports after --http-port",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_flags(parser, BenchmarkFlags, "model", ("shape", "threads"))
@@ -62,8 +69,9 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def url(flags: argparse.Namespace, kind: str) -> str:
-    """The server's address; kind: http or grpc."""
-    return f"{kind}://127.0.0.1:{flags.http_port + (kind == 'grpc')}"
+    """The server's address; kind: http, grpc or openai."""
+    scheme, offset = {"http": ("http", 0), "grpc": ("grpc", 1), "openai": ("http", 3)}[kind]
+    return f"{scheme}://127.0.0.1:{flags.http_port + offset}"
 
 
 def serve(flags: argparse.Namespace, measure: Callable[[Engine], Any]) -> tuple[Any, torch.device] | None:
@@ -82,17 +90,17 @@ def serve(flags: argparse.Namespace, measure: Callable[[Engine], Any]) -> tuple[
         follow(world, executor, watchdog, limits.step_timeout_s)
         return None
     engine = make_engine(executor, config, limits, world, watchdog)
-    frontend = TritonFrontend(
-        TritonFlags("127.0.0.1", flags.http_port, flags.http_port + 1, flags.http_port + 2), verbose=False
-    )
     encoder = RequestEncoder(WordTokenizer(), config.end_ids, config.vocab_size, executor.max_seq_len)
-    model = GPTModel(Generator(engine, encoder))
-    frontend.start(
-        [
-            TritonModel(NAME, model.infer, INPUTS, OUTPUTS),
-            TritonModel(f"{NAME}_streaming", model.stream, INPUTS, OUTPUTS, decoupled=True),
-        ]
+    generator = Generator(engine, encoder)
+    http, grpc, metrics, openai = range(flags.http_port, flags.http_port + 4)
+    front_end_flags = FrontEndFlags(
+        TritonFlags("127.0.0.1", http, grpc, metrics), OpenAIFlags(openai), PrometheusFlags(), LogFlags()
     )
+    numbers = ServerMetrics(NAME, executor.max_seq_len)
+    models = triton_models(NAME, generator)
+    front_ends = make_front_ends(generator, models, NAME, NAME, front_end_flags, numbers, verbose=False)
+    for front_end in front_ends:
+        front_end.start()
     results: list[Any] = []
 
     def work() -> None:
@@ -105,7 +113,8 @@ def serve(flags: argparse.Namespace, measure: Callable[[Engine], Any]) -> tuple[
     thread.start()
     engine.run()
     thread.join()
-    frontend.stop()
+    for front_end in front_ends:
+        front_end.stop()
     return results[0], device
 
 
@@ -116,3 +125,29 @@ def bench(flags: argparse.Namespace, kind: str, *more: str) -> dict[str, Any]:
     if done.returncode:
         raise RuntimeError(f"client.py --bench failed: {done.stderr.strip()}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def engine_times(engine: Engine, count: int, input_len: int, output_len: int) -> tuple[float, float]:
+    """(ms of an answer, ms per token after the first), medians over requests that begin together; 0 for one token."""
+    arrivals: list[list[float]] = [[] for _ in range(count)]
+    finished = threading.Semaphore(0)
+
+    def listener(times: list[float]) -> Any:
+        def on_update(request: Request) -> None:
+            times.append(time.perf_counter())
+            if request.is_finished:
+                finished.release()
+
+        return on_update
+
+    rng = np.random.default_rng(0)
+    requests = [
+        Request(rng.integers(0, 256, input_len).tolist(), SamplingParams(output_len), (), listener(times))
+        for times in arrivals
+    ]
+    started = time.perf_counter()
+    engine.submit(*requests)
+    for _ in arrivals:
+        finished.acquire()
+    per_token = [(times[-1] - times[0]) / max(1, output_len - 1) for times in arrivals]
+    return 1e3 * float(np.median([times[-1] - started for times in arrivals])), 1e3 * float(np.median(per_token))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from pytriton.proxy.types import Request as TritonRequest
 
-from engine.request import CANCELLED, SHUTDOWN, EngineBusy, Output, Request
+from engine.request import CANCELLED, SHUTDOWN, EngineBusy, Output, ParameterError, Request
 from gpt import OUTPUTS, GPTModel
 from serving.generation import Generator
+from serving.triton import inputs
 from serving.triton.errors import BadRequest, InternalError, ServerBusy
 from tests.support.counting_engine import END, LETTERS, CountingEngine, letter_encoder
 
@@ -165,6 +168,28 @@ def test_samples_and_beams_stream_as_one_answer() -> None:
     assert answer["output_ids"].shape == (2, 6)
 
 
+def test_where_there_is_a_key_a_stop_needs_it() -> None:
+    stop = {"stop": column([True], bool), "request_id": column([b"x"], object)}
+
+    def ask(parameters: dict[str, Any] | None, kind: str) -> str:
+        gpt = GPTModel(Generator(CountingEngine(), letter_encoder()), api_key="secret")
+        data = stop if kind == "infer" else {name: array[0] for name, array in stop.items()}
+
+        async def go() -> None:
+            request = TritonRequest(data, parameters)
+            answers = await gpt.infer([request]) if kind == "infer" else [a async for a in gpt.stream([request])]
+            raise AssertionError(answers)
+
+        with pytest.raises(BadRequest) as error:
+            asyncio.run(go())
+        return str(error.value)
+
+    for kind in ("infer", "stream"):
+        for wrong in (None, {}, {"api_key": ""}, {"api_key": "Secret"}, {"api_key": 5}, {"api_key": "é"}):
+            assert "this server takes it only with the right api_key" in ask(wrong, kind)
+        assert ask({"api_key": "secret"}, kind) == "request_id 'x' is not running"
+
+
 def test_a_stop_with_the_id_ends_the_request_with_what_it_has() -> None:
     engine = CountingEngine(delay_s=0.01)
     gpt = model(engine)
@@ -220,6 +245,25 @@ def test_nothing_runs_where_one_row_is_wrong() -> None:
     with pytest.raises(BadRequest, match=r"^request_output_len is 0; it must be at least 1$"):
         infer(good(request_output_len=column([4, 0], np.uint32)), engine)
     assert not engine.seen
+
+
+def test_words_are_counted_before_a_row_is_parsed() -> None:
+    """Empty ones are no words: they make rows equally long."""
+    rows = 1024
+    arrays = {"prompts": column([b"ab"] * rows, object), "request_output_len": column([4] * rows, np.uint32)}
+    sparse = np.full((rows, 256), b"", dtype=object)
+    sparse[:, :16] = b"ab"
+    assert len(inputs.Rows({**arrays, "stop_words": sparse})) == rows
+    for word in (b"ab", b"\xff"):
+        dense = np.full((rows, 256), word, dtype=object)
+        seconds = []
+        for _ in range(3):  # a busy machine's caches make one of them slow
+            started = time.process_time()
+            with pytest.raises(ParameterError) as error:
+                inputs.Rows({**arrays, "stop_words": sparse, "bad_words": dense})
+            seconds.append(time.process_time() - started)
+            assert str(error.value) == "stop_words and bad_words are 278528 words in all; at most 16384 are taken"
+        assert min(seconds) < 0.05
 
 
 def test_what_pytriton_would_send_of_an_error_is_the_sentence() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import socket
@@ -12,10 +13,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from helpers import ProgressLine, find_checkpoint, model_key, one_line
+from helpers import JsonFormatter, ProgressLine, TextFormatter, find_checkpoint, model_key, one_line
 from tests.support.hub import Fault, Hub
 from tests.support.launch import ROOT, free_ports
 
@@ -330,7 +332,46 @@ def test_one_line() -> None:
     assert one_line(KeyError()) == "KeyError"
 
 
-def test_progress_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_lines_without_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     progress = ProgressLine(seconds=0)
     progress(500_000_000, 2_000_000_000)
-    assert re.fullmatch(r"converted 0\.50 of 2\.00 GB, \d+ MB/s\n", capsys.readouterr().err)
+    (record,) = caplog.records
+    assert re.fullmatch(r"converted 0\.50 of 2\.00 GB, \d+ MB/s", record.getMessage())
+
+
+def formatted(formatter: logging.Formatter, *args: Any, **more: Any) -> str:
+    record = logging.makeLogRecord({"name": "serving", "levelname": "INFO", "msg": args[0], "args": args[1:], **more})
+    record.created = 1_700_000_000.25
+    return formatter.format(record)
+
+
+FIELDS = {"id": 'a b\nid="x"', "seconds": 0.25, "none": None, "reasons": ["length", "end id"], "count": 3, "e": ""}
+
+
+def test_text_lines_end_with_the_fields_each_in_one_word() -> None:
+    line = formatted(TextFormatter(1, 2), "%d requests", 2, fields=FIELDS)
+    rest = line[len("12:00:00 ") :]
+    assert rest == (
+        r'INFO [rank 1] 2 requests id="a b\nid=\"x\"" seconds=0.25 none=- reasons=length,"end id" count=3 e=""'
+    )
+    assert formatted(TextFormatter(0, 1), "plain")[len("12:00:00 ") :] == "INFO plain"
+
+
+def test_json_lines_have_all_in_one_object() -> None:
+    try:
+        raise KeyError("lost")
+    except KeyError:
+        error = sys.exc_info()
+    line = formatted(JsonFormatter(3), 'two\n"lines" of %s', "text", fields=FIELDS, exc_info=error)
+    assert "\n" not in line
+    found = json.loads(line)
+    assert found.pop("exception").endswith("KeyError: 'lost'")
+    assert found == {
+        "time": "2023-11-14T22:13:20.250+00:00",
+        "level": "INFO",
+        "logger": "serving",
+        "rank": 3,
+        "message": 'two\n"lines" of text',
+        **FIELDS,
+    }

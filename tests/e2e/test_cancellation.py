@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
@@ -11,7 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
@@ -20,60 +19,22 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
 
-from serving.triton.frontend import TritonFlags, TritonFrontend, TritonModel
+from serving.triton.frontend import TritonFlags
+from serving.triton.instance import TritonInstance
 from tests.support.launch import free_ports
+from tests.support.toy import Toy
 
 SOON_S = 20.0  # less than the 30 s that a request waits if nobody cancels it
 STREAMS = 256
 
 
-class BadRequest(ValueError):
-    """As that of serving/triton/errors.py: a sentence without a traceback."""
-
-    __module__ = "builtins"
-    __traceback__ = None  # type: ignore[assignment]
-
-
-class ServerBusy(BadRequest):
-    __module__ = "builtins"
-
-
-class Toy:
-    """Waits `steps` times `delay` seconds, and counts who came and who was cancelled."""
-
-    def __init__(self) -> None:
-        self.started = self.cancelled = 0
-
-    async def infer(self, requests: list[Any]) -> list[dict[str, np.ndarray]]:
-        steps = [step async for step in self._steps(requests[0])]
-        return [{"step": np.array([steps[-1:]])}]
-
-    async def stream(self, requests: list[Any]) -> AsyncIterator[list[dict[str, np.ndarray]]]:
-        async for step in self._steps(requests[0]):
-            yield [{"step": np.array([step])}]
-
-    async def _steps(self, request: Any) -> AsyncIterator[int]:
-        values = {name: array.reshape(-1)[0] for name, array in request.items()}
-        errors = {b"bad": BadRequest("no"), b"busy": ServerBusy("later"), b"defect": RuntimeError("broken")}
-        if "error" in values:
-            raise errors[values["error"]]
-        self.started += 1
-        try:
-            for step in range(values["steps"]):
-                await asyncio.sleep(float(values["delay"]))
-                yield step
-        except asyncio.CancelledError:
-            self.cancelled += 1
-            raise
-
-
 class Served:
     """The toy as a model and as a streaming one, and clients of both."""
 
-    def __init__(self, toy: Toy, frontend: TritonFrontend) -> None:
+    def __init__(self, toy: Toy, triton: TritonInstance) -> None:
         self.toy = toy
-        self.frontend = frontend
-        self.flags = frontend.flags
+        self.triton = triton
+        self.flags = triton.flags
         self.grpc = triton_grpc.InferenceServerClient(f"127.0.0.1:{self.flags.grpc_port}")
 
     def generate(self, model: str, **inputs: Any) -> tuple[int, str]:
@@ -119,8 +80,7 @@ class Served:
     @property
     def left(self) -> int:
         """Entries of requests in the maps of this process's side of the proxy."""
-        models = self.frontend._triton._model_manager.models
-        connectors = [connector for model in models for connector in model._requests_respones_connectors]
+        connectors = [connector for model in self.triton.models for connector in model._requests_respones_connectors]
         return sum(
             len(connector._scopes)
             + len(connector._responses_queues)
@@ -147,25 +107,12 @@ def _wait(condition: Callable[[], bool], what: str) -> None:
 def served() -> Iterator[Served]:
     with mock.patch.dict(os.environ):
         toy = Toy()
-        frontend = TritonFrontend(TritonFlags("127.0.0.1", *free_ports(3)), verbose=False)
-        from pytriton.model_config import Tensor
-
-        inputs = [
-            Tensor(name="steps", dtype=np.uint32, shape=(1,), optional=True),
-            Tensor(name="delay", dtype=np.float32, shape=(1,), optional=True),
-            Tensor(name="error", dtype=bytes, shape=(-1,), optional=True),
-        ]
-        outputs = [Tensor(name="step", dtype=np.int32, shape=(1,)), Tensor(name="unused", dtype=bytes, shape=(-1,))]
-        models = [
-            TritonModel("toy", toy.infer, inputs, outputs),
-            TritonModel("toy_streaming", toy.stream, inputs, outputs, decoupled=True),
-        ]
+        triton = TritonInstance(TritonFlags("127.0.0.1", *free_ports(3)), toy.models(), verbose=False)
         try:
-            frontend.start(models)
-            yield Served(toy, frontend)
-            frontend.stop()
+            yield Served(toy, triton)
         finally:
-            frontend.kill()
+            triton.kill()
+            triton.close()
 
 
 @pytest.mark.parametrize(("kind", "delay"), [("unary", 30), ("stream", 30), ("stream", 0.02), ("http_stream", 0.02)])
@@ -189,7 +136,7 @@ def test_many_who_leave_at_any_moment_leave_nothing_behind(served: Served) -> No
         time.sleep(0.005 * (index % 5))
         leave()
     _wait(lambda: served.left == 0 and served.toy.started - started == served.toy.cancelled - cancelled, "empty maps")
-    assert served.frontend.is_alive()
+    assert served.triton.process.exit_code() is None
     assert served.generate("toy", steps=2, delay=0.01)[0] == 200
 
 

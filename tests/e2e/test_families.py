@@ -1,4 +1,4 @@
-"""Real server.py with an OPT, a BLOOM, a .nemo and a Megatron-LM checkpoint at tp 2: the references' greedy text."""
+"""Real server.py with a checkpoint of each family at tp 2: the references' greedy text."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from tests.support.checkpoints import make_bloom, make_opt, make_tokenizer
 from tests.support.engines import hf_greedy
+from tests.support.hugging_face_models import make as make_model
 from tests.support.launch import serving
 from tests.support.nemo_checkpoints import TinyGPT, write_megatron, write_nemo
 
@@ -30,6 +31,11 @@ def opt(folder: Path) -> tuple[list[str], Greedy]:
 def bloom(folder: Path) -> tuple[list[str], Greedy]:
     model = make_bloom(folder / "tiny")
     make_tokenizer(folder / "tiny", model.config.vocab_size)
+    return [str(folder / "tiny")], partial(hf_greedy, model)
+
+
+def llama(folder: Path) -> tuple[list[str], Greedy]:
+    model = make_model(folder / "tiny", "smol")
     return [str(folder / "tiny")], partial(hf_greedy, model)
 
 
@@ -56,7 +62,7 @@ OTHER = pytest.mark.slow("each starts a server; the readers' and the engine's te
     "make",
     [
         pytest.param(make, marks=[] if make is nemo else OTHER, id=make.__name__)
-        for make in (opt, bloom, nemo, megatron)
+        for make in (opt, bloom, llama, nemo, megatron)
     ],
 )
 def test_greedy_text_is_the_references(tmp_path: Path, make: Callable[[Path], tuple[list[str], Greedy]]) -> None:

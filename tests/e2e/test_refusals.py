@@ -9,15 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch import Server, flags_of, free_ports
+from tests.support.launch import Ports, Server, flags_of
 from tests.support.ranks import call_ranks
 
 
 def refusal(num_ranks: int, *flags: str) -> str:
     """What all ranks print of a start that each must end with code 1."""
-    kinds, ports = ("--http-port", "--grpc-port", "--metrics-port"), free_ports(3)
-    options = [word for kind, port in zip(kinds, ports, strict=True) for word in (kind, str(port))]
-    ends = call_ranks(num_ranks, "tests.multi.refused_start:run", "--http-address", "127.0.0.1", *options, *flags)
+    ends = call_ranks(num_ranks, "tests.multi.refused_start:run", *Ports().port_flags, *flags)
     text = "".join(printed for _, printed in ends)
     assert [code for code, _ in ends] == [1] * num_ranks, text
     assert "Traceback" not in text

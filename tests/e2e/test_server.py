@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
+from tests.support.attacks import target_of
 from tests.support.engines import hf_greedy
 from tests.support.launch import MODEL, TEXTS, Server, flags_of, free_ports, serving, tensor
 from tests.support.ranks import ROOT
+from tests.support.scrape import scrape
 
 
 @pytest.fixture(scope="module")
 def server(gpt2_source: tuple[Path, GPT2LMHeadModel], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """tp 2 on two ranks, from the checkpoint, so that it converts first."""
     folder = tmp_path_factory.mktemp("server")
+    (port,) = free_ports(1)
     flags = ["--hf-model-name", str(gpt2_source[0]), "--tp", "2", "--output-dir", str(folder / "ft_models")]
-    with serving(2, folder / "log", *flags) as running:
+    with serving(2, folder / "log", *flags, "--prometheus-port", str(port)) as running:
+        running.prometheus = port
         yield running
 
 
@@ -144,6 +153,108 @@ def test_client_shows_the_sentence_and_exits_1(server: Server) -> None:
         "client.py: request_output_len is 9999; with the prompt's 1 tokens that is 10000, "
         "and the longest sequence served is 256 tokens"
     )
+
+
+def post(url: str, body: dict[str, Any], **headers: str) -> None:
+    headers["Content-Type"] = "application/json"
+    urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=60).read()
+
+
+def test_both_front_ends_count_and_log(server: Server) -> None:
+    """The metrics grow by what was asked; the log has a line for each request, and no prompt."""
+    before, start = scrape(server.prometheus), len(server.text)
+    inputs = [tensor("prompts", "BYTES", ["secret words", "more"]), tensor("request_output_len", "UINT32", [5, 7])]
+    body = {"id": "triton-1", "inputs": inputs}
+    post(f"{server.url()}/v2/models/{MODEL}/infer", body)
+    inputs[1]["data"] = [5, 9999]
+    with pytest.raises(urllib.error.HTTPError):
+        post(f"{server.url()}/v2/models/{MODEL}/infer", body | {"id": "triton-2"})
+    post(
+        f"http://127.0.0.1:{server.openai}/v1/completions",
+        {"model": MODEL, "prompt": [4, 5, 6], "max_tokens": 3, "temperature": 0, "ignore_eos": True},
+        **{"X-Request-Id": "openai-1"},
+    )
+    with pytest.raises(urllib.error.HTTPError):
+        post(
+            f"http://127.0.0.1:{server.openai}/v1/completions",
+            {"prompt": "secret", "max_tokens": -1},
+            **{"X-Request-Id": "openai-2"},
+        )
+    after = scrape(server.prometheus)
+    assert scrape(server.openai).keys() == after.keys()
+    grown = {name: after[name] - before[name] for name in before}
+    deadline = time.monotonic() + 20
+    while (text := server.text[start:]).count(" id=") < 4 and time.monotonic() < deadline:  # mpirun passes lines on
+        time.sleep(0.1)
+    lines = re.findall(r" INFO \[rank 0\] (?:request|refused) (id=.*)", text)
+    rows = [dict(field.split("=", 1) for field in re.findall(r'\w+="[^"]*"|\S+', line)) for line in lines]
+    found = {row["id"]: row for row in rows}
+    assert list(found) == ["triton-1", "triton-2", "openai-1", "openai-2"]
+    one, two, three, four = found.values()
+    assert (one["front_end"], one["prompts"], one["output_tokens"]) == ("triton", "2", "12")
+    assert 0 <= float(one["queue_s"]) < float(one["first_token_s"]) < float(one["total_s"]) < 60
+    assert (two["front_end"], two["reason"]) == ("triton", "invalid")
+    assert two["error"].startswith('"max_new_tokens is 9999; ')
+    assert (three["front_end"], three["prompt_tokens"], three["output_tokens"]) == ("openai", "3", "3")
+    assert (four["front_end"], four["reason"]) == ("openai", "invalid")
+    assert (one["finish_reasons"], three["finish_reasons"]) == ("length", "length")
+    assert "secret" not in server.text
+    assert grown["request_success_total{finished_reason=length}"] == 3
+    assert grown["generation_tokens_total"] == 5 + 7 + 3
+    assert grown["prompt_tokens_total"] == int(one["prompt_tokens"]) + 3
+    assert grown["inter_token_latency_seconds_count"] == 4 + 6 + 2
+    assert grown["time_to_first_token_seconds_count"] == grown["e2e_request_latency_seconds_count"] == 3
+    assert grown["gpt_server_refused_requests_total{front_end=triton,reason=invalid}"] == 1
+    assert grown["gpt_server_refused_requests_total{front_end=openai,reason=invalid}"] == 1
+    assert after["num_requests_running"] == after["num_requests_waiting"] == after["kv_cache_usage_perc"] == 0
+
+
+def complete(server: Server, num_tokens: int, **fields: Any) -> Any:
+    """The open answer to a greedy request over the OpenAI port."""
+    body = {"prompt": [4, 5, 6], "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True, **fields}
+    url = f"http://127.0.0.1:{server.openai}/v1/completions"
+    return urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=60)
+
+
+def test_the_openai_port_goes_on_while_triton_is_killed(server: Server) -> None:
+    """Streams get all their tokens, whoever comes meanwhile is answered, and the metrics count the restart."""
+    target = target_of(server)
+    restarts = scrape(server.openai)["gpt_server_triton_restarts_total"]
+    triton, began = target.triton, threading.Event()
+    is_back = threading.Event()
+
+    def stream() -> list[tuple[str, dict[str, int]]]:
+        """The text and the usage of streams, one after the other, until Triton is back."""
+        found = []
+        while not is_back.is_set():
+            text, usage = "", {}
+            with complete(server, 100, stream=True, stream_options={"include_usage": True}) as answer:
+                for event in (json.loads(line[6:]) for line in answer if line.startswith(b"data: {")):
+                    text += "".join(choice["text"] for choice in event["choices"])
+                    usage = event["usage"]
+                    began.set()
+            found.append((text, usage))
+        return found
+
+    with ThreadPoolExecutor(1) as pool:
+        streams = pool.submit(stream)
+        assert began.wait(60)
+        triton.kill()
+        deadline, num_answers = time.monotonic() + 15, 0
+        try:
+            while not target.ask():
+                assert time.monotonic() < deadline
+                with complete(server, 2) as answer:
+                    assert json.load(answer)["usage"]["completion_tokens"] == 2
+                num_answers += 1
+        finally:
+            is_back.set()
+    with complete(server, 100) as answer:
+        whole = json.load(answer)
+    assert num_answers > 0
+    assert all(found == (whole["choices"][0]["text"], whole["usage"]) for found in streams.result())
+    assert target.triton.pid != triton.pid
+    assert scrape(server.openai)["gpt_server_triton_restarts_total"] == restarts + 1
 
 
 def test_client_without_a_server_exits_3() -> None:

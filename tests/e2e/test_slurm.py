@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import http.client
 import json
 import os
@@ -20,7 +21,8 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from tests.support.cluster import Cluster, slurm_cluster, why_not
 from tests.support.engines import hf_greedy
-from tests.support.launch import ROOT, Server, free_ports, tensor
+from tests.support.launch import ROOT, Ports, Server, tensor
+from tests.support.ranks import has_open_mpi_4
 
 pytestmark = [
     pytest.mark.slow("starts a private Slurm, whose packages make test-all installs"),
@@ -36,22 +38,34 @@ ONE_MACHINE = {
     "OMPI_MCA_pml": "ob1",
     "OMPI_MCA_btl": "self,tcp",
     "OMPI_MCA_btl_tcp_if_include": "lo",
+    "OMPI_MCA_mpi_yield_when_idle": "1",  # ranks may outnumber the cores
     "OMP_NUM_THREADS": "1",
 }
 NUM_ROWS = 16  # of the request in flight
+OPEN_MPI_4_SAYS = "OMPI was not built with SLURM's PMI support"  # without --mpi=pmix
 NO_PMIX = "2 Slurm tasks, but each is an MPI world of its own: start with srun --mpi=pmix"
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Its jobs run in this Python's environment, as if it were activated."""
+@pytest.fixture(scope="module", params=["environment", "Debian"])
+def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Its jobs run in this Python's environment, as if it were activated; with its Open MPI, and with Debian's."""
     environment = {
         **ONE_MACHINE,
         "VIRTUAL_ENV": sys.prefix,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    with slurm_cluster(tmp_path_factory.mktemp("slurm"), kill_wait=15, environment=environment) as running:
+    if request.param == "Debian":
+        library = next(iter(glob.glob("/usr/lib/*/libmpi.so.40")), None)
+        if library is None:
+            pytest.skip("no Open MPI of Debian's: ./install.sh --slurm installs it")
+        environment["MPI4PY_LIBMPI"] = library
+    with slurm_cluster(tmp_path_factory.mktemp("slurm"), kill_wait=30, environment=environment) as running:
         yield running
+
+
+def is_open_mpi_4(cluster: Cluster) -> bool:
+    """Whether its jobs run with Open MPI 4, which makes no worlds of their own of ranks without PMIx."""
+    return "MPI4PY_LIBMPI" in cluster.environment or has_open_mpi_4()
 
 
 class JobServer(Server):
@@ -60,15 +74,12 @@ class JobServer(Server):
     def __init__(self, cluster: Cluster, log: Path, *flags: str) -> None:
         self.cluster = cluster
         self.log = log
-        self.http, self.grpc, self.metrics = free_ports(3)
-        ports = ["--http-port", str(self.http), "--grpc-port", str(self.grpc), "--metrics-port", str(self.metrics)]
+        Ports.__init__(self)
         job = [
             f"--output={log}",
             *WITHOUT_GPUS,
             "deploy/slurm/serve.sbatch",
-            "--http-address",
-            "127.0.0.1",
-            *ports,
+            *self.port_flags,
             *flags,
         ]
         self.job_id = cluster.submit(*job, cwd=ROOT)
@@ -131,7 +142,7 @@ def check_drain(server: JobServer, *scancel: str) -> dict[str, str]:
     thread, answers = ask_in_background(server)
     signalled = time.monotonic()
     server.cluster.call("scancel", *scancel, str(server.job_id))
-    job = server.cluster.wait_end(server.job_id, 30)
+    job = server.cluster.wait_end(server.job_id, 45)
     thread.join(1)
     answered, answer = answers[0]
     assert answered > signalled
@@ -218,11 +229,34 @@ def test_a_dead_rank_ends_the_job(cluster: Cluster, converted: Callable[[int], P
 
 
 def test_srun_without_pmix_says_so(cluster: Cluster, converted: Callable[[int], Path]) -> None:
-    """Each task would be a whole MPI world: two servers, of which one loses the race for the ports."""
+    """Each task would be a whole MPI world: two servers, of which one loses the race for the ports.
+
+    Open MPI 4, as Debian has it, says so itself.
+    """
     flags = ["--hf-model-name", str(converted(2)), "--tp", "2"]
     command = ["srun", "--nodes=2", "--ntasks-per-node=1", "--time=1", sys.executable, str(ROOT / "server.py"), *flags]
     done = cluster.run(*command, timeout_s=60)
     assert done.returncode == 1, done.stderr
+    if is_open_mpi_4(cluster):
+        assert OPEN_MPI_4_SAYS in done.stderr
+        return
     errors = [line for line in (done.stdout + done.stderr).splitlines() if "srun: " not in line]
     assert len(errors) == 2, done.stderr  # one from each task
     assert all(line.endswith(NO_PMIX) for line in errors)
+
+
+def test_check_of_a_job(cluster: Cluster, converted: Callable[[int], Path], tmp_path: Path) -> None:
+    """The last flag of serve.sbatch; under srun without --mpi=pmix it says so, once."""
+    flags = ["--hf-model-name", str(converted(2)), "--tp", "2", "--output-dir", str(tmp_path / "new"), "--check"]
+    job = [f"--output={tmp_path}/out", *WITHOUT_GPUS, "deploy/slurm/serve.sbatch", *Ports().port_flags, *flags]
+    ended = cluster.wait_end(cluster.submit(*job, cwd=ROOT), 120)
+    text = (tmp_path / "out").read_text()
+    assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), text
+    assert "all is well, after " in text and "FAILED" not in text
+    command = ["srun", "--nodes=2", "--ntasks-per-node=1", "--time=1", sys.executable, str(ROOT / "server.py"), *flags]
+    done = cluster.run(*command, *Ports().port_flags, timeout_s=120)
+    assert done.returncode == 1, done.stderr
+    if is_open_mpi_4(cluster):
+        assert OPEN_MPI_4_SAYS in done.stderr
+    else:
+        assert [line for line in done.stdout.splitlines() if "FAILED  " in line] == [f"FAILED  world       {NO_PMIX}"]

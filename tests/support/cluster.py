@@ -26,8 +26,7 @@ _PMIX_LIBRARIES = ("/usr/lib/*/pmix2/lib/libpmix.so", "/usr/lib/*/libpmix.so", "
 _CALL_TIMEOUT_S = 20.0
 _STOP_TIMEOUT_S = 5.0
 # proctrack/linuxproc signals all that a rank started, tritonserver too; proctrack/cgroup, the rule on real clusters and
-# out of reach in most containers, signals ranks only. What drains here, within the 10 s that tritonserver then gives
-# itself, drains there.
+# out of reach in most containers, signals ranks only. What drains here drains there.
 _CONFIG = """\
 ClusterName=lab
 SlurmctldHost=localhost(127.0.0.1)

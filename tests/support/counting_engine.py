@@ -38,6 +38,9 @@ class CountingEngine:
         self.cancelled: list[Request] = []
         self.delay_s = delay_s
 
+    def check_room(self, num_requests: int) -> None:
+        pass
+
     def submit(self, *requests: Request) -> None:
         self.seen += requests
         threading.Thread(target=self._work, args=(requests,)).start()

@@ -17,6 +17,7 @@ from engine.watchdog import Watchdog
 from engine.world import World
 from executor.runner import TorchExecutor
 from executor.startup import WeightFolder, connect, load, pick_backend
+from tests.support.ranks import ROOT
 
 if TYPE_CHECKING:  # importing it takes seconds, which ranks under mpirun save
     from transformers import GPT2LMHeadModel
@@ -31,16 +32,23 @@ def prompts(count: int, vocab_size: int = 303, longest: int = 60) -> list[list[i
 
 def hf_greedy(model: GPT2LMHeadModel, prompt_ids: list[int], new_tokens: int = NEW_TOKENS) -> list[int]:
     """Hugging Face's greedy continuation, up to and with the end token."""
-    out = model.generate(
-        torch.tensor([prompt_ids]), max_new_tokens=new_tokens, do_sample=False, pad_token_id=model.config.eos_token_id
-    )
+    out = model.generate(torch.tensor([prompt_ids]), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
     return out[0, len(prompt_ids) :].tolist()
+
+
+def demo_greedy(prompt: str, new_tokens: int) -> str:
+    """Hugging Face's greedy continuation of a text by the model in models/."""
+    from transformers import AutoTokenizer, GPT2LMHeadModel
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "models/stories")
+    model = GPT2LMHeadModel.from_pretrained(ROOT / "models/stories", dtype=torch.float32)
+    return tokenizer.decode(hf_greedy(model, tokenizer.encode(prompt), new_tokens))
 
 
 def make_engine(folder: Path, **limits: object) -> Engine:
     world = World()
     weights = WeightFolder.read(folder)
-    settings = EngineConfig(device="cpu", **limits)
+    settings = EngineConfig(**{"device": "cpu", **limits})
     backend = pick_backend(settings, weights.config, Path("none"), 0)
     parallel = ParallelConfig()
     executor = load(weights, settings, parallel, world, connect(world, parallel, backend), backend)

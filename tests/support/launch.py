@@ -70,14 +70,34 @@ def _lock_port(path: Path, port: int) -> bool:
     return True
 
 
-class Server:
-    """server.py under mpirun, on ports of its own, its log in a file."""
+class Ports:
+    """The ports of one server on 127.0.0.1."""
 
-    def __init__(self, num_ranks: int, log: Path, *flags: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(self) -> None:
+        self.http, self.grpc, self.metrics, self.openai = free_ports(4)
+
+    @property
+    def port_flags(self) -> list[str]:
+        """server.py's flags for them."""
+        values = {"http": self.http, "grpc": self.grpc, "metrics": self.metrics, "openai": self.openai}
+        ports = [word for kind, port in values.items() for word in (f"--{kind}-port", str(port))]
+        return ["--http-address", "127.0.0.1", *ports]
+
+
+class Server(Ports):
+    """server.py, or a script that wraps it, under mpirun, on ports of its own, its log in a file."""
+
+    def __init__(
+        self,
+        num_ranks: int,
+        log: Path,
+        *flags: str,
+        environment: dict[str, str] | None = None,
+        script: str = "server.py",
+    ) -> None:
         self.log = log
-        self.http, self.grpc, self.metrics = free_ports(3)
-        ports = ["--http-port", str(self.http), "--grpc-port", str(self.grpc), "--metrics-port", str(self.metrics)]
-        command = mpirun_command(num_ranks, str(ROOT / "server.py"), "--http-address", "127.0.0.1", *ports, *flags)
+        super().__init__()
+        command = mpirun_command(num_ranks, str(ROOT / script), *self.port_flags, *flags)
         with log.open("w") as file:
             self.process = subprocess.Popen(
                 command,

@@ -26,11 +26,15 @@ _CALL_TIMEOUT_S = 600.0
 
 
 @functools.cache
+def has_open_mpi_4() -> bool:
+    """Whether mpirun is Open MPI 4's, as Debian has it, and not PyPI's 5."""
+    version = subprocess.run(["mpirun", "--version"], capture_output=True, text=True).stdout
+    return re.search(r"\b4\.\d", version) is not None
+
+
 def mpi_environment() -> dict[str, str]:
     """Named transports start in 0.3 s instead of 1.4; shared memory has another name in Open MPI 4."""
-    version = subprocess.run(["mpirun", "--version"], capture_output=True, text=True).stdout
-    shared_memory = "vader" if re.search(r"\b4\.\d", version) else "sm"
-    return {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": f"self,{shared_memory}"}
+    return {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": f"self,{'vader' if has_open_mpi_4() else 'sm'}"}
 
 
 def mpirun_command(num_ranks: int, *command: str) -> list[str]:

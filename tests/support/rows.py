@@ -12,7 +12,8 @@ from engine.plan import NewSequences
 from engine.request import SamplingParams
 from executor.sampler import sample
 from executor.sampling_rows import SamplingRows
-from executor.slots import SlotState, as_int64
+from executor.slots import SlotState
+from kernels.gumbel import as_int64
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ class Model:
         self.times: list[float] = []  # of the tries
         self.running: dict[str, asyncio.Event] = {}
         self.stopped: list[str] = []
+        self.keys: list[str] = []  # of requests that have one
 
     async def answer(self, inputs: dict[str, np.ndarray]) -> AsyncIterator[dict[str, np.ndarray]]:
         """One response per token, the prompt in the first; several samples come in one response."""
@@ -132,6 +133,8 @@ class _Grpc(service_pb2_grpc.GRPCInferenceServiceServicer):
         return service_pb2.ModelReadyResponse(ready=request.name in (NAME, f"{NAME}_streaming"))
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:
+        if "api_key" in request.parameters:
+            self.model.keys.append(request.parameters["api_key"].string_param)
         try:
             return self._response(await self.model.whole_answer(self._inputs(request)))
         except (Refusal, Reset) as error:
@@ -187,7 +190,10 @@ class _Http:
         body = await request.read()
         offset = int(request.headers["Inference-Header-Content-Length"])
         inputs = {}
-        for tensor in json.loads(body[:offset])["inputs"]:
+        head = json.loads(body[:offset])
+        if "api_key" in head.get("parameters", {}):
+            self.model.keys.append(head["parameters"]["api_key"])
+        for tensor in head["inputs"]:
             size = tensor["parameters"]["binary_data_size"]
             inputs[tensor["name"]] = _array(tensor["datatype"], tensor["shape"], body[offset : offset + size])
             offset += size

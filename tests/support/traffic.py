@@ -108,5 +108,6 @@ def results(request: Request) -> dict[str, Any]:
             for output in request.outputs
         ],
         "prompt_log_probs": request.prompt_log_probs,
+        "prompt_alternatives": [[list(pair) for pair in token] for token in request.prompt_alternatives],
         "next_token_logits": [] if request.next_token_logits is None else list(map(float, request.next_token_logits)),
     }
