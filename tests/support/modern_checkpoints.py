@@ -129,7 +129,8 @@ class ModernGPT:
 
     def greedy(self, ids: list[int], count: int) -> list[int]:
         """Hugging Face's continuation, up to and with the end token."""
-        out = self.hf.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False)
+        mask = torch.ones(1, len(ids), dtype=torch.int64)  # else it is guessed from pad_token_id
+        out = self.hf.generate(torch.tensor([ids]), attention_mask=mask, max_new_tokens=count, do_sample=False)
         return out[0, len(ids) :].tolist()
 
     def logits(self, ids: list[int]) -> np.ndarray:
