@@ -122,8 +122,9 @@ def _many_rows(
     if x.device.type == "cuda" and x.dtype != torch.float32:
         if bias is not None and activation in _CUBLAS_GELU and out is None:
             return torch._addmm_activation(bias, x, wide.t(), use_gelu=_CUBLAS_GELU[activation])
-        if bias is None and activation == "none" and scales is None and out is not None and _HAS_WIDE_RESULTS:
-            return torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
+        if activation == "none" and out is not None and _HAS_WIDE_RESULTS:
+            torch.mm(x, wide.t(), out_dtype=out.dtype, out=out)
+            return out if bias is None else out.add_(bias)
     return reference(x, wide, bias, activation, out=out)
 
 
