@@ -1,9 +1,8 @@
 """Hugging Face Llama 2 and 3, and derivatives of the same model_type: config.json → ModelConfig, tensors → the table.
 
-Format: transformers/models/llama/modeling_llama.py, and modeling_rope_utils.py for the rotary settings, which lie in
-config.json as rope_theta and rope_scaling, or since transformers 5 as rope_parameters. Peculiar to Llama: no learned
-positions; q, k and v are three linears, of which k and v may have fewer heads; the MLP has a gate beside its first
-matrix. Mistral and Qwen2 (their modules) differ by a few settings.
+Format: transformers/models/llama/modeling_llama.py. Peculiar to Llama: no learned positions; q, k and v are three
+linears, of which k and v may have fewer heads; the MLP has a gate beside its first matrix. Other families (their
+modules) differ by a few settings.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from readers.huggingface import HEAD, HuggingFaceReader, Recipe, as_stored, split_name, transposed
+from readers.rotary import RotarySettings
 from weights.table import WeightSpec
 
 _NAMES = {"wte": "embed_tokens.weight", HEAD: HEAD, "final_layernorm.weight": "norm.weight"}
@@ -46,22 +46,27 @@ class LlamaReader(HuggingFaceReader):
         "rope_theta": 10000.0,
         "rope_scaling": None,
         "rope_parameters": None,
+        "partial_rotary_factor": 1.0,
         "attention_bias": False,
         "mlp_bias": False,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "tie_word_embeddings": False,
     }
-    required = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "quantization_config": None}
+    required = {"hidden_act": "silu", "quantization_config": None}
 
     def biases(self) -> dict[str, bool]:
         """ModelConfig's has_…_bias."""
         attention = self._is("attention_bias")
         return {"has_qkv_bias": attention, "has_dense_bias": attention, "has_mlp_bias": self._is("mlp_bias")}
 
-    def longest(self) -> int:
-        """Tokens of the longest sequence that is computed as trained."""
-        return self._size("max_position_embeddings")
+    def window(self) -> int:
+        """Tokens that a query sees at most, itself included; 0 for all."""
+        return 0
+
+    def _lengths(self) -> dict[str, int]:
+        positions, window = self._size("max_position_embeddings"), self.window()
+        return {"max_pos_seq_len": min(positions, window or positions), "sliding_window": window}
 
     def shape(self) -> dict[str, Any]:
         if self._settings["head_dim"] is None:
@@ -75,13 +80,12 @@ class LlamaReader(HuggingFaceReader):
             "hidden_size": self._size("hidden_size"),
             "inter_size": self._size("intermediate_size"),
             "num_layer": self._size("num_hidden_layers"),
-            "max_pos_seq_len": self.longest(),
+            **self._lengths(),
             "layernorm_eps": self._epsilon("rms_norm_eps"),
             "normalization_type": "rmsnorm",
             "activation_type": "swiglu",
             "has_positional_encoding": False,
-            "rotary_embedding": heads["size_per_head"],
-            **self._rotation(),
+            **RotarySettings(self._path, self._settings).fields(heads["size_per_head"], only_part=1.0),
             **self.biases(),
         }
 
@@ -95,31 +99,6 @@ class LlamaReader(HuggingFaceReader):
             return _gate_and_up(f"layers.{layer}.mlp", kind, spec)
         name = f"layers.{layer}.{_LAYER_NAMES[part]}.{kind}"
         return (transposed if len(spec.shape) == 2 else as_stored)(name, spec.shape)
-
-    def _rotation(self) -> dict[str, Any]:
-        """ModelConfig's rotary_… but for the number of elements. Raises ValueError for a kind that is not computed."""
-        key = "rope_scaling" if self._settings["rope_parameters"] is None else "rope_parameters"
-        given = self._settings[key] or {}
-        if not isinstance(given, dict):
-            raise ValueError(f"{self._path}: {key} is {given!r}; settings are expected")
-
-        def positive(name: str, default: Any = None) -> float:
-            value = given.get(name, default)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-                raise ValueError(f"{self._path}: {key}.{name} is {value!r}; it must be a number above 0")
-            return float(value)
-
-        kind = given.get("rope_type", given.get("type", "default"))
-        rotation: dict[str, Any] = {"rotary_base": positive("rope_theta", self._settings["rope_theta"])}
-        if kind in ("linear", "llama3"):
-            rotation["rotary_interpolation_factor"] = positive("factor")
-        if kind == "llama3":
-            rotation["rotary_low_freq_factor"] = positive("low_freq_factor")
-            rotation["rotary_high_freq_factor"] = positive("high_freq_factor")
-            rotation["rotary_trained_positions"] = int(positive("original_max_position_embeddings"))
-        elif kind not in ("default", "linear"):
-            raise ValueError(f"{self._path}: {key}.rope_type {kind!r} is not supported; supported: linear, llama3")
-        return rotation
 
 
 def _query_key_value(attention: str, kind: str, spec: WeightSpec) -> Recipe:

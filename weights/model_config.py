@@ -26,6 +26,7 @@ _WRITTEN_IF_CHANGED = (
     "rotary_low_freq_factor",
     "rotary_high_freq_factor",
     "rotary_trained_positions",
+    "sliding_window",
 )
 
 
@@ -51,6 +52,7 @@ class ModelConfig:
       than `rotary_high_freq_factor` times are not, and those between are in proportion.
     - `hidden_size`: 0 stands for head_num · size_per_head.
     - `end_ids`: all tokens that end a text, `end_id` first; empty stands for `end_id` alone.
+    - `sliding_window`, 0 for none: a query sees so many tokens only, itself included. No executor computes more tokens.
     - `has_qkv_bias`, `has_dense_bias`, `has_mlp_bias`: False means that these .bias files do not exist.
     """
 
@@ -89,6 +91,7 @@ class ModelConfig:
     rotary_low_freq_factor: float = 1.0
     rotary_high_freq_factor: float = 4.0
     rotary_trained_positions: int = 0
+    sliding_window: int = 0
 
     def __post_init__(self) -> None:
         def set_default(name: str, value: object) -> None:
@@ -117,6 +120,9 @@ class ModelConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"config.ini: {name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("rotary_trained_positions", "sliding_window"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"config.ini: {name} is {getattr(self, name)}; it must be at least 0")
         for name, allowed in (
             ("weight_data_type", tuple(DATA_TYPES)),
             ("activation_type", _ACTIVATIONS),

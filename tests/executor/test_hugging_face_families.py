@@ -12,7 +12,9 @@ import torch
 import transformers
 
 from convert import convert
+from engine.config import EngineConfig
 from executor.rope import rotary_inv_freq
+from executor.startup import pick_backend
 from tests.support.broken import edit_config
 from tests.support.engines import hf_greedy
 from tests.support.folders import weight_files
@@ -92,6 +94,19 @@ def test_both_forms_of_rotary_settings_are_one(tmp_path: Path) -> None:
     assert weight_files(old) == weight_files(new)
 
 
+def test_rotary_settings_of_each_type_of_layer(tmp_path: Path) -> None:
+    """transformers 5 may write them so. Where they are the same for all types, they are the model's."""
+    make(tmp_path / "llama-3", "llama-3")
+    flat = convert(tmp_path / "llama-3", tmp_path / "flat", 1, "fp32")
+    by_type = dict(full_attention=LLAMA3, sliding_attention=LLAMA3, other=None)
+    edit_config(tmp_path / "llama-3", rope_parameters=by_type)
+    nested = convert(tmp_path / "llama-3", tmp_path / "nested", 1, "fp32")
+    assert (nested / "config.ini").read_text() == (flat / "config.ini").read_text()
+    edit_config(tmp_path / "llama-3", rope_parameters=by_type | dict(other=LLAMA3 | dict(rope_theta=7.0)))
+    with pytest.raises(ValueError, match="rope_parameters differs between full_attention and other; only the same"):
+        convert(tmp_path / "llama-3", tmp_path / "differs", 1, "fp32")
+
+
 def test_a_list_of_end_ids_is_kept(tmp_path: Path) -> None:
     make(tmp_path / "source", "llama-3")
     folder = convert(tmp_path / "source", tmp_path / "ft", 1, "fp32")
@@ -99,19 +114,31 @@ def test_a_list_of_end_ids_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "length"),
+    ("name", "changes", "length", "window"),
     [
-        ("mistral-nemo", dict(sliding_window=40), 40),
-        ("mistral-nemo", dict(sliding_window=400), 96),
-        ("qwen2", dict(sliding_window=40), 96),
-        ("qwen2", dict(sliding_window=40, use_sliding_window=True), 40),
+        ("mistral-nemo", dict(sliding_window=40), 40, 40),
+        ("mistral-nemo", dict(sliding_window=400), 96, 400),
+        ("mistral-nemo", {}, 96, 0),
+        ("qwen2", dict(sliding_window=40), 96, 0),
+        ("qwen2", dict(sliding_window=40, use_sliding_window=True), 40, 40),
     ],
 )
-def test_sequences_end_at_the_window(tmp_path: Path, name: str, changes: dict[str, Any], length: int) -> None:
+def test_sequences_end_at_the_window(
+    tmp_path: Path, name: str, changes: dict[str, Any], length: int, window: int
+) -> None:
     make(tmp_path / "source", name)
     edit_config(tmp_path / "source", **changes)
-    folder = convert(tmp_path / "source", tmp_path / "ft", 1, "fp32")
-    assert ModelConfig.read(folder / "config.ini").max_pos_seq_len == length
+    path = convert(tmp_path / "source", tmp_path / "ft", 1, "fp32") / "config.ini"
+    config = ModelConfig.read(path)
+    assert (config.max_pos_seq_len, config.sliding_window) == (length, window)
+    assert ("sliding_window" in path.read_text()) == (window > 0)  # other folders stay as they were
+    for wished in (0, 40, 96, 400, 401):
+        if window and wished > window:
+            sentence = f"max_seq_len is {wished}; the model's sliding_window is {window}, and no more is computed"
+            with pytest.raises(ValueError, match=sentence):
+                pick_backend(EngineConfig(device="cpu", max_seq_len=wished), config, Path("none"), 0)
+        else:
+            pick_backend(EngineConfig(device="cpu", max_seq_len=wished), config, Path("none"), 0)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +146,18 @@ def test_sequences_end_at_the_window(tmp_path: Path, name: str, changes: dict[st
     [
         (dict(hidden_act="gelu"), "hidden_act is gelu; only silu is supported"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5; only 1.0 is supported"),
+        (
+            dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)),
+            "partial_rotary_factor is 0.5; only 1.0 is supported",
+        ),
+        (
+            dict(rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=2)),
+            "rope_parameters.partial_rotary_factor is 2; it must be above 0 and at most 1",
+        ),
+        (
+            dict(rope_parameters=dict(full_attention=dict(rope_type="dynamic", rope_theta=1e4))),
+            "rope_parameters.full_attention.rope_type 'dynamic' is not supported; supported: linear, llama3",
+        ),
         (
             dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=4.0)),
             "rope_parameters.rope_type 'yarn' is not supported; supported: linear, llama3",
