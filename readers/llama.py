@@ -8,21 +8,14 @@ modules) differ by a few settings.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from readers.huggingface import HEAD, HuggingFaceReader, Recipe, as_stored, split_name, transposed
+from readers.huggingface import HuggingFaceReader, Recipe, as_stored, split_name, transposed
 from readers.rotary import RotarySettings
 from weights.table import WeightSpec
-
-_NAMES = {"wte": "embed_tokens.weight", HEAD: HEAD, "final_layernorm.weight": "norm.weight"}
-_LAYER_NAMES = {
-    "input_layernorm": "input_layernorm",
-    "attention.dense": "self_attn.o_proj",
-    "post_attention_layernorm": "post_attention_layernorm",
-    "mlp.dense_4h_to_h": "mlp.down_proj",
-}
 
 
 class LlamaReader(HuggingFaceReader):
@@ -55,6 +48,17 @@ class LlamaReader(HuggingFaceReader):
     }
     required = {"hidden_act": "silu", "quantization_config": None}
 
+    names = {"lm_head": "lm_head", "final_layernorm": "norm"}
+    layer_names = {
+        "input_layernorm": "input_layernorm",
+        "attention.q_norm": "self_attn.q_norm",
+        "attention.k_norm": "self_attn.k_norm",
+        "attention.dense": "self_attn.o_proj",
+        "post_attention_layernorm": "post_attention_layernorm",
+        "mlp.dense_4h_to_h": "mlp.down_proj",
+    }
+    rotated_part: float | None = 1.0  # the share of a head that the architecture rotates; None: the configuration's
+
     def biases(self) -> dict[str, bool]:
         """ModelConfig's has_…_bias."""
         attention = self._is("attention_bias")
@@ -85,24 +89,34 @@ class LlamaReader(HuggingFaceReader):
             "normalization_type": "rmsnorm",
             "activation_type": "swiglu",
             "has_positional_encoding": False,
-            **RotarySettings(self._path, self._settings).fields(heads["size_per_head"], only_part=1.0),
+            **RotarySettings(self._path, self._settings).fields(heads["size_per_head"], self.rotated_part),
             **self.biases(),
         }
 
     def recipe(self, spec: WeightSpec) -> Recipe:
-        if spec.name in _NAMES:
-            return as_stored(_NAMES[spec.name], spec.shape)
         layer, part, kind = split_name(spec)
+        if spec.name == "wte":
+            return as_stored(self.embedding, spec.shape)
+        if not layer:
+            return as_stored(f"{self.names[part]}.{kind}", spec.shape)
         if part == "attention.query_key_value":
-            return _query_key_value(f"layers.{layer}.self_attn", kind, spec)
-        if part == "mlp.dense_h_to_4h":
+            return query_key_value(f"layers.{layer}.self_attn", kind, spec)
+        if part not in self.layer_names:
             return _gate_and_up(f"layers.{layer}.mlp", kind, spec)
-        name = f"layers.{layer}.{_LAYER_NAMES[part]}.{kind}"
+        name = f"layers.{layer}.{self.layer_names[part]}.{kind}"
         return (transposed if len(spec.shape) == 2 else as_stored)(name, spec.shape)
 
 
-def _query_key_value(attention: str, kind: str, spec: WeightSpec) -> Recipe:
-    """q, k and v in the table's order: one after the other, or for each KV head its queries, the key, the value."""
+def query_key_value(
+    attention: str,
+    kind: str,
+    spec: WeightSpec,
+    turn: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows,
+) -> Recipe:
+    """q, k and v in the table's order: one after the other, or for each KV head its queries, the key, the value.
+
+    turn: applied to the rows of q and to those of k, [out] or [out, in].
+    """
     inputs = spec.shape[:-2]  # of a weight
     if spec.head_dim:
         kv_heads, group = spec.shape[-2], spec.shape[-1] // spec.head_dim - 2
@@ -111,7 +125,8 @@ def _query_key_value(attention: str, kind: str, spec: WeightSpec) -> Recipe:
         widths = (spec.shape[-1],) * 3
     parts = {f"{attention}.{name}_proj.{kind}": (width, *inputs) for name, width in zip("qkv", widths, strict=True)}
 
-    def build(*qkv: torch.Tensor) -> torch.Tensor:
+    def build(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        qkv = turn(q), turn(k), v
         if spec.head_dim:
             heads = [part.unflatten(0, (kv_heads, -1, spec.head_dim)) for part in qkv]
             whole = torch.cat(heads, 1).flatten(1, 2)  # [kv_heads, (group + 2) · head_dim, …]
