@@ -11,6 +11,7 @@ from typing import Any
 
 from readers.huggingface import Recipe
 from readers.llama import LlamaReader
+from readers.rotary import RotarySettings
 from weights.table import WeightSpec
 
 
@@ -36,6 +37,13 @@ class NemotronReader(LlamaReader):
     rotated_part = None
 
     def shape(self) -> dict[str, Any]:
+        part = RotarySettings(self._path, self._settings).part()
+        for name in ("rope_percent", "rope_percentage"):  # NVIDIA's names, which transformers passes over
+            if self._settings.get(name) not in (None, part):
+                raise ValueError(
+                    f"{self._path}: {name} is {self._settings[name]}; partial_rotary_factor is {part}, and only the "
+                    f"same is supported"
+                )
         return {
             **super().shape(),
             "layernorm_eps": self._epsilon("norm_eps"),

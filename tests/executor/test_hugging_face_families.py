@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from convert import convert
 from engine.config import EngineConfig
 from executor.rope import rotary_inv_freq
 from executor.startup import pick_backend
+from readers.rotary import RotarySettings
 from tests.support.broken import edit_config
 from tests.support.engines import hf_greedy
 from tests.support.folders import weight_files
@@ -87,6 +89,53 @@ def test_llama_3s_frequencies_are_transformers() -> None:
         rotary_trained_positions=8192,
     )
     torch.testing.assert_close(rotary_inv_freq(ours), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        dict(original_max_position_embeddings=4096, truncate=False),
+        dict(beta_fast=16, beta_slow=2, attention_factor=1.25),
+        dict(mscale=0.7, mscale_all_dim=1.0),
+    ],
+    ids=str,
+)
+def test_yarns_frequencies_are_transformers(more: dict[str, Any]) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    yarn = dict(rope_type="yarn", rope_theta=1e6, factor=4.0, **more)
+    sizes = {**SIZES, "head_dim": 128, "max_position_embeddings": 32768}
+    hf = transformers.LlamaConfig(**sizes, rope_parameters=dict(yarn))
+    expected, factor = ROPE_INIT_FUNCTIONS["yarn"](hf, "cpu")
+    settings = dict(rope_scaling=None, rope_parameters=yarn, partial_rotary_factor=1.0, max_position_embeddings=32768)
+    fields = RotarySettings(Path("config.json"), settings | dict(rope_theta=1e4)).fields(128)
+    ours = ModelConfig(8, 128, 1, VOCAB, 1, 2, max_pos_seq_len=32768, **fields)
+    torch.testing.assert_close(rotary_inv_freq(ours), expected, rtol=2e-6, atol=0)
+    assert ours.rotary_attention_factor == pytest.approx(factor)
+
+
+def test_a_head_may_be_called_embed_out_or_lm_head(tmp_path: Path) -> None:
+    make(tmp_path / "source", "gpt-neox")
+    path = tmp_path / "source/model.safetensors"
+    tensors = load_file(path)
+    folder = convert(tmp_path / "source", tmp_path / "one", 1, "fp32")
+    tensors["lm_head.weight"] = tensors.pop("embed_out.weight")
+    save_file(tensors, path, {"format": "pt"})
+    assert weight_files(convert(tmp_path / "source", tmp_path / "other", 1, "fp32")) == weight_files(folder)
+    tensors["embed_out.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="holds both embed_out.weight and lm_head.weight"):
+        convert(tmp_path / "source", tmp_path / "both", 1, "fp32")
+
+
+def test_an_end_id_of_generation_config_alone(tmp_path: Path) -> None:
+    """As transformers' generate: it counts where config.json has none."""
+    make(tmp_path / "source", "phi")
+    edit_config(tmp_path / "source", eos_token_id=None)
+    (tmp_path / "source/generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    folder = convert(tmp_path / "source", tmp_path / "ft", 1, "fp32")
+    assert ModelConfig.read(folder / "config.ini").end_ids == (7,)
 
 
 def test_both_forms_of_rotary_settings_are_one(tmp_path: Path) -> None:
@@ -187,10 +236,44 @@ def test_sequences_end_at_the_window(
     ],
 )
 def test_what_is_not_computed_is_refused(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
-    make(tmp_path / "source", "smol")
+    refuse(tmp_path, "smol", changes, sentence)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "sentence"),
+    [
+        ("qwen3", dict(head_dim=32), "config.json asks for [256, 64]"),
+        ("qwen3", dict(hidden_act="relu"), "hidden_act is relu; only silu is supported"),
+        ("nemotron", dict(hidden_act="silu"), "hidden_act 'silu' is not supported; supported: gelu, "),
+        (
+            "nemotron",
+            dict(rope_parameters=..., rope_percent=0.25),
+            "rope_percent is 0.25; partial_rotary_factor is 0.5",
+        ),
+        ("gpt-neox", dict(num_attention_heads=5), "num_attention_heads 5 does not divide hidden_size 64"),
+        ("gpt-neox", dict(use_parallel_residual=1), "use_parallel_residual is 1; it must be true or false"),
+        (
+            "gpt-neox",
+            dict(rope_parameters=..., rotary_pct=0.2),
+            "config.ini: rotary_embedding is 3; it must be even, and at most size_per_head 16",
+        ),
+        ("gpt-j", dict(rotary_dim=None), "rotary_dim is None; it must be a whole number of at least 1"),
+        ("gpt-j", dict(rotary_dim=3), "config.ini: rotary_embedding is 3; it must be even"),
+        ("gpt-j", dict(activation_function="silu"), "activation_function 'silu' is not supported"),
+        ("phi", dict(qk_layernorm=True), "tensor layers.0.self_attn.q_layernorm.weight is missing, and 15 more"),
+        ("phi", dict(quantization_config={"bits": 4}), "quantization_config is {'bits': 4}; only None is supported"),
+        ("phi", dict(eos_token_id=None), "eos_token_id is None; it must be one of the 303 token ids"),
+    ],
+)
+def test_what_other_families_refuse(tmp_path: Path, name: str, changes: dict[str, Any], sentence: str) -> None:
+    refuse(tmp_path, name, changes, sentence)
+
+
+def refuse(tmp_path: Path, name: str, changes: dict[str, Any], sentence: str) -> None:
+    make(tmp_path / "source", name)
+    (tmp_path / "source/generation_config.json").unlink()
     edit_config(tmp_path / "source", **changes)
     with pytest.raises(ValueError) as error:
         convert(tmp_path / "source", tmp_path / "ft", 1, "fp32")
     assert sentence in str(error.value)
     assert not list(tmp_path.glob("ft/*-gpu"))
-    assert json.loads((tmp_path / "source/config.json").read_text())["model_type"] == "llama"

@@ -58,10 +58,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make(folder: Path, name: str) -> Any:
-    """Write a checkpoint with a tokenizer, of random weights whose logits lie apart; returns transformers' model."""
+def make(folder: Path, name: str, **sizes: int) -> Any:
+    """Write a checkpoint with a tokenizer, of random weights whose logits lie apart; returns transformers' model.
+
+    sizes: settings in place of the model's own.
+    """
     kind, more = MODELS[name]
-    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **more})
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **more, **sizes})
     torch.manual_seed(sorted(MODELS).index(name))
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     with torch.no_grad():
