@@ -66,6 +66,7 @@ class Attention:
         if config.use_attention_linear_bias:
             self.slopes = alibi_slopes(config.head_num).chunk(parallel.tp)[parallel.tp_rank].to(device)
         self.inv_freq = rotary_inv_freq(config).to(device)  # [rotary_embedding / 2]
+        self.rotary_factor = config.rotary_attention_factor
         self.dtype = dtype
         self.device = device
 
@@ -80,7 +81,7 @@ class Attention:
     ) -> AttentionStep:
         """The metadata of one step. positions: [tokens] int64, within each request; the others as StepInput has."""
         masks = [self._score_mask(chunk) for chunk in chunks]
-        cos_sin = rotary_cos_sin(positions, self.inv_freq)
+        cos_sin = rotary_cos_sin(positions, self.inv_freq, self.rotary_factor)
         return AttentionStep(kv_locs, decodes, prompts, ragged, chunks, masks, cos_sin)
 
     def ragged_rows(

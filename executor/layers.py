@@ -86,9 +86,10 @@ class VocabEmbedding:
 class LMHead:
     """Hidden states → logits of the whole vocabulary, in fp32, on every rank of the tp group."""
 
-    def __init__(self, matmul: Matmul, vocab_size: int, comm: Comm) -> None:
-        """matmul: of this rank's part of the vocabulary, [hidden_size, vocab_local]."""
+    def __init__(self, matmul: Matmul, bias: torch.Tensor | None, vocab_size: int, comm: Comm) -> None:
+        """matmul, bias: of this rank's part of the vocabulary, [hidden_size, vocab_local] and [vocab_local]."""
         self.matmul = matmul
+        self.bias = bias
         self.vocab_size = vocab_size
         self.comm = comm
 
@@ -100,6 +101,6 @@ class LMHead:
         if self.comm.parallel.tp == 1:
             if out is None:
                 out = torch.empty(len(hidden), self.vocab_size, dtype=torch.float32, device=hidden.device)
-            return self.matmul(hidden, None, out=out)
-        logits = self.comm.all_gather_last(self.matmul(hidden, None))[:, : self.vocab_size]
+            return self.matmul(hidden, self.bias, out=out)
+        logits = self.comm.all_gather_last(self.matmul(hidden, self.bias))[:, : self.vocab_size]
         return logits.float() if out is None else out.copy_(logits)

@@ -22,6 +22,7 @@ from executor.layers import Linear, LMHead, Norm, RowParallelLinear, VocabEmbedd
 from executor.matmul import make_matmul
 from executor.quantization import Int8Matrix, Quantizer
 from kernels.decode_attention import DecodeMetadata
+from kernels.head_norm import HeadNorms, head_norm
 from kernels.prompt_attention import PromptMetadata
 from kernels.ragged_attention import RaggedRows
 from weights.model_config import ModelConfig
@@ -108,7 +109,9 @@ class GPT:
                 rows = wte
             else:
                 rows = self._vocab_rows(outer["wte" if is_tied else "lm_head.weight"], first_id, vocab_local)
-            self.lm_head = LMHead(make_matmul(rows.t()), config.vocab_size, comm)
+            spec = outer.get("lm_head.bias")
+            bias = None if spec is None else self._vocab_rows(spec, first_id, vocab_local)
+            self.lm_head = LMHead(make_matmul(rows.t()), bias, config.vocab_size, comm)
             progress()
 
     @staticmethod
@@ -125,10 +128,10 @@ class GPT:
         return Norm(self._load(weight), self._load(bias) if bias else None, self.config.layernorm_eps)
 
     def _vocab_rows(self, spec: WeightSpec, first_id: int, count: int) -> torch.Tensor:
-        """Rows [first_id, first_id + count) of a vocabulary table; rows past its end are zeros."""
+        """Rows [first_id, first_id + count) of a vocabulary's table or bias; rows past its end are zeros."""
         rows = self._reader.map(spec)[first_id : first_id + count].to(self.dtype)
         if rows.shape[0] < count:
-            rows = F.pad(rows, (0, 0, 0, count - rows.shape[0]))
+            rows = F.pad(rows, (*(0, 0) * (rows.ndim - 1), 0, count - rows.shape[0]))
         return rows.to(self.device)
 
     def forward(self, step: StepInput, cache: KVCache) -> torch.Tensor | None:
@@ -165,7 +168,7 @@ class Layer:
 
     pre_layernorm: x + attention(ln(x)), then x + mlp(ln(x)); post_layernorm: ln(x + attention(x)), then
     ln(x + mlp(x)). With apply_residual_connection_post_layernorm the first becomes ln(x) + attention(ln(x)), then
-    ln(x) + mlp(ln(x)).
+    ln(x) + mlp(ln(x)). With use_parallel_residual it is x + attention(ln(x)) + mlp(ln(x)), of two norms or of one.
     """
 
     def __init__(
@@ -174,6 +177,7 @@ class Layer:
         """weights: by their names within a layer, as `layer_specs` has them; the matrices may be int8."""
         self.is_post_layernorm = config.layernorm_type == "post_layernorm"
         self.is_residual_normed = config.apply_residual_connection_post_layernorm
+        self.is_parallel = config.use_parallel_residual
 
         def vector(name: str) -> torch.Tensor | None:
             value = weights.get(name)
@@ -181,8 +185,8 @@ class Layer:
             return value
 
         def norm(name: str) -> Norm:
-            weight = weights[f"{name}.weight"]
-            assert isinstance(weight, torch.Tensor), name  # only matrices are int8
+            weight = vector(f"{name}.weight")
+            assert weight is not None, name
             return Norm(weight, vector(f"{name}.bias"), config.layernorm_eps)
 
         def linear(name: str, kind: Callable[..., Linear]) -> Linear:
@@ -191,8 +195,12 @@ class Layer:
             return kind(matmul, None if bias is None else bias.flatten())
 
         self.input_layernorm = norm("input_layernorm")
-        self.post_attention_layernorm = norm("post_attention_layernorm")
+        self.mlp_layernorm = norm("post_attention_layernorm") if config.has_post_attention_layernorm else None
         self.query_key_value = linear("attention.query_key_value", Linear)
+        self.head_norms = None
+        if config.qk_layernorm:
+            q, k = norm("attention.q_norm"), norm("attention.k_norm")
+            self.head_norms = HeadNorms(q.weight, k.weight, q.bias, k.bias, config.layernorm_eps)
         self.attention = attention
         self.dense = linear("attention.dense", partial(RowParallelLinear, comm=comm))
         self.up = linear("mlp.dense_h_to_4h", partial(Linear, activation=activation(config)))
@@ -205,17 +213,27 @@ class Layer:
 
         The two are not yet added: the next norm fuses the add. Writes the tokens' keys and values into the cache.
         """
+        if self.is_parallel:
+            residual, normed = self.input_layernorm(residual, hidden)
+            attended = self.attend(normed, step, cache)
+            if self.mlp_layernorm is not None:
+                _, normed = self.mlp_layernorm(residual)
+            return residual, attended + self.mlp(normed)
+        assert self.mlp_layernorm is not None, "only a parallel residual does without"
         if self.is_post_layernorm:
             _, residual = self.input_layernorm(residual, self.attend(residual, step, cache))
-            return self.post_attention_layernorm(residual, self.mlp(residual))[1], None
+            return self.mlp_layernorm(residual, self.mlp(residual))[1], None
         residual, normed = self.input_layernorm(residual, hidden)
         residual = normed if self.is_residual_normed else residual
-        residual, normed = self.post_attention_layernorm(residual, self.attend(normed, step, cache))
+        residual, normed = self.mlp_layernorm(residual, self.attend(normed, step, cache))
         return normed if self.is_residual_normed else residual, self.mlp(normed)
 
     def attend(self, hidden: torch.Tensor, step: AttentionStep, cache: LayerCache) -> torch.Tensor:
         """[tokens, hidden_size] → [tokens, hidden_size]"""
-        return self.dense(self.attention(self.query_key_value(hidden), cache, step))
+        qkv = self.query_key_value(hidden)
+        if self.head_norms is not None:
+            head_norm(qkv, self.attention.layout, self.head_norms)
+        return self.dense(self.attention(qkv, cache, step))
 
     def mlp(self, hidden: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden_size] → [tokens, hidden_size]"""

@@ -66,6 +66,9 @@ def pick_backend(
     positions = model_config.max_pos_seq_len
     if model_config.has_positional_encoding and engine_config.max_seq_len > positions:
         raise ValueError(f"max_seq_len is {engine_config.max_seq_len}; the model has {positions} positions")
+    longest, window = engine_config.max_seq_len or positions, model_config.sliding_window
+    if window and longest > window:
+        raise ValueError(f"max_seq_len is {longest}; the model's sliding_window is {window}, and no more is computed")
     if engine == "torch":
         check_supported(model_config)
     elif not lib_path.is_file():
@@ -194,6 +197,10 @@ def _what_fastertransformer_lacks(config: ModelConfig, pp: int) -> str | None:
         ("kv_head_num", (config.head_num,)),
         ("rotary_embedding", (0,)),
         ("hidden_size", (config.attention_size,)),
+        ("sliding_window", (0,)),
+        ("qk_layernorm", (False,)),
+        ("use_parallel_residual", (False,)),
+        ("has_lm_head_bias", (False,)),
         ("has_qkv_bias", (True,)),
         ("has_dense_bias", (True,)),
         ("has_mlp_bias", (True,)),

@@ -38,6 +38,15 @@ class HeadLayout(NamedTuple):
             return {"group_stride": self.group + 2, "key_base": self.group, "value_base": self.group + 1}
         return {"group_stride": 1, "key_base": self.heads, "value_base": 2 * self.heads}
 
+    def query_and_key(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of [tokens, …]: of the queries and of the keys, [tokens, …, head_dim] each."""
+        if not self.is_grouped:
+            query, key, _ = qkv.unflatten(-1, (3, -1, self.head_dim)).unbind(1)
+        else:
+            grouped = qkv.unflatten(-1, (-1, self.group + 2, self.head_dim))
+            query, key, _ = grouped.split([self.group, 1, 1], 2)
+        return query, key
+
     def split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[tokens, …] → queries [tokens, heads, head_dim], keys and values [tokens, kv_heads, head_dim]."""
         if not self.is_grouped:

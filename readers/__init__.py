@@ -13,12 +13,17 @@ from typing import Any, Protocol
 from readers.bloom import BloomReader
 from readers.checkpoint import Weight, read_json
 from readers.gpt2 import GPT2Reader
+from readers.gpt_neox import GPTNeoXReader
+from readers.gptj import GPTJReader
 from readers.llama import LlamaReader
 from readers.megatron import MegatronReader, is_megatron_folder
 from readers.mistral import MistralReader
 from readers.nemo import NemoReader, is_nemo_folder
+from readers.nemotron import NemotronReader
 from readers.opt import OPTReader
+from readers.phi import PhiReader
 from readers.qwen2 import Qwen2Reader
+from readers.qwen3 import Qwen3Reader
 from readers.sharded import SourceOptions
 from weights.model_config import ModelConfig
 
@@ -57,10 +62,15 @@ class Reader(Protocol):
 READERS: dict[str, Callable[[Path, dict[str, Any]], Reader]] = {
     "bloom": BloomReader,
     "gpt2": GPT2Reader,
+    "gpt_neox": GPTNeoXReader,
+    "gptj": GPTJReader,
     "llama": LlamaReader,
     "mistral": MistralReader,
+    "nemotron": NemotronReader,
     "opt": OPTReader,
+    "phi": PhiReader,
     "qwen2": Qwen2Reader,
+    "qwen3": Qwen3Reader,
 }
 
 

@@ -11,9 +11,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import torch
-
-from readers.huggingface import HEAD, HuggingFaceReader, Recipe, as_stored, split_name, transposed
+from readers.huggingface import HEAD, HuggingFaceReader, Recipe, as_stored, by_head, split_name, transposed
 from weights.table import WeightSpec
 
 _OUTER_NAMES = {"pre_decoder_layernorm": "word_embeddings_layernorm", "final_layernorm": "ln_f"}
@@ -64,16 +62,5 @@ class BloomReader(HuggingFaceReader):
             return as_stored(f"{_OUTER_NAMES[part]}.{kind}", spec.shape)
         name = f"h.{layer}.{part.replace('attention.', 'self_attention.')}.{kind}"
         if part == "attention.query_key_value":
-            return self._query_key_value(name, spec.shape)
+            return by_head(name, spec, self._size("hidden_size") // self._size("n_head"))
         return (transposed if len(spec.shape) == 2 else as_stored)(name, spec.shape)
-
-    def _query_key_value(self, name: str, shape: tuple[int, ...]) -> Recipe:
-        """Stored as [heads, 3, head_dim] and, for the matrix, hidden; the table has [hidden, 3, heads · head_dim]."""
-        *hidden_in, three, hidden = shape
-        heads = self._size("n_head")
-
-        def build(tensor: torch.Tensor) -> torch.Tensor:
-            by_head = tensor.unflatten(0, (heads, three, hidden // heads)).transpose(0, 1)  # [3, heads, head_dim, …]
-            return by_head.flatten(1, 2).movedim(-1, 0) if hidden_in else by_head.flatten(1)
-
-        return Recipe({name: (three * hidden, *hidden_in)}, build)

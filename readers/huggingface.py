@@ -29,6 +29,7 @@ _ACTIVATIONS = {
     "gelu_fast": ("gelu", "tanh"),
     "gelu_pytorch_tanh": ("gelu", "tanh"),
     "relu": ("relu", "tanh"),
+    "relu2": ("squared_relu", "tanh"),
 }
 _FLOATS = ("fp64", *DATA_TYPES)
 
@@ -56,6 +57,17 @@ def transposed(name: str, shape: tuple[int, ...]) -> Recipe:
     return Recipe({name: shape[::-1]}, torch.Tensor.t)
 
 
+def by_head(name: str, spec: WeightSpec, head_dim: int) -> Recipe:
+    """q, k and v in one linear, stored as [heads, 3, head_dim] and, of a matrix, [in]; the table has q, k, v first."""
+    *inputs, three, width = spec.shape
+
+    def build(tensor: torch.Tensor) -> torch.Tensor:
+        heads = tensor.unflatten(0, (-1, three, head_dim)).transpose(0, 1)  # [3, heads, head_dim, …]
+        return heads.flatten(1, 2).movedim(-1, 0) if inputs else heads.flatten(1)
+
+    return Recipe({name: (three * width, *inputs)}, build)
+
+
 def split_name(spec: WeightSpec) -> tuple[str, str, str]:
     """layers.3.attention.dense.bias → (3, attention.dense, bias); outside the layers the first is empty."""
     part, _, kind = spec.name.rpartition(".")
@@ -72,6 +84,7 @@ class HuggingFaceReader:
     embedding: str  # the token embedding's name, without prefix
     prefix: re.Pattern[str]  # what stored names may begin with: whether they do depends on the class that saved them
     buffers: re.Pattern[str]  # names, without prefix, of tensors that are no weights
+    renamed: Mapping[str, str] = {}  # names, without prefix, that some versions wrote → the architecture's
     defaults: Mapping[str, Any]  # config.json's keys that may be absent, with transformers' values for that case
     aliases: Mapping[str, str] = {}  # other names of config.json's keys that transformers takes
     required: Mapping[str, Any] = {}  # keys of variants that compute something else → the one value that is served
@@ -152,6 +165,7 @@ class HuggingFaceReader:
         entries: dict[str, tuple[str, Entry]] = {}
         for stored, entry in self._checkpoint.entries.items():
             name = self.prefix.sub("", stored, count=1)
+            name = self.renamed.get(name, name)
             if name in entries:
                 raise ValueError(f"{entry.path}: holds both {entries[name][0]} and {stored}")
             if not self.buffers.fullmatch(name):
@@ -210,20 +224,19 @@ class HuggingFaceReader:
         """All tokens that end a text, the one that FasterTransformer gets first.
 
         Both files have one id or a list. As transformers' generate does, a list in generation_config.json overrules
-        config.json. A single id there is ignored. config.json's id comes first if the list has it.
+        config.json. A single id there counts only if config.json has none. config.json's id comes first if the list has
+        it.
         """
         path, value = self._path, self._settings["eos_token_id"]
         first = value
         generation = self._source / "generation_config.json"
         if generation.is_file():
             ids = read_json(generation).get("eos_token_id")
-            if isinstance(ids, list):
+            if isinstance(ids, list) or (value is None and ids is not None):
                 path, value = generation, ids
-        if not isinstance(value, list):
-            return (self._token_id("eos_token_id"),)
-        if not value or not all(map(self._is_token_id, value)):
+        ids = list(dict.fromkeys(value)) if isinstance(value, list) else [value]
+        if not ids or not all(map(self._is_token_id, ids)):
             raise ValueError(f"{path}: eos_token_id is {value!r}; it must be one of the {self._vocab_size} token ids")
-        ids = list(dict.fromkeys(value))
         return tuple(sorted(ids, key=lambda token_id: token_id != first))
 
     def _is_token_id(self, value: Any) -> bool:

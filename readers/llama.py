@@ -1,28 +1,21 @@
 """Hugging Face Llama 2 and 3, and derivatives of the same model_type: config.json → ModelConfig, tensors → the table.
 
-Format: transformers/models/llama/modeling_llama.py, and modeling_rope_utils.py for the rotary settings, which lie in
-config.json as rope_theta and rope_scaling, or since transformers 5 as rope_parameters. Peculiar to Llama: no learned
-positions; q, k and v are three linears, of which k and v may have fewer heads; the MLP has a gate beside its first
-matrix. Mistral and Qwen2 (their modules) differ by a few settings.
+Format: transformers/models/llama/modeling_llama.py. Peculiar to Llama: no learned positions; q, k and v are three
+linears, of which k and v may have fewer heads; the MLP has a gate beside its first matrix. Other families (their
+modules) differ by a few settings.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from readers.huggingface import HEAD, HuggingFaceReader, Recipe, as_stored, split_name, transposed
+from readers.huggingface import HuggingFaceReader, Recipe, as_stored, split_name, transposed
+from readers.rotary import RotarySettings
 from weights.table import WeightSpec
-
-_NAMES = {"wte": "embed_tokens.weight", HEAD: HEAD, "final_layernorm.weight": "norm.weight"}
-_LAYER_NAMES = {
-    "input_layernorm": "input_layernorm",
-    "attention.dense": "self_attn.o_proj",
-    "post_attention_layernorm": "post_attention_layernorm",
-    "mlp.dense_4h_to_h": "mlp.down_proj",
-}
 
 
 class LlamaReader(HuggingFaceReader):
@@ -46,22 +39,38 @@ class LlamaReader(HuggingFaceReader):
         "rope_theta": 10000.0,
         "rope_scaling": None,
         "rope_parameters": None,
+        "partial_rotary_factor": 1.0,
         "attention_bias": False,
         "mlp_bias": False,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "tie_word_embeddings": False,
     }
-    required = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "quantization_config": None}
+    required = {"hidden_act": "silu", "quantization_config": None}
+
+    names = {"lm_head": "lm_head", "final_layernorm": "norm"}
+    layer_names = {
+        "input_layernorm": "input_layernorm",
+        "attention.q_norm": "self_attn.q_norm",
+        "attention.k_norm": "self_attn.k_norm",
+        "attention.dense": "self_attn.o_proj",
+        "post_attention_layernorm": "post_attention_layernorm",
+        "mlp.dense_4h_to_h": "mlp.down_proj",
+    }
+    rotated_part: float | None = 1.0  # the share of a head that the architecture rotates; None: the configuration's
 
     def biases(self) -> dict[str, bool]:
         """ModelConfig's has_…_bias."""
         attention = self._is("attention_bias")
         return {"has_qkv_bias": attention, "has_dense_bias": attention, "has_mlp_bias": self._is("mlp_bias")}
 
-    def longest(self) -> int:
-        """Tokens of the longest sequence that is computed as trained."""
-        return self._size("max_position_embeddings")
+    def window(self) -> int:
+        """Tokens that a query sees at most, itself included; 0 for all."""
+        return 0
+
+    def _lengths(self) -> dict[str, int]:
+        positions, window = self._size("max_position_embeddings"), self.window()
+        return {"max_pos_seq_len": min(positions, window or positions), "sliding_window": window}
 
     def shape(self) -> dict[str, Any]:
         if self._settings["head_dim"] is None:
@@ -75,55 +84,39 @@ class LlamaReader(HuggingFaceReader):
             "hidden_size": self._size("hidden_size"),
             "inter_size": self._size("intermediate_size"),
             "num_layer": self._size("num_hidden_layers"),
-            "max_pos_seq_len": self.longest(),
+            **self._lengths(),
             "layernorm_eps": self._epsilon("rms_norm_eps"),
             "normalization_type": "rmsnorm",
             "activation_type": "swiglu",
             "has_positional_encoding": False,
-            "rotary_embedding": heads["size_per_head"],
-            **self._rotation(),
+            **RotarySettings(self._path, self._settings).fields(heads["size_per_head"], self.rotated_part),
             **self.biases(),
         }
 
     def recipe(self, spec: WeightSpec) -> Recipe:
-        if spec.name in _NAMES:
-            return as_stored(_NAMES[spec.name], spec.shape)
         layer, part, kind = split_name(spec)
+        if spec.name == "wte":
+            return as_stored(self.embedding, spec.shape)
+        if not layer:
+            return as_stored(f"{self.names[part]}.{kind}", spec.shape)
         if part == "attention.query_key_value":
-            return _query_key_value(f"layers.{layer}.self_attn", kind, spec)
-        if part == "mlp.dense_h_to_4h":
+            return query_key_value(f"layers.{layer}.self_attn", kind, spec)
+        if part not in self.layer_names:
             return _gate_and_up(f"layers.{layer}.mlp", kind, spec)
-        name = f"layers.{layer}.{_LAYER_NAMES[part]}.{kind}"
+        name = f"layers.{layer}.{self.layer_names[part]}.{kind}"
         return (transposed if len(spec.shape) == 2 else as_stored)(name, spec.shape)
 
-    def _rotation(self) -> dict[str, Any]:
-        """ModelConfig's rotary_… but for the number of elements. Raises ValueError for a kind that is not computed."""
-        key = "rope_scaling" if self._settings["rope_parameters"] is None else "rope_parameters"
-        given = self._settings[key] or {}
-        if not isinstance(given, dict):
-            raise ValueError(f"{self._path}: {key} is {given!r}; settings are expected")
 
-        def positive(name: str, default: Any = None) -> float:
-            value = given.get(name, default)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-                raise ValueError(f"{self._path}: {key}.{name} is {value!r}; it must be a number above 0")
-            return float(value)
+def query_key_value(
+    attention: str,
+    kind: str,
+    spec: WeightSpec,
+    turn: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows,
+) -> Recipe:
+    """q, k and v in the table's order: one after the other, or for each KV head its queries, the key, the value.
 
-        kind = given.get("rope_type", given.get("type", "default"))
-        rotation: dict[str, Any] = {"rotary_base": positive("rope_theta", self._settings["rope_theta"])}
-        if kind in ("linear", "llama3"):
-            rotation["rotary_interpolation_factor"] = positive("factor")
-        if kind == "llama3":
-            rotation["rotary_low_freq_factor"] = positive("low_freq_factor")
-            rotation["rotary_high_freq_factor"] = positive("high_freq_factor")
-            rotation["rotary_trained_positions"] = int(positive("original_max_position_embeddings"))
-        elif kind not in ("default", "linear"):
-            raise ValueError(f"{self._path}: {key}.rope_type {kind!r} is not supported; supported: linear, llama3")
-        return rotation
-
-
-def _query_key_value(attention: str, kind: str, spec: WeightSpec) -> Recipe:
-    """q, k and v in the table's order: one after the other, or for each KV head its queries, the key, the value."""
+    turn: applied to the rows of q and to those of k, [out] or [out, in].
+    """
     inputs = spec.shape[:-2]  # of a weight
     if spec.head_dim:
         kv_heads, group = spec.shape[-2], spec.shape[-1] // spec.head_dim - 2
@@ -132,7 +125,8 @@ def _query_key_value(attention: str, kind: str, spec: WeightSpec) -> Recipe:
         widths = (spec.shape[-1],) * 3
     parts = {f"{attention}.{name}_proj.{kind}": (width, *inputs) for name, width in zip("qkv", widths, strict=True)}
 
-    def build(*qkv: torch.Tensor) -> torch.Tensor:
+    def build(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        qkv = turn(q), turn(k), v
         if spec.head_dim:
             heads = [part.unflatten(0, (kv_heads, -1, spec.head_dim)) for part in qkv]
             whole = torch.cat(heads, 1).flatten(1, 2)  # [kv_heads, (group + 2) · head_dim, …]

@@ -27,15 +27,15 @@ class MistralReader(LlamaReader):
     def biases(self) -> dict[str, bool]:
         return dict.fromkeys(("has_qkv_bias", "has_dense_bias", "has_mlp_bias"), False)
 
-    def longest(self) -> int:
-        return self._up_to_the_window
+    def window(self) -> int:
+        return self._window
 
     @cached_property
-    def _up_to_the_window(self) -> int:
-        """As `longest`; a line in the log says where it is less than the model's positions."""
-        positions = self._size("max_position_embeddings")
-        if self._settings["sliding_window"] is None or self._size("sliding_window") >= positions:
-            return positions
-        window = self._size("sliding_window")
-        _LOG.warning("sliding_window is %d of %d positions: sequences are served up to it", window, positions)
+    def _window(self) -> int:
+        """As `window`; a line in the log says where it is less than the model's positions."""
+        if self._settings["sliding_window"] is None:
+            return 0
+        window, positions = self._size("sliding_window"), self._size("max_position_embeddings")
+        if window < positions:
+            _LOG.warning("sliding_window is %d of %d positions: sequences are served up to it", window, positions)
         return window

@@ -25,5 +25,5 @@ class Qwen2Reader(MistralReader):
     def biases(self) -> dict[str, bool]:
         return {"has_qkv_bias": True, "has_dense_bias": False, "has_mlp_bias": False}
 
-    def longest(self) -> int:
-        return self._up_to_the_window if self._is("use_sliding_window") else self._size("max_position_embeddings")
+    def window(self) -> int:
+        return self._window if self._is("use_sliding_window") else 0

@@ -26,6 +26,14 @@ _WRITTEN_IF_CHANGED = (
     "rotary_low_freq_factor",
     "rotary_high_freq_factor",
     "rotary_trained_positions",
+    "sliding_window",
+    "qk_layernorm",
+    "use_parallel_residual",
+    "has_post_attention_layernorm",
+    "has_lm_head_bias",
+    "rotary_ramp_first",
+    "rotary_ramp_last",
+    "rotary_attention_factor",
 )
 
 
@@ -49,8 +57,16 @@ class ModelConfig:
     - `rotary_trained_positions`, 0 for none: Llama 3's scaling. Frequencies that turn less than
       `rotary_low_freq_factor` times in so many positions are divided by the interpolation factor, those that turn more
       than `rotary_high_freq_factor` times are not, and those between are in proportion.
+    - `rotary_ramp_first`, `rotary_ramp_last`, 0 for none: YaRN's scaling. Of the frequencies, fastest first, those up
+      to the first place are not divided by the interpolation factor, those from the last place on are, and those
+      between are in proportion. `rotary_attention_factor` multiplies the rotated elements of queries and keys.
+    - `qk_layernorm`: a norm of normalization_type over each head of queries and of keys, before the rotation.
+    - `use_parallel_residual`, a variant of pre_layernorm: x + attention(ln(x)) + mlp(ln(x)), with a norm for each; or
+      with one norm for both, where `has_post_attention_layernorm` is False.
+    - `has_lm_head_bias`: the logits have a bias.
     - `hidden_size`: 0 stands for head_num · size_per_head.
     - `end_ids`: all tokens that end a text, `end_id` first; empty stands for `end_id` alone.
+    - `sliding_window`, 0 for none: a query sees so many tokens only, itself included. No executor computes more tokens.
     - `has_qkv_bias`, `has_dense_bias`, `has_mlp_bias`: False means that these .bias files do not exist.
     """
 
@@ -89,6 +105,14 @@ class ModelConfig:
     rotary_low_freq_factor: float = 1.0
     rotary_high_freq_factor: float = 4.0
     rotary_trained_positions: int = 0
+    sliding_window: int = 0
+    qk_layernorm: bool = False
+    use_parallel_residual: bool = False
+    has_post_attention_layernorm: bool = True
+    has_lm_head_bias: bool = False
+    rotary_ramp_first: float = 0.0
+    rotary_ramp_last: float = 0.0
+    rotary_attention_factor: float = 1.0
 
     def __post_init__(self) -> None:
         def set_default(name: str, value: object) -> None:
@@ -117,6 +141,9 @@ class ModelConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"config.ini: {name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("rotary_trained_positions", "sliding_window"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"config.ini: {name} is {getattr(self, name)}; it must be at least 0")
         for name, allowed in (
             ("weight_data_type", tuple(DATA_TYPES)),
             ("activation_type", _ACTIVATIONS),
@@ -131,6 +158,7 @@ class ModelConfig:
             "rotary_interpolation_factor",
             "rotary_low_freq_factor",
             "rotary_high_freq_factor",
+            "rotary_attention_factor",
         ):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"config.ini: {name} is {getattr(self, name)}; it must be above 0")
@@ -144,10 +172,31 @@ class ModelConfig:
                 f"config.ini: apply_residual_connection_post_layernorm is True; layernorm_type must be pre_layernorm "
                 f"then, not {self.layernorm_type}"
             )
+        self._check_parallel_residual()
+        self._check_rotation()
         if self.head_num % self.kv_head_num:
             raise ValueError(
                 f"config.ini: kv_head_num is {self.kv_head_num}; it must divide the {self.head_num} heads of queries"
             )
+        if self.end_ids[0] != self.end_id:
+            listed = ", ".join(map(str, self.end_ids))
+            raise ValueError(f"config.ini: end_ids is {listed}; it must begin with end_id, {self.end_id}")
+        if len(set(self.end_ids)) != len(self.end_ids):
+            raise ValueError(f"config.ini: end_ids is {', '.join(map(str, self.end_ids))}; it names a token twice")
+
+    def _check_parallel_residual(self) -> None:
+        if not self.use_parallel_residual:
+            if not self.has_post_attention_layernorm:
+                raise ValueError(
+                    "config.ini: has_post_attention_layernorm is False; use_parallel_residual must be True"
+                )
+        elif self.layernorm_type != "pre_layernorm" or self.apply_residual_connection_post_layernorm:
+            raise ValueError(
+                "config.ini: use_parallel_residual is True; layernorm_type must be pre_layernorm then, and "
+                "apply_residual_connection_post_layernorm False"
+            )
+
+    def _check_rotation(self) -> None:
         if self.rotary_embedding % 2 or not 0 <= self.rotary_embedding <= self.size_per_head:
             raise ValueError(
                 f"config.ini: rotary_embedding is {self.rotary_embedding}; it must be even, and at most size_per_head "
@@ -158,11 +207,16 @@ class ModelConfig:
                 f"config.ini: rotary_high_freq_factor is {self.rotary_high_freq_factor}; it must be above "
                 f"rotary_low_freq_factor {self.rotary_low_freq_factor}"
             )
-        if self.end_ids[0] != self.end_id:
-            listed = ", ".join(map(str, self.end_ids))
-            raise ValueError(f"config.ini: end_ids is {listed}; it must begin with end_id, {self.end_id}")
-        if len(set(self.end_ids)) != len(self.end_ids):
-            raise ValueError(f"config.ini: end_ids is {', '.join(map(str, self.end_ids))}; it names a token twice")
+        first, last = self.rotary_ramp_first, self.rotary_ramp_last
+        if not (0 <= first < last < math.inf or first == last == 0):
+            raise ValueError(
+                f"config.ini: rotary_ramp_last is {last}; it must be above rotary_ramp_first {first}, or both 0"
+            )
+        if last and self.rotary_trained_positions:
+            raise ValueError(
+                f"config.ini: rotary_ramp_last is {last}; rotary_trained_positions must be 0 then, "
+                f"not {self.rotary_trained_positions}"
+            )
 
     @property
     def attention_size(self) -> int:

@@ -75,12 +75,16 @@ class WeightSpec:
         return tp // self.shape[-2] if self.head_dim and tp > self.shape[-2] else 0
 
 
-# Parts of a layer in the order in which FasterTransformer's op takes them.
+# Parts of a layer in the order in which FasterTransformer's op takes them; it has no norm of q and k.
 _LAYER_PARTS = (
     "input_layernorm.weight",
     "input_layernorm.bias",
     "attention.query_key_value.weight",
     "attention.query_key_value.bias",
+    "attention.q_norm.weight",
+    "attention.q_norm.bias",
+    "attention.k_norm.weight",
+    "attention.k_norm.bias",
     "attention.dense.weight",
     "attention.dense.bias",
     "post_attention_layernorm.weight",
@@ -93,39 +97,49 @@ _LAYER_PARTS = (
 
 
 def layer_specs(config: ModelConfig, layer: int) -> list[WeightSpec]:
-    """The weights of one layer, in the op's order: twelve, less the biases that the model does not have.
+    """The weights of one layer, in the op's order: its twelve, less those that the model does not have, and norms of q
+    and k where it has them.
 
     FasterTransformer's op has no layout for two of them; they follow Megatron-core, which lets ranks share them evenly.
     Grouped queries: for each KV head its queries, the key, the value. A gated MLP: the matrix under the activation
     first, then the other.
     """
-    h, i, attention = config.hidden_size, config.inter_size, config.attention_size
+    h, head_dim = config.hidden_size, config.size_per_head
+    i, attention = config.inter_size, config.attention_size
     qkv: tuple[int, ...] = (3, attention)
     qkv_split = (-1, 0)
     if config.kv_head_num != config.head_num:
         group = config.head_num // config.kv_head_num
-        qkv = (config.kv_head_num, (group + 2) * config.size_per_head)
-        qkv_split = (-2, config.size_per_head)
+        qkv = (config.kv_head_num, (group + 2) * head_dim)
+        qkv_split = (-2, head_dim)
     up = (2, i) if config.is_gated else (i,)
     shapes: dict[str, tuple[tuple[int, ...], int | None, int]] = {
         "attention.query_key_value.weight": ((h, *qkv), *qkv_split),
         "attention.query_key_value.bias": (qkv, *qkv_split),
+        **{f"attention.{x}_norm.{kind}": ((head_dim,), None, 0) for x in "qk" for kind in ("weight", "bias")},
         "attention.dense.weight": ((attention, h), 0, 0),
         "mlp.dense_h_to_4h.weight": ((h, *up), -1, 0),
         "mlp.dense_h_to_4h.bias": (up, -1, 0),
         "mlp.dense_4h_to_h.weight": ((i, h), 0, 0),
     }
+    absent = set() if config.qk_layernorm else {"attention.q_norm", "attention.k_norm"}
+    if not config.has_post_attention_layernorm:
+        absent.add("post_attention_layernorm")
+    has_norm_bias = config.normalization_type == "layernorm"
     has_bias = {
-        "input_layernorm": config.normalization_type == "layernorm",
+        "input_layernorm": has_norm_bias,
+        "attention.q_norm": has_norm_bias,
+        "attention.k_norm": has_norm_bias,
         "attention.query_key_value": config.has_qkv_bias,
         "attention.dense": config.has_dense_bias,
-        "post_attention_layernorm": config.normalization_type == "layernorm",
+        "post_attention_layernorm": has_norm_bias,
         "mlp.dense_h_to_4h": config.has_mlp_bias,
         "mlp.dense_4h_to_h": config.has_mlp_bias,
     }
     return [
         WeightSpec(f"layers.{layer}.{part}", *shapes.get(part, ((h,), None)))
         for part in _LAYER_PARTS
+        if part.rpartition(".")[0] not in absent
         if part.endswith(".weight") or has_bias[part.removesuffix(".bias")]
     ]
 
@@ -141,11 +155,10 @@ def outer_specs(config: ModelConfig) -> list[WeightSpec]:
         specs += [WeightSpec(f"final_layernorm.{kind}", (h,)) for kind in kinds]
     if config.has_positional_encoding:
         specs.append(WeightSpec("wpe", (config.max_pos_seq_len, h)))
-    return [
-        *specs,
-        WeightSpec("wte", (config.vocab_size, h)),
-        WeightSpec("lm_head.weight", (config.vocab_size, h)),
-    ]
+    specs.append(WeightSpec("wte", (config.vocab_size, h)))
+    if config.has_lm_head_bias:
+        specs.append(WeightSpec("lm_head.bias", (config.vocab_size,)))
+    return [*specs, WeightSpec("lm_head.weight", (config.vocab_size, h))]
 
 
 def weight_specs(config: ModelConfig) -> list[WeightSpec]:

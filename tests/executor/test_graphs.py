@@ -21,6 +21,7 @@ from engine.engine import Engine
 from engine.request import SamplingParams
 from executor import runner
 from executor.runner import StepResult
+from tests.support import hugging_face_models
 from tests.support.checkpoints import make_bloom
 from tests.support.engines import NEW_TOKENS, finish, hf_greedy, make_engine, prompts, request
 from tests.support.traffic import make_request, random_items, results, run_crowd, vocabulary
@@ -77,6 +78,15 @@ def test_alibi(graphs: None, tmp_path: Path) -> None:
     requests = [request(ids, SamplingParams(NEW_TOKENS)) for ids in inputs]
     engine = make(convert(tmp_path / "hf", tmp_path / "ft", 1, "fp32"))
     assert finish(engine, requests) == [hf_greedy(model, ids) for ids in inputs]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt-neox", "gpt-j", "phi-norms"])
+def test_head_norms_and_parallel_residuals(graphs: None, tmp_path: Path, name: str) -> None:
+    model = hugging_face_models.make(tmp_path / "hf", name)
+    inputs = prompts(5)
+    requests = [request(ids, SamplingParams(40)) for ids in inputs]
+    engine = make(convert(tmp_path / "hf", tmp_path / "ft", 1, "fp32"))
+    assert finish(engine, requests) == [hf_greedy(model, ids, 40) for ids in inputs]
 
 
 def test_random_requests_are_what_they_are_without(

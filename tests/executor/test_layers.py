@@ -123,7 +123,7 @@ def test_vocabulary_shards_add_up_and_padding_is_cut() -> None:
         embedding = VocabEmbedding(table, position_rows, 0, CountingComm(ParallelConfig(tp, 1, 0)))
         expected = table[[5, 3, 9, 8]] + position_rows[[0, 2, 1, 1]]
         torch.testing.assert_close(embedding(token_ids, slots, positions), expected)
-    head = LMHead(PlainMatmul(padded.t()), 10, CountingComm(ParallelConfig(4, 1, 0)))
+    head = LMHead(PlainMatmul(padded.t()), None, 10, CountingComm(ParallelConfig(4, 1, 0)))
     hidden = torch.randn(2, 6)
     torch.testing.assert_close(head(hidden), hidden @ table.t())
 

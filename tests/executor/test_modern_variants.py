@@ -322,6 +322,10 @@ def test_base_that_yaml_takes_for_text(tmp_path: Path) -> None:
         ({"has_qkv_bias": False}, "has_qkv_bias is False; FasterTransformer's GPT computes True only"),
         ({"has_dense_bias": False}, "has_dense_bias is False; FasterTransformer's GPT computes True only"),
         ({"has_mlp_bias": False}, "has_mlp_bias is False; FasterTransformer's GPT computes True only"),
+        ({"sliding_window": 64}, "sliding_window is 64; FasterTransformer's GPT computes 0 only"),
+        ({"qk_layernorm": True}, "qk_layernorm is True; FasterTransformer's GPT computes False only"),
+        ({"use_parallel_residual": True}, "use_parallel_residual is True; FasterTransformer's GPT computes False only"),
+        ({"has_lm_head_bias": True}, "has_lm_head_bias is True; FasterTransformer's GPT computes False only"),
         ({"end_ids": (99, 7)}, "end_ids is 99, 7; FasterTransformer's GPT ends a text at one token only"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -354,6 +358,25 @@ def test_fastertransformer_refuses_uneven_stages(tmp_path: Path) -> None:
         ({"rotary_embedding": 34}, "rotary_embedding is 34; it must be even, and at most size_per_head 32"),
         ({"rotary_base": -1.0}, "rotary_base is -1.0; it must be above 0"),
         ({"rotary_interpolation_factor": float("nan")}, "rotary_interpolation_factor is nan; it must be above 0"),
+        (
+            {"has_post_attention_layernorm": False},
+            "has_post_attention_layernorm is False; use_parallel_residual must be True",
+        ),
+        (
+            {"use_parallel_residual": True, "layernorm_type": "post_layernorm"},
+            "use_parallel_residual is True; layernorm_type must be pre_layernorm then, and "
+            "apply_residual_connection_post_layernorm False",
+        ),
+        ({"sliding_window": -1}, "sliding_window is -1; it must be at least 0"),
+        ({"rotary_attention_factor": 0.0}, "rotary_attention_factor is 0.0; it must be above 0"),
+        (
+            {"rotary_ramp_first": 3.0, "rotary_ramp_last": 2.0},
+            "rotary_ramp_last is 2.0; it must be above rotary_ramp_first 3.0, or both 0",
+        ),
+        (
+            {"rotary_ramp_last": 2.0, "rotary_trained_positions": 9},
+            "rotary_ramp_last is 2.0; rotary_trained_positions must be 0 then, not 9",
+        ),
         ({"normalization_type": "batchnorm"}, "normalization_type is 'batchnorm'; known: layernorm, rmsnorm"),
     ],
     ids=str,

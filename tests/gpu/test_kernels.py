@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import add_norm, embed, prompt_attention, store_kv
+from kernels import add_norm, embed, head_norm, prompt_attention, store_kv
 from kernels.heads import HeadLayout
 from kernels.prompt_attention import PromptMetadata, make_tiles
 
@@ -49,6 +49,25 @@ def test_store_kv(tokens: int, heads: int, kv_heads: int, head_dim: int, half: i
     assert torch.equal(ours[1], theirs[1])
     torch.testing.assert_close(ours[0], theirs[0], rtol=LIMITS[dtype], atol=LIMITS[dtype])
     assert half or torch.equal(ours[0], theirs[0])
+
+
+@pytest.mark.parametrize("has_bias", [True, False], ids=["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kv_heads", "head_dim"), [(1, 16, 16, 64), (37, 6, 3, 80), (300, 40, 8, 128), (5, 5, 1, 256)]
+)
+def test_head_norm(tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, has_bias: bool) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    layout = HeadLayout(heads, kv_heads, head_dim, heads != kv_heads)
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, device="cuda", generator=generator).to(dtype)
+    scales = [torch.randn(head_dim, device="cuda", generator=generator).to(dtype) for _ in range(2)]
+    biases = [torch.randn(head_dim, device="cuda", generator=generator).to(dtype) for _ in range(2)]
+    norms = head_norm.HeadNorms(*scales, *(biases if has_bias else (None, None)), 1e-6)
+    ours = head_norm.head_norm(qkv.clone(), layout, norms)
+    wide = head_norm.HeadNorms(*(part.double() if isinstance(part, torch.Tensor) else part for part in norms))
+    expected = head_norm.reference(qkv.double(), layout, wide)
+    assert ((ours - expected).norm() / expected.norm()).item() < LIMITS[dtype]
+    assert torch.equal(layout.split(ours)[2], layout.split(qkv)[2])  # values stay
 
 
 PIECES = [

@@ -13,6 +13,7 @@ import torch
 from convert import convert
 from tests.support.checkpoints import make_bloom, make_opt
 from tests.support.engines import hf_greedy
+from tests.support.hugging_face_models import make as make_model
 from tests.support.modern_checkpoints import ModernGPT
 from tests.support.nemo_checkpoints import write_nemo
 from tests.support.ranks import first_outputs, greedy_items, run_engine, run_logits
@@ -29,6 +30,13 @@ VARIANTS: dict[str, Callable[[Path], Any]] = {
     "bloom-6-heads": lambda folder: make_bloom(folder, heads=6, hidden=96),
     "nemotron": lambda folder: write_modern(folder, ModernGPT("nemotron", kv_heads=2, **SIZES)),
     "llama": lambda folder: write_modern(folder, ModernGPT("llama", kv_heads=4, **SIZES)),
+    "qwen3": lambda folder: make_model(folder, "qwen3", head_dim=32),
+    "qwen3-dense": lambda folder: make_model(folder, "qwen3-dense", head_dim=80),
+    "minitron": lambda folder: make_model(folder, "minitron", head_dim=32),
+    "yarn": lambda folder: make_model(folder, "yarn", hidden_size=256),
+    "gpt-neox": lambda folder: make_model(folder, "gpt-neox", hidden_size=128),
+    "gpt-j": lambda folder: make_model(folder, "gpt-j", hidden_size=256, rotary_dim=16),
+    "phi-norms": lambda folder: make_model(folder, "phi-norms", hidden_size=256),
 }
 
 
@@ -39,7 +47,9 @@ def write_modern(folder: Path, model: ModernGPT) -> Any:
 
 @pytest.mark.parametrize(
     ("variant", "tp", "pp"),
-    [(name, 1, 1) for name in VARIANTS] + [("bloom-6-heads", 2, 1), ("nemotron", 2, 1), ("llama", 1, 2)],
+    [(name, 1, 1) for name in VARIANTS]
+    + [("bloom-6-heads", 2, 1), ("nemotron", 2, 1), ("llama", 1, 2)]
+    + [("qwen3", 2, 1), ("phi-norms", 2, 1)],
 )
 def test_variant_is_hugging_faces(variant: str, tp: int, pp: int, tmp_path: Path) -> None:
     if tp * pp > NUM_GPUS:

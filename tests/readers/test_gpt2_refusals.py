@@ -44,7 +44,8 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "architecture": (
         settings(model_type="mamba"),
-        "{hf}/config.json: architecture 'mamba' is not supported; supported: bloom, gpt2, llama, mistral, opt, qwen2",
+        "{hf}/config.json: architecture 'mamba' is not supported; supported: bloom, gpt2, "
+        "gpt_neox, gptj, llama, mistral, nemotron, opt, phi, qwen2, qwen3",
     ),
     "activation": (
         settings(activation_function="silu"),

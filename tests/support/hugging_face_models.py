@@ -31,6 +31,7 @@ LLAMA3 = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=24,
 )
+YARN = dict(rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=24)
 # kind, settings beyond SIZES
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-2": ("Llama", dict(num_key_value_heads=8, rms_norm_eps=1e-5)),
@@ -41,18 +42,34 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-nemo": ("Mistral", dict(head_dim=16, sliding_window=None)),
     "qwen2": ("Qwen2", dict(rope_parameters=dict(rope_type="default", rope_theta=1e6))),
     "multi-query": ("Qwen2", dict(num_key_value_heads=1, tie_word_embeddings=True)),
+    "yarn": ("Qwen2", dict(rope_parameters=YARN)),
+    "qwen3": ("Qwen3", dict(head_dim=16)),
+    "qwen3-dense": ("Qwen3", dict(head_dim=8, num_key_value_heads=8, attention_bias=True, tie_word_embeddings=True)),
+    "nemotron": ("Nemotron", dict(head_dim=None)),
+    "minitron": ("Nemotron", dict(head_dim=16, num_key_value_heads=2, attention_bias=True, mlp_bias=True)),
+    "gpt-neox": ("GPTNeoX", dict(num_attention_heads=4)),
+    "gpt-neox-in-turn": (
+        "GPTNeoX",
+        dict(use_parallel_residual=False, attention_bias=False, rotary_pct=0.5, rotary_emb_base=500),
+    ),
+    "gpt-j": ("GPTJ", dict(n_inner=96, rotary_dim=4)),
+    "phi": ("Phi", dict(num_key_value_heads=8, partial_rotary_factor=0.25, hidden_act="gelu_new")),
+    "phi-norms": ("Phi", dict(qk_layernorm=True, tie_word_embeddings=True)),
 }
 
 
-def make(folder: Path, name: str) -> Any:
-    """Write a checkpoint with a tokenizer, of random weights whose logits lie apart; returns transformers' model."""
+def make(folder: Path, name: str, **sizes: int) -> Any:
+    """Write a checkpoint with a tokenizer, of random weights whose logits lie apart; returns transformers' model.
+
+    sizes: settings in place of the model's own.
+    """
     kind, more = MODELS[name]
-    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **more})
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **more, **sizes})
     torch.manual_seed(sorted(MODELS).index(name))
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     with torch.no_grad():
         for key, weight in model.named_parameters():
-            is_norm = "norm" in key
+            is_norm = "norm" in key or "ln_" in key
             weight.normal_(1.0 if is_norm else 0.0, 0.3 if is_norm else 0.5 if "embed" in key else 0.2)
     model.save_pretrained(folder)
     make_tokenizer(folder, VOCAB)
