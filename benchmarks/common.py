@@ -14,7 +14,7 @@ from engine.flags import flag
 from engine.world import World
 from executor.startup import claim_cores
 from weights.model_config import ModelConfig
-from weights.table import WeightSpec
+from weights.table import WeightSpec, weight_specs
 
 # heads × head size × layers; inner size 4 × hidden, tied embedding.
 SHAPES = {
@@ -25,6 +25,23 @@ SHAPES = {
     "6.7B": (32, 128, 32, 51200),
     "20B": (48, 128, 44, 51200),
 }
+# Of other families: the fields of ModelConfig that are not as GPT's. The head is the embedding here, too.
+_LLAMA = dict(
+    normalization_type="rmsnorm",
+    activation_type="swiglu",
+    has_positional_encoding=False,
+    rotary_embedding=128,
+    has_qkv_bias=False,
+    has_dense_bias=False,
+    has_mlp_bias=False,
+    head_num=32,
+    size_per_head=128,
+    kv_head_num=8,
+)
+FAMILY_SHAPES: dict[str, dict[str, Any]] = {
+    "Llama-8B": _LLAMA | dict(num_layer=32, inter_size=14336, vocab_size=128256, rotary_base=5e5),
+    "Qwen3-8B": _LLAMA | dict(num_layer=36, inter_size=12288, vocab_size=151936, rotary_base=1e6, qk_layernorm=True),
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +50,7 @@ class BenchmarkFlags:
 
     shape: str = flag("124M", "the model's shape", choices=tuple(SHAPES))
     shapes: tuple[str, ...] = flag(
-        ("124M",), "models to time, one after another", nargs="+", type=str, choices=tuple(SHAPES)
+        ("124M",), "models to time, one after another", nargs="+", type=str, choices=(*SHAPES, *FAMILY_SHAPES)
     )
     threads: int = flag(0, "CPU threads of a rank; 0: its share of the cores")
     batches: tuple[int, ...] = flag((1, 8), "batch sizes to time", nargs="+", type=int)
@@ -44,15 +61,15 @@ class BenchmarkFlags:
 
 
 def model_config(shape: str, tp: int, max_pos_seq_len: int = 1024) -> ModelConfig:
-    """The config of one of SHAPES."""
-    heads, head_size, layers, vocab = SHAPES[shape]
+    """The config of one of SHAPES or FAMILY_SHAPES."""
+    fields = FAMILY_SHAPES.get(shape)
+    if fields is None:
+        heads, head_size, layers, vocab = SHAPES[shape]
+        fields = dict(head_num=heads, size_per_head=head_size, num_layer=layers, vocab_size=vocab)
     return ModelConfig(
-        head_num=heads,
-        size_per_head=head_size,
-        num_layer=layers,
-        vocab_size=vocab,
-        start_id=vocab - 1,
-        end_id=vocab - 1,
+        **fields,
+        start_id=fields["vocab_size"] - 1,
+        end_id=fields["vocab_size"] - 1,
         max_pos_seq_len=max_pos_seq_len,
         layernorm_eps=1e-5,
         tensor_para_size=tp,
@@ -75,7 +92,7 @@ class RandomReader:
     def read(self, spec: WeightSpec) -> torch.Tensor:
         """This rank's shard; norms' weights are 1."""
         shape = spec.shard_shape(self.config.tensor_para_size)
-        if "layernorm.weight" in spec.name:
+        if "norm.weight" in spec.name:
             return torch.ones(shape, dtype=self.dtype, device=self.device)
         return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(std=0.02)
 
@@ -101,9 +118,8 @@ def claim_device(world: World, wish: str, threads: int) -> torch.device:
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes that one decode step must read: all weights but the embedding lookups; the tied head counts once."""
-    h = config.hidden_size
-    per_layer = 4 * h * h + 2 * h * config.inter_size
-    return (config.num_layer * per_layer + config.vocab_size * h) * dtype.itemsize
+    specs = [spec for spec in weight_specs(config) if spec.name not in ("wpe", "lm_head.weight")]
+    return sum(spec.num_elements(1) for spec in specs) * dtype.itemsize
 
 
 def hardware(device: torch.device) -> str:

@@ -28,8 +28,11 @@ _FEW_ROWS = 32  # beyond, cuBLAS is as quick
 _FEW_INT8_ROWS = 256  # beyond, on an H200, widening the weights and cuBLAS are quicker
 _MOST_SPLITS = 4
 _VOCABULARY = 32768  # outputs of an LM head
+_LARGE = 32 << 20  # elements of W from which cuBLAS is as quick for more than 16 rows
 _CUBLAS_GELU = {"gelu_tanh": True, "relu": False}  # activations at a product's end: whether it is GELU
 _HAS_WIDE_RESULTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)  # mm's out_dtype
+_LONG = 24576  # ins whose sum is always split
+_MOST_GATED_PROGRAMS = 396  # of tiles of 32 outputs: three for each multiprocessor
 _WANTED_PROGRAMS = 160  # of tiles of 64 outputs: at least one for each multiprocessor
 
 
@@ -159,21 +162,31 @@ def plan(rows: int, num_out: int, num_in: int, is_int8: bool, is_gated: bool) ->
         return _plan_one_row(num_out, num_in)
     if is_int8:
         return _plan_int8(rows, num_out, num_in, is_gated)
+    block_m = 16 if rows <= 16 else 32
+    if is_gated:  # two tiles of W each
+        block_n, stages = (32, 4) if num_out // 64 <= _MOST_GATED_PROGRAMS else (64, 3)
+        return TilePlan(block_m, block_n, 128, 1, 4, stages)
     is_vocabulary = num_out >= _VOCABULARY
-    if is_vocabulary and rows > 16:
+    if rows > 16 and (is_vocabulary or num_out * num_in >= _LARGE):
         return None
-    block_n = 32 if is_gated else 64
-    tiles = -(-num_out // block_n)
+    if is_vocabulary:
+        return TilePlan(block_m, 128, 64, 1, 4, 5)
+    tiles = -(-num_out // 64)
+    if tiles < 48 and rows <= 16:
+        return TilePlan(block_m, 64, 256, min(_MOST_SPLITS, max(1, num_in // 256)), 4, 3)
     splits = 1
-    while not is_gated and splits < _MOST_SPLITS and tiles * splits * 2 <= _WANTED_PROGRAMS:
+    while splits < _MOST_SPLITS and (tiles * splits * 2 <= _WANTED_PROGRAMS or num_in >= _LONG):
         splits *= 2
+    stages = 4 if num_in >= _LONG or num_out >= 4 * num_in >= 16384 else 5
     least = 1024 if tiles >= 48 else 512  # ins of a split
-    return TilePlan(16 if rows <= 16 else 32, block_n, 128, min(splits, max(1, num_in // least)), 4, 5 - is_vocabulary)
+    return TilePlan(block_m, 64, 128, min(splits, max(1, num_in // least)), 4, stages)
 
 
 def _plan_one_row(num_out: int, num_in: int) -> TilePlan:
     if num_out >= _VOCABULARY:
-        block_n, block_k, warps = (8, 1024, 4) if num_in <= 2048 else (4, 2048, 8)
+        block_n, block_k, warps = (4, 1024, 4) if num_in <= 2048 else (2, 2048, 4)
+    elif num_in >= 16384 or (num_in == 2048 and num_out == 6144):
+        block_n, block_k, warps = 4, 1024, 4
     elif num_in >= 8192:
         block_n, block_k, warps = 8, 1024, 8
     elif num_in >= 4096 or num_in == num_out == 2048:
