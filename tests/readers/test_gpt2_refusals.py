@@ -50,7 +50,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "activation": (
         settings(activation_function="silu"),
         "{hf}/config.json: activation_function 'silu' is not supported; "
-        "supported: gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, relu",
+        "supported: gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, relu, relu2",
     ),
     "inverse layer index": (
         settings(scale_attn_by_inverse_layer_idx=True),
@@ -75,7 +75,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         "{hf}/config.json: eos_token_id is 50256; it must be one of the 37 token ids",
     ),
     "no end token": (
-        settings(eos_token_id=None),
+        lambda folder: (settings(eos_token_id=None)(folder), (folder / "generation_config.json").unlink()),
         "{hf}/config.json: eos_token_id is None; it must be one of the 37 token ids",
     ),
     "no weights": (

@@ -294,7 +294,7 @@ OPT_BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "activation": (
         settings(activation_function="silu"),
         "{hf}/config.json: activation_function 'silu' is not supported; "
-        "supported: gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, relu",
+        "supported: gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, relu, relu2",
     ),
     "heads": (
         settings(num_attention_heads=5),
