@@ -1,4 +1,4 @@
-"""Real server.py with a checkpoint of each family at tp 2: the references' greedy text."""
+"""Real server.py with a checkpoint of each family on ranks: the references' greedy text."""
 
 from __future__ import annotations
 
@@ -39,6 +39,18 @@ def llama(folder: Path) -> tuple[list[str], Greedy]:
     return [str(folder / "tiny")], partial(hf_greedy, model)
 
 
+def multi_query(folder: Path) -> tuple[list[str], Greedy]:
+    """One head of keys and values, which the ranks copy."""
+    model = make_model(folder / "tiny", "multi-query")
+    return [str(folder / "tiny")], partial(hf_greedy, model)
+
+
+def uneven(folder: Path) -> tuple[list[str], Greedy]:
+    """Layers that pp does not divide."""
+    model = make_model(folder / "tiny", "gpt-neox", num_hidden_layers=5)
+    return [str(folder / "tiny")], partial(hf_greedy, model)
+
+
 def nemo(folder: Path) -> tuple[list[str], Greedy]:
     model = TinyGPT()
     return [str(write_nemo(folder / "tiny.nemo", model, style="core"))], model.greedy
@@ -59,19 +71,20 @@ OTHER = pytest.mark.slow("each starts a server; the readers' and the engine's te
 
 
 @pytest.mark.parametrize(
-    "make",
-    [
-        pytest.param(make, marks=[] if make is nemo else OTHER, id=make.__name__)
-        for make in (opt, bloom, llama, nemo, megatron)
-    ],
+    ("make", "tp", "pp"),
+    [pytest.param(nemo, 2, 1, id="nemo")]
+    + [pytest.param(make, 2, 1, marks=OTHER, id=make.__name__) for make in (opt, bloom, llama, megatron, multi_query)]
+    + [pytest.param(uneven, 1, 2, marks=OTHER, id="uneven"), pytest.param(multi_query, 4, 1, marks=OTHER, id="tp4")],
 )
-def test_greedy_text_is_the_references(tmp_path: Path, make: Callable[[Path], tuple[list[str], Greedy]]) -> None:
+def test_greedy_text_is_the_references(
+    tmp_path: Path, make: Callable[[Path], tuple[list[str], Greedy]], tp: int, pp: int
+) -> None:
     flags, greedy = make(tmp_path)
-    more = ["--tp", "2", "--model-name", "tiny", "--output-dir", str(tmp_path / "ft_models")]
-    with serving(2, tmp_path / "log", "--hf-model-name", *flags, *more) as server:
+    more = ["--tp", str(tp), "--pp", str(pp), "--model-name", "tiny", "--output-dir", str(tmp_path / "ft_models")]
+    with serving(tp * pp, tmp_path / "log", "--hf-model-name", *flags, *more) as server:
         done = server.client("--output-len", str(NUM_TOKENS), "--model-name", "tiny", "--json", "--prompts", *TEXTS)
     assert done.returncode == 0, done.stderr
-    (folder,) = tmp_path.glob("ft_models/*/2-gpu")
+    (folder,) = tmp_path.glob("ft_models/*/*-gpu")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for text, line in zip(TEXTS, done.stdout.splitlines(), strict=True):
         prompt_ids = tokenizer.encode(text)

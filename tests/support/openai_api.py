@@ -97,14 +97,19 @@ class Api:
 
 @contextlib.contextmanager
 def openai_api(
-    folder: Path, *, flags: dict[str, Any] | None = None, refused: list[Exception] | None = None, **limits: Any
+    folder: Path,
+    *,
+    source: Path = STORIES,
+    flags: dict[str, Any] | None = None,
+    refused: list[Exception] | None = None,
+    **limits: Any,
 ) -> Iterator[Api]:
-    """The API of the demo model while inside; folder: for its weights. limits: fields of EngineConfig.
+    """The API of a model while inside, by default the demo's; folder: for its weights. limits: fields of EngineConfig.
 
     refused: gets the error of each request that does not run.
     """
-    engine = make_engine(convert(STORIES, folder, 1, "fp32"), **limits)
-    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    engine = make_engine(convert(source, folder, 1, "fp32"), **limits)
+    tokenizer = AutoTokenizer.from_pretrained(source)
     encoder = RequestEncoder(tokenizer, (tokenizer.eos_token_id,), len(tokenizer), engine.scheduler.max_seq_len)
     (port,) = free_ports(1)
     settings = OpenAIFlags(openai_port=port, **flags or {})
