@@ -46,14 +46,18 @@ OPEN_MPI_4_SAYS = "OMPI was not built with SLURM's PMI support"  # without --mpi
 NO_PMIX = "2 Slurm tasks, but each is an MPI world of its own: start with srun --mpi=pmix"
 
 
+# This Python's environment, as if it were activated.
+ENVIRONMENT = {
+    **ONE_MACHINE,
+    "VIRTUAL_ENV": sys.prefix,
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+}
+
+
 @pytest.fixture(scope="module", params=["environment", "Debian"])
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Its jobs run in this Python's environment, as if it were activated; with its Open MPI, and with Debian's."""
-    environment = {
-        **ONE_MACHINE,
-        "VIRTUAL_ENV": sys.prefix,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
+    """Its jobs run with the environment's Open MPI, and with Debian's."""
+    environment = dict(ENVIRONMENT)
     if request.param == "Debian":
         library = next(iter(glob.glob("/usr/lib/*/libmpi.so.40")), None)
         if library is None:
@@ -97,14 +101,18 @@ class JobServer(Server):
             time.sleep(0.2)
         return self
 
+    def ranks(self) -> dict[str, psutil.Process]:
+        """The processes of the ranks, by their number."""
+        found = {}
+        for process in self.cluster.processes(self.job_id):
+            with contextlib.suppress(psutil.Error):
+                if "server.py" in "".join(process.cmdline()[1:2]) and "SLURM_PROCID" in process.environ():
+                    found[process.environ()["SLURM_PROCID"]] = process
+        return found
+
     def rank(self, number: int) -> psutil.Process:
         """The process of one rank."""
-        (rank,) = [
-            process
-            for process in self.cluster.processes(self.job_id)
-            if process.environ().get("SLURM_PROCID") == str(number) and "server.py" in process.cmdline()[1]
-        ]
-        return rank
+        return self.ranks()[str(number)]
 
 
 @contextlib.contextmanager
@@ -226,6 +234,25 @@ def test_a_dead_rank_ends_the_job(cluster: Cluster, converted: Callable[[int], P
         thread.join(5)
         assert not thread.is_alive()
         assert "outputs" not in answers[0][1]
+
+
+def test_a_nodes_dead_daemon_drains_the_job_and_slurm_queues_it_again(
+    converted: Callable[[int], Path], tmp_path: Path
+) -> None:
+    """Slurm gives up the node after SlurmdTimeout (10 s here) and stops the ranks on the others. The rank on the node
+    itself is out of Slurm's reach: it ends because rank 0 does."""
+    with slurm_cluster(tmp_path / "slurm", kill_wait=30, environment=ENVIRONMENT) as cluster:
+        with job_server(cluster, tmp_path, converted(2)) as server:
+            cluster.kill_node("n1")
+            deadline = time.monotonic() + 90
+            while (job := cluster.fields("job", str(server.job_id)))["JobState"] != "PENDING" or server.ranks():
+                assert time.monotonic() < deadline, (job, server.text)
+                time.sleep(0.2)
+            assert job["Restarts"] == "1"
+            assert "Node failure on n1" in server.text
+            assert "SIGTERM: finishing what is in flight" in server.text
+            assert "0 requests in flight were finished, 0 were cut off" in server.text
+            assert "Traceback" not in server.text
 
 
 def test_srun_without_pmix_says_so(cluster: Cluster, converted: Callable[[int], Path]) -> None:

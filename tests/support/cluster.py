@@ -111,6 +111,11 @@ class Cluster:
             assert time.monotonic() < deadline, f"job {job_id} is {job['JobState']} after {timeout_s} s"
             time.sleep(0.1)
 
+    def kill_node(self, name: str) -> None:
+        """End a node's slurmd for good, as a crash would. The job's processes on the node live on."""
+        (daemon,) = (p for p in _processes({"SLURM_CONF": self.environment["SLURM_CONF"]}) if _is_slurmd(p, name))
+        daemon.kill()
+
     def processes(self, job_id: int) -> list[psutil.Process]:
         """The live processes of a job, whatever their parents are now."""
         return _processes({"SLURM_CONF": self.environment["SLURM_CONF"], "SLURM_JOB_ID": str(job_id)})
@@ -203,6 +208,13 @@ def _stop(daemons: list[subprocess.Popen], conf: str) -> None:
     for process in _processes({"SLURM_CONF": conf}):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+
+
+def _is_slurmd(process: psutil.Process, node: str) -> bool:
+    """Whether it is the daemon of a node, and not a step that it started."""
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline() == ["slurmd", "-D", "-N", node]
+    return False
 
 
 def _processes(variables: dict[str, str]) -> list[psutil.Process]:
