@@ -61,6 +61,7 @@ class Parameter(NamedTuple):
             options |= {"nargs": "+", "metavar": "TEXT"} if self.is_list else {"choices": self.choices}
         else:
             options |= {"type": number(kind, self.least, most), "metavar": "N" if kind is int else "X"}
+            options |= {"nargs": "+"} if self.is_list else {}
         group.add_argument("--" + self.name.replace("_", "-"), **options)
 
 
@@ -92,7 +93,7 @@ PARAMETERS = [
     _parameter("include_stop_words", "bool", "leave the stop word in the text", "include_stop_words_in_output"),
     _parameter("ignore_eos", "bool", "go on after the end token, to --output-len"),
     _parameter("start_id", "uint32", "token that stands for an empty prompt; none"),
-    _parameter("end_id", "uint32", "token that ends a text; the model's"),
+    _parameter("end_id", "uint32", "tokens that end a text, each of them; the model's", is_list=True),
     _parameter("exclude_input", "bool", "answer without the prompt", "exclude_input_in_output"),
     _parameter("skip_special_tokens", "bool", "leave special tokens out of the text; yes"),
     _parameter("log_probs", "bool", "return each new token's log probability", "is_return_log_probs"),

@@ -209,21 +209,20 @@ class HuggingFaceReader:
     def _end_ids(self) -> tuple[int, ...]:
         """All tokens that end a text, the one that FasterTransformer gets first.
 
-        Both files have one id or a list. As transformers' generate does, a list in generation_config.json overrules
-        config.json. A single id there is ignored. config.json's id comes first if the list has it.
+        Both files have one id or a list. As in transformers' generate, generation_config.json overrules config.json.
+        config.json's id comes first if the list has it.
         """
         path, value = self._path, self._settings["eos_token_id"]
         first = value
         generation = self._source / "generation_config.json"
         if generation.is_file():
-            ids = read_json(generation).get("eos_token_id")
-            if isinstance(ids, list):
-                path, value = generation, ids
-        if not isinstance(value, list):
-            return (self._token_id("eos_token_id"),)
-        if not value or not all(map(self._is_token_id, value)):
+            given = read_json(generation).get("eos_token_id")
+            if given is not None:
+                path, value = generation, given
+        listed = value if isinstance(value, list) else [value]
+        if not listed or not all(map(self._is_token_id, listed)):
             raise ValueError(f"{path}: eos_token_id is {value!r}; it must be one of the {self._vocab_size} token ids")
-        ids = list(dict.fromkeys(value))
+        ids = list(dict.fromkeys(listed))
         return tuple(sorted(ids, key=lambda token_id: token_id != first))
 
     def _is_token_id(self, value: Any) -> bool:

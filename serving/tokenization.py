@@ -16,6 +16,7 @@ from engine.words import Vocabulary, Words
 from serving.request import GenerationRequest, Prompts
 from serving.text import token_bytes
 
+MAX_END_IDS = 256  # that a request may give: every new token is compared with them
 _MAX_LOG_PROBS = 64  # alternatives per token
 _MAX_WORDS = 256  # stop or bad words of a prompt
 _MAX_WORD_BYTES = 256

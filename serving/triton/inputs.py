@@ -13,7 +13,7 @@ import numpy as np
 
 from engine.request import SamplingParams
 from serving.request import GenerationRequest
-from serving.tokenization import check_num_words, decoded
+from serving.tokenization import MAX_END_IDS, check_num_words, decoded
 
 # tensor -> (dtype, field of SamplingParams): one value per prompt
 _SAMPLING = {
@@ -42,7 +42,6 @@ _OTHERS = {
     "prompts": bytes,
     "input_lengths": np.uint32,
     "start_id": np.uint32,
-    "end_id": np.uint32,
     "ignore_eos": np.bool_,
     "include_stop_words_in_output": np.bool_,
     "exclude_input_in_output": np.bool_,
@@ -52,7 +51,8 @@ _OTHERS = {
     "stop": np.bool_,
     "deadline_s": np.float32,
 }
-_LISTS = {"input_ids": np.int32, "stop_words": bytes, "bad_words": bytes}  # any number of values per prompt
+# Any number of values per prompt. Rows with fewer end_ids than others repeat one.
+_LISTS = {"input_ids": np.int32, "end_id": np.uint32, "stop_words": bytes, "bad_words": bytes}
 
 # name -> (dtype, shape without the batch's dimension)
 INPUTS: dict[str, tuple[Any, tuple[int, ...]]] = {
@@ -115,12 +115,11 @@ def _parse_row(values: _Values, row: int) -> GenerationRequest:
         value = values.text(name) if dtype is bytes else values.one(name, None)
         if value is not None:
             given[field] = value
-    end_id = values.one("end_id", None)
     return GenerationRequest(
         _prompt(values, row),
         SamplingParams(**given),
         start_id=values.one("start_id", None),
-        end_ids=None if end_id is None else (end_id,),
+        end_ids=_end_ids(values, row),
         ignore_eos=values.one("ignore_eos", False),
         stop_words=values.words("stop_words", row),
         bad_words=values.words("bad_words", row),
@@ -131,6 +130,15 @@ def _parse_row(values: _Values, row: int) -> GenerationRequest:
         request_id=values.text("request_id"),
         deadline_s=values.one("deadline_s", None),
     )
+
+
+def _end_ids(values: _Values, row: int) -> tuple[int, ...] | None:
+    if not values.has("end_id"):
+        return None
+    given = values.many("end_id")
+    if not 1 <= len(given) <= MAX_END_IDS:
+        raise ValueError(f"end_id[{row}] has {len(given)} tokens; it must have between 1 and {MAX_END_IDS}")
+    return tuple(dict.fromkeys(given.tolist()))
 
 
 def _prompt(values: _Values, row: int) -> Any:

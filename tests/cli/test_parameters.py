@@ -37,7 +37,7 @@ FLAGS = {
     "include_stop_words_in_output": ("--include-stop-words", "bool", [True]),
     "ignore_eos": ("--ignore-eos", "bool", [True]),
     "start_id": ("--start-id 1", "uint32", [1]),
-    "end_id": ("--end-id 2", "uint32", [2]),
+    "end_id": ("--end-id 2 5", "uint32", [2, 5]),
     "exclude_input_in_output": ("--exclude-input", "bool", [True]),
     "skip_special_tokens": ("--no-skip-special-tokens", "bool", [False]),
     "is_return_log_probs": ("--log-probs", "bool", [True]),
@@ -118,6 +118,7 @@ def test_a_line_goes_before_the_flags(tmp_path: Path) -> None:
         ({"prompt": "a", "temperature": -1}, "temperature is -1; it must be between 0 and inf"),
         ({"prompt": "a", "ignore_eos": 1}, "ignore_eos is 1; it must be of type bool"),
         ({"prompt": "a", "stop_words": ["a", 1]}, "stop_words is 1; it must be of type str"),
+        ({"prompt": "a", "end_id": [1, -1]}, "end_id is -1; it must be between 0 and 4294967295"),
         ({"prompt": "a", "early_stopping": "no"}, "early_stopping is 'no'; it must be one of false, true, never"),
     ],
 )
