@@ -37,6 +37,7 @@ from engine.watchdog import Watchdog
 from engine.world import Mail, World, check_size
 from executor.startup import Backend, WeightFolder, connect, load, pick_backend
 from helpers import ProgressLine, find_checkpoint, model_key, one_line, setup_logging, weight_bytes
+from serving.chat import ChatTemplate
 from serving.startup import FrontEnd, FrontEndFlags
 
 _LOG = logging.getLogger("server")
@@ -255,6 +256,8 @@ class _Start:
         self.backend = pick_backend(self.engine_config, self.model_config, lib_path, local_rank, self.flags.pp)
         if self.world.rank == 0:
             self.tokenizer = _load_tokenizer(self.weights.path)
+            self.chat_template = ChatTemplate(self.tokenizer, self.front_end_flags.openai.read_chat_template())
+            self.chat_template.check(str(self.weights.path))
 
     def connect(self) -> None:
         """Join the tp and pp groups; collective."""
@@ -332,6 +335,7 @@ def _lead(start: _Start, flags: FrontEndFlags, started: float) -> int:
         config.vocab_size,
         start.executor.max_seq_len,
         spells_bad_words=start.backend.engine == "fastertransformer",
+        chat_template=start.chat_template,
     )
     name, root, verbose = start.served_name, start.flags.hf_model_name, start.flags.verbose
     metrics = ServerMetrics(name, start.executor.max_seq_len)

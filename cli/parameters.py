@@ -108,7 +108,10 @@ DEFAULT_PROMPTS = ("Q: How are you?", "Q: How big is the universe?", "1 2 3 4 ",
 
 
 class Prompt(NamedTuple):
-    """content: {"prompt": text} or {"input_ids": tokens}; parameters: values by the names in PARAMETERS."""
+    """content: {"prompt": text}, {"input_ids": tokens} or {"messages": [{"role": …, "content": …}, …]}.
+
+    parameters: values by the names in PARAMETERS.
+    """
 
     content: dict[str, Any]
     parameters: dict[str, Any]
@@ -135,8 +138,20 @@ def parameters_of(flags: argparse.Namespace) -> dict[str, Any]:
 def read_prompts(flags: argparse.Namespace) -> list[Prompt]:
     """The prompts of the flags or of the file. Raises ValueError for a bad line, in one sentence with its number."""
     given = parameters_of(flags)
-    if not flags.prompts_file:
-        return [Prompt({"prompt": text}, given) for text in flags.prompts or []]
+    prompts = _read_file(flags, given) if flags.prompts_file else []
+    prompts += [Prompt({"prompt": text}, given) for text in flags.prompts or []]
+    return [_as_chat(prompt, flags.system) for prompt in prompts] if flags.chat else prompts
+
+
+def _as_chat(prompt: Prompt, system: str | None) -> Prompt:
+    """A prompt as a user's message; token ids and messages stay."""
+    if "prompt" not in prompt.content:
+        return prompt
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    return Prompt({"messages": [*messages, {"role": "user", "content": prompt.content["prompt"]}]}, prompt.parameters)
+
+
+def _read_file(flags: argparse.Namespace, given: dict[str, Any]) -> list[Prompt]:
     name, prompts = flags.prompts_file, []
     try:
         content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
@@ -174,11 +189,19 @@ def _read_object(text: str, given: dict[str, Any]) -> Prompt:
             if not is_right:
                 raise ValueError("input_ids must be a list of tokens")
             content["input_ids"] = value
+        elif key == "messages":
+            if not isinstance(value, list) or not value or not all(map(_is_message, value)):
+                raise ValueError("messages must be a list of objects with role and content, which are strings")
+            content["messages"] = value
         elif key in known:
             parameters[known[key].name] = None if value is None else known[key].check(value)
         else:
             near = difflib.get_close_matches(key, known, 1)
             raise ValueError(f"no parameter is called {key}" + (f" (did you mean {near[0]}?)" if near else ""))
     if len(content) != 1:
-        raise ValueError("it must have either prompt or input_ids")
+        raise ValueError("it must have one of prompt, input_ids and messages")
     return Prompt(content, parameters)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))

@@ -27,6 +27,9 @@ from tests.support.launch import MODEL, TEXTS, Server, flags_of, free_ports, ser
 from tests.support.ranks import ROOT
 from tests.support.scrape import scrape
 
+CHAT = """{% for message in messages %}{{ message.role }}: {{ message.content }}
+{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
+
 
 @pytest.fixture(scope="module")
 def server(gpt2_source: tuple[Path, GPT2LMHeadModel], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
@@ -34,7 +37,9 @@ def server(gpt2_source: tuple[Path, GPT2LMHeadModel], tmp_path_factory: pytest.T
     folder = tmp_path_factory.mktemp("server")
     (port,) = free_ports(1)
     flags = ["--hf-model-name", str(gpt2_source[0]), "--tp", "2", "--output-dir", str(folder / "ft_models")]
-    with serving(2, folder / "log", *flags, "--prometheus-port", str(port)) as running:
+    (folder / "chat.jinja").write_text(CHAT)
+    flags += ["--chat-template", str(folder / "chat.jinja"), "--prometheus-port", str(port)]
+    with serving(2, folder / "log", *flags) as running:
         running.prometheus = port
         yield running
 
@@ -156,6 +161,33 @@ def test_any_of_several_end_ids_ends_a_text(server: Server, gpt2_source: tuple[P
     body = {"prompt": prompt_ids, "max_tokens": 20, "temperature": 0, "stop_token_ids": [late, early]}
     usage = json.loads(post(f"http://127.0.0.1:{server.openai}/v1/completions", body))["usage"]
     assert usage["total_tokens"] == len(expected[late, early])
+
+
+@pytest.mark.parametrize("kind", ["http", "grpc"])
+@pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["whole", "stream"])
+def test_client_chats(
+    server: Server, gpt2_source: tuple[Path, GPT2LMHeadModel], kind: str, stream: list[str], tmp_path: Path
+) -> None:
+    """Each answer is Hugging Face's continuation of the chat in its template."""
+    folder, model = gpt2_source
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in ({"prompt": "é"}, {"messages": talk}))
+    )
+    flags = ["--chat", "--prompts-file", str(tmp_path / "p.jsonl"), "--system", "Be kind.", "--output-len", "12"]
+    output = tmp_path / "o.jsonl"
+    done = server.client("--model-name", MODEL, *flags, "--output", str(output), *stream, kind=kind)
+    assert done.returncode == 0, done.stderr
+    first = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "é"}]
+    for messages, line in zip((first, talk), output.read_text().splitlines(), strict=True):
+        answer = json.loads(line)
+        options = {"chat_template": CHAT, "add_generation_prompt": True, "return_dict": False}
+        prompt_ids = tokenizer.apply_chat_template(messages, **options)
+        new = hf_greedy(model, prompt_ids, 12)
+        assert answer["messages"] == messages
+        assert answer["output_ids"] == [new if stream else prompt_ids + new]
+        assert answer["sentences"] == [tokenizer.decode(new, skip_special_tokens=True)]
 
 
 def test_a_short_request_does_not_wait_for_long_ones(server: Server) -> None:

@@ -32,7 +32,13 @@ def prompts(count: int, vocab_size: int = 303, longest: int = 60) -> list[list[i
 
 def hf_greedy(model: GPT2LMHeadModel, prompt_ids: list[int], new_tokens: int = NEW_TOKENS) -> list[int]:
     """Hugging Face's greedy continuation, up to and with the end token."""
-    out = model.generate(torch.tensor([prompt_ids]), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+    out = model.generate(
+        torch.tensor([prompt_ids]),
+        attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.int64),  # else it is guessed from pad_token_id
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
     return out[0, len(prompt_ids) :].tolist()
 
 
