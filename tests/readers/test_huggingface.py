@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from convert import convert
-from tests.support.broken import drop, edit_config, fill, put, settings
+from tests.support.broken import drop, edit_config, end_token, fill, put, settings
 from tests.support.checkpoints import make_bloom, make_gpt2, make_opt, save, write_weights
 from tests.support.folders import cast, config_ini, weight_files
 from weights.model_config import ModelConfig
@@ -308,15 +308,15 @@ OPT_BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         "{hf}/config.json: do_layer_norm_before is 'no'; it must be true or false",
     ),
     "end token": (
-        settings(eos_token_id=[2, 37]),
+        end_token([2, 37]),
         "{hf}/config.json: eos_token_id is [2, 37]; it must be one of the 37 token ids",
     ),
     "no end token": (
-        settings(eos_token_id=[]),
+        end_token([]),
         "{hf}/config.json: eos_token_id is []; it must be one of the 37 token ids",
     ),
     "end token that is text": (
-        settings(eos_token_id=["2"]),
+        end_token(["2"]),
         "{hf}/config.json: eos_token_id is ['2']; it must be one of the 37 token ids",
     ),
     "missing": (
