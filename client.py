@@ -3,6 +3,7 @@
 
     ./client.py                                             # four default prompts to http://localhost:8000
     ./client.py --url http://host:8000 --prompts "Thank you for" "Q: Are you going for lunch?"
+    ./client.py --chat --prompts "Who was the first on the moon?" --stream
     ./client.py --prompts "Once upon a time" --stream --output-len 200 --top-k 40 --random-seed 7
     ./client.py --prompts-file prompts.jsonl --output answers.jsonl --concurrency 32
     ./client.py --url grpc://host --bench --rate 4 --duration 60 --plot bench.png
@@ -82,10 +83,18 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     work.add_argument(
         "--prompts-file",
         metavar="FILE",
-        help="a text per line; FILE.jsonl: an object per line with prompt (or input_ids) and any parameter below, by "
-        "its flag's name with underscores or its tensor's name, which goes before the flag; -: texts from stdin",
+        help="a text per line; FILE.jsonl: an object per line with prompt, input_ids or messages, and any parameter "
+        "below, by its flag's name with underscores or its tensor's name, which goes before the flag; -: texts from "
+        "stdin",
     )
     work.add_argument("--bench", action="store_true", help="measure latency and throughput under load")
+    group.add_argument(
+        "--chat",
+        action="store_true",
+        help="prompts are a user's messages: the server puts them into the model's chat template, and the text is the "
+        "answer alone",
+    )
+    group.add_argument("--system", metavar="TEXT", help="with --chat: a system message before each prompt")
     group = parser.add_argument_group("the server")
     group.add_argument("--url", type=_url, default="http://localhost:8000", help="http://host:port, grpc://… or host")
     group.add_argument("--model-name", default="gpt2", help="the model's name in Triton")
@@ -113,6 +122,10 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(output_len=32)
     _add_bench_flags(parser)
     flags = parser.parse_args(argv)
+    if flags.chat and flags.bench:
+        parser.error("argument --chat: not allowed with argument --bench")
+    if flags.system is not None and not flags.chat:
+        parser.error("argument --system: needs --chat")
     if not (flags.prompts or flags.prompts_file or flags.bench):
         flags.prompts = list(DEFAULT_PROMPTS)
     return flags

@@ -122,6 +122,8 @@ def convert(
     if _is_finished(folder, wanted, weight_data_type):
         return folder
     reader.config("fp32", tp, model_name).check_tp(tp)  # before anything is made
+    if folder.is_symlink() or folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: a link or a file; the weights need a folder of their own there")
     output_dir.mkdir(parents=True, exist_ok=True)
     with _locked(output_dir) as is_locked:
         if _is_finished(folder, wanted, weight_data_type):
@@ -291,7 +293,7 @@ def _remove_leftovers(output_dir: Path) -> None:
     for kind in ("tmp", "old"):
         for path in sorted(output_dir.glob(f".*-gpu.{kind}-*")):
             _log.info("%s: left behind by a converter that was killed; deleted", path)
-            shutil.rmtree(path, ignore_errors=True)
+            path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_finished(folder: Path, wanted: dict[str, Any], weight_data_type: str) -> bool:
@@ -344,13 +346,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "source",
         type=Path,
         metavar="SOURCE",
-        help="GPT-2, OPT or BLOOM: a Hugging Face folder; NeMo: a .nemo archive, its unpacked folder, or a folder of "
-        "Lightning checkpoints; Megatron-LM: a folder of iterations, or one iteration",
+        help="a Hugging Face folder; NeMo: a .nemo archive, its unpacked folder, or a folder of Lightning checkpoints; "
+        "Megatron-LM: a folder of iterations, or one iteration",
     )
     parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", nargs="?", help="where <tp>-gpu is written")
-    parser.add_argument(
-        "--verify", action="store_true", help="SOURCE is a finished folder: check it against its checksums"
-    )
+    parser.add_argument("--verify", action="store_true", help="SOURCE is a finished folder: check its checksums")
     add_flags(parser, ConversionFlags, "conversion")
     flags = parser.parse_args(argv)
     if flags.verify == bool(flags.output_dir):
@@ -382,11 +382,12 @@ def main(argv: list[str] | None = None) -> int:
         )
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
         if flags.verbose:
             raise
-        named = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else None
-        print(f"convert.py: {named or one_line(error)}", file=sys.stderr)
+        if isinstance(error, OSError) and error.filename:
+            error = OSError(f"{error.filename}: {error.strerror}")
+        print(f"convert.py: {one_line(error)}", file=sys.stderr)
         return 1
     seconds = time.monotonic() - start
     rate = f"{progress.done:,} bytes in {seconds:.1f} s, {progress.done / 1e6 / seconds:.0f} MB/s"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _LOG = logging.getLogger("helpers")
+_MAX_SENTENCE = 600  # characters
 # PyTriton warns, with a traceback, of each request that is refused; HTTP clients log every request.
 _NOISY = "httpx httpcore httpx2 httpcore2 urllib3 filelock sh pytriton asyncio transformers".split()
 
@@ -71,8 +72,14 @@ def _plain(value: Any) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message as one line; without a message, its class's name."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """An exception's message as one line, its middle left out if it is long; without a message, its class's name.
+
+    An untrusted file's values may be of any length, and its sentence ends with what is wrong.
+    """
+    text = " ".join(str(error).split())
+    if len(text) > _MAX_SENTENCE:
+        text = f"{text[: _MAX_SENTENCE // 2]} … {text[-_MAX_SENTENCE // 2 :]}"
+    return text or type(error).__name__
 
 
 class ProgressLine:

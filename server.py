@@ -37,6 +37,8 @@ from engine.watchdog import Watchdog
 from engine.world import Mail, World, check_size
 from executor.startup import Backend, WeightFolder, connect, load, pick_backend
 from helpers import ProgressLine, find_checkpoint, model_key, one_line, setup_logging, weight_bytes
+from serving.chat import ChatTemplate
+from serving.load_tokenizer import load_tokenizer
 from serving.startup import FrontEnd, FrontEndFlags
 
 _LOG = logging.getLogger("server")
@@ -254,7 +256,9 @@ class _Start:
         lib_path, local_rank = Path(self.flags.lib_path), self.world.local_rank
         self.backend = pick_backend(self.engine_config, self.model_config, lib_path, local_rank, self.flags.pp)
         if self.world.rank == 0:
-            self.tokenizer = _load_tokenizer(self.weights.path)
+            self.tokenizer = load_tokenizer(self.weights.path)
+            self.chat_template = ChatTemplate(self.tokenizer, self.front_end_flags.openai.read_chat_template())
+            self.chat_template.check(str(self.weights.path))
 
     def connect(self) -> None:
         """Join the tp and pp groups; collective."""
@@ -296,18 +300,6 @@ class _LoadProgress:
             _LOG.info("loaded %d of %d parts in %.1f s", done, total, now - self.started)
 
 
-def _load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} has no tokenizer that transformers can read ({one_line(error)[:200]})") from None
-    if not tokenizer.encode("a", add_special_tokens=False):  # made from config.json alone, with an empty vocabulary
-        raise ValueError(f"{folder} has no tokenizer that transformers can read (its vocabulary is empty)")
-    return tokenizer
-
-
 def _lead(start: _Start, flags: FrontEndFlags, started: float) -> int:
     """Rank 0: the front ends, and the engine's loop in this thread, until a signal or a failure."""
     from gpt import triton_models
@@ -332,6 +324,7 @@ def _lead(start: _Start, flags: FrontEndFlags, started: float) -> int:
         config.vocab_size,
         start.executor.max_seq_len,
         spells_bad_words=start.backend.engine == "fastertransformer",
+        chat_template=start.chat_template,
     )
     name, root, verbose = start.served_name, start.flags.hf_model_name, start.flags.verbose
     metrics = ServerMetrics(name, start.executor.max_seq_len)

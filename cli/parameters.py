@@ -61,6 +61,7 @@ class Parameter(NamedTuple):
             options |= {"nargs": "+", "metavar": "TEXT"} if self.is_list else {"choices": self.choices}
         else:
             options |= {"type": number(kind, self.least, most), "metavar": "N" if kind is int else "X"}
+            options |= {"nargs": "+"} if self.is_list else {}
         group.add_argument("--" + self.name.replace("_", "-"), **options)
 
 
@@ -92,7 +93,7 @@ PARAMETERS = [
     _parameter("include_stop_words", "bool", "leave the stop word in the text", "include_stop_words_in_output"),
     _parameter("ignore_eos", "bool", "go on after the end token, to --output-len"),
     _parameter("start_id", "uint32", "token that stands for an empty prompt; none"),
-    _parameter("end_id", "uint32", "token that ends a text; the model's"),
+    _parameter("end_id", "uint32", "tokens that end a text, each of them; the model's", is_list=True),
     _parameter("exclude_input", "bool", "answer without the prompt", "exclude_input_in_output"),
     _parameter("skip_special_tokens", "bool", "leave special tokens out of the text; yes"),
     _parameter("log_probs", "bool", "return each new token's log probability", "is_return_log_probs"),
@@ -107,7 +108,10 @@ DEFAULT_PROMPTS = ("Q: How are you?", "Q: How big is the universe?", "1 2 3 4 ",
 
 
 class Prompt(NamedTuple):
-    """content: {"prompt": text} or {"input_ids": tokens}; parameters: values by the names in PARAMETERS."""
+    """content: {"prompt": text}, {"input_ids": tokens} or {"messages": [{"role": …, "content": …}, …]}.
+
+    parameters: values by the names in PARAMETERS.
+    """
 
     content: dict[str, Any]
     parameters: dict[str, Any]
@@ -134,8 +138,20 @@ def parameters_of(flags: argparse.Namespace) -> dict[str, Any]:
 def read_prompts(flags: argparse.Namespace) -> list[Prompt]:
     """The prompts of the flags or of the file. Raises ValueError for a bad line, in one sentence with its number."""
     given = parameters_of(flags)
-    if not flags.prompts_file:
-        return [Prompt({"prompt": text}, given) for text in flags.prompts or []]
+    prompts = _read_file(flags, given) if flags.prompts_file else []
+    prompts += [Prompt({"prompt": text}, given) for text in flags.prompts or []]
+    return [_as_chat(prompt, flags.system) for prompt in prompts] if flags.chat else prompts
+
+
+def _as_chat(prompt: Prompt, system: str | None) -> Prompt:
+    """A prompt as a user's message; token ids and messages stay."""
+    if "prompt" not in prompt.content:
+        return prompt
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    return Prompt({"messages": [*messages, {"role": "user", "content": prompt.content["prompt"]}]}, prompt.parameters)
+
+
+def _read_file(flags: argparse.Namespace, given: dict[str, Any]) -> list[Prompt]:
     name, prompts = flags.prompts_file, []
     try:
         content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
@@ -173,11 +189,19 @@ def _read_object(text: str, given: dict[str, Any]) -> Prompt:
             if not is_right:
                 raise ValueError("input_ids must be a list of tokens")
             content["input_ids"] = value
+        elif key == "messages":
+            if not isinstance(value, list) or not value or not all(map(_is_message, value)):
+                raise ValueError("messages must be a list of objects with role and content, which are strings")
+            content["messages"] = value
         elif key in known:
             parameters[known[key].name] = None if value is None else known[key].check(value)
         else:
             near = difflib.get_close_matches(key, known, 1)
             raise ValueError(f"no parameter is called {key}" + (f" (did you mean {near[0]}?)" if near else ""))
     if len(content) != 1:
-        raise ValueError("it must have either prompt or input_ids")
+        raise ValueError("it must have one of prompt, input_ids and messages")
     return Prompt(content, parameters)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))

@@ -34,6 +34,8 @@ def make_inputs(prompt: Prompt) -> dict[str, np.ndarray]:
         inputs["prompts"] = np.array([prompt.content["prompt"].encode("utf-8", "surrogateescape")], dtype=object)
     if "input_ids" in prompt.content:
         inputs["input_ids"] = np.array(prompt.content["input_ids"], dtype=np.int32)
+    if "messages" in prompt.content:
+        inputs["messages"] = np.array([json.dumps(prompt.content["messages"]).encode()], dtype=object)
     for parameter in PARAMETERS:
         value = prompt.parameters.get(parameter.name)
         if value is not None and value != []:  # a tensor without elements hangs Triton's Python backend

@@ -6,6 +6,7 @@ Only a reader knows its source's names, transposes and interleavings. It yields 
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -100,6 +101,8 @@ def open_reader(source: Path, options: SourceOptions, scratch: Path) -> Reader:
         raise ValueError(f"{source}: a Hugging Face checkpoint, which takes neither --tokenizer nor --num-heads")
     settings = read_json(path)
     architecture = settings.get("model_type")
-    if architecture not in READERS:
-        raise ValueError(f"{path}: architecture {architecture!r} is not supported; supported: {', '.join(READERS)}")
+    if not isinstance(architecture, str) or architecture not in READERS:
+        raise ValueError(
+            f"{path}: architecture {reprlib.repr(architecture)} is not supported; supported: {', '.join(READERS)}"
+        )
     return READERS[architecture](source, settings)

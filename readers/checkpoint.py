@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from readers.pickles import check_old_file, check_tensor, check_zip
 from readers.torchfile import first_line, refusal
 
 # Everything from which AutoTokenizer and GenerationConfig can be read; config.json tells AutoTokenizer the class.
@@ -35,6 +37,9 @@ TOKENIZER_FILES = (
     "spiece.model",
     "chat_template.jinja",
 )
+# Bytes. A vocabulary of 256 000 tokens has 33 MB as tokenizer.json; the index of 160 000 tensors has 16 MB.
+_LARGEST_FILES = {"tokenizer.json": 128 << 20, "tokenizer.model": 64 << 20, "spiece.model": 64 << 20}
+_LARGEST_FILE = 16 << 20
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
 _DATA_TYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}  # safetensors' name -> ours
 _TORCH_NAMES = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -73,19 +78,34 @@ class Entry:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object. Raises ValueError for anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        check_size(path)
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(f"{path}: the file is missing") from None
-    except ValueError as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from None
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON file ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a JSON object is expected, not {type(content).__name__}")
     return content
 
 
+def check_size(path: Path) -> None:
+    """Raise ValueError for a file of settings or of a tokenizer that is too large to be one."""
+    size, most = path.stat().st_size, _LARGEST_FILES.get(path.name, _LARGEST_FILE)
+    if size > most:
+        raise ValueError(f"{path}: {size:,} bytes; such a file has {most:,} at most")
+
+
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The existing files of a Hugging Face folder that its tokenizer needs."""
-    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    """The existing files of a Hugging Face folder that its tokenizer needs. Raises ValueError for a huge one."""
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    for path in files:
+        check_size(path)
+    return files
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -197,6 +217,10 @@ class _PickleFile:
         self.path = path
         with path.open("rb") as file:
             self.mapped = file.read(4) == b"PK\x03\x04"
+            try:
+                (check_zip if self.mapped else check_old_file)(file, str(path))
+            except zipfile.BadZipFile as error:
+                raise ValueError(f"{path}: not a complete PyTorch file ({error})") from None
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=self.mapped or None)
         except pickle.UnpicklingError as error:
@@ -207,7 +231,8 @@ class _PickleFile:
             raise ValueError(f"{path}: holds {type(tensors).__name__}; a dict of tensors is expected")
         for name, tensor in tensors.items():
             if not isinstance(tensor, torch.Tensor):
-                raise ValueError(f"{path}: {name} is {type(tensor).__name__}; a dict of tensors is expected")
+                raise ValueError(f"{path}: {name!s:.200} is {type(tensor).__name__}; a dict of tensors is expected")
+            check_tensor(tensor, f"{path}: tensor {name!s:.200}")
         self._tensors: dict[str, torch.Tensor] = tensors
 
     def entries(self) -> dict[str, Entry]:

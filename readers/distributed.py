@@ -24,9 +24,11 @@ from typing import Any
 import torch
 
 from readers.archive import Place
+from readers.pickles import MAX_PICKLE_BYTES, check_pickle, check_tensor
 from readers.shards import Shard
 from readers.torchfile import StandIn, first_line, load_any, refusal
 
+_MAX_LAYERS = 10_000  # as weights.model_config has it
 _METADATA = ".metadata"
 _CONFIG = "metadata.json"
 _ARRAY = ".zarray"
@@ -158,6 +160,8 @@ class DistributedCheckpoint:
         for whole in self._torch_dist() if self._backend == "torch_dist" else self._zarr():
             _check_grid(whole, self.name)
             stacked = _STACKED.fullmatch(whole.key)
+            if stacked and whole.shape and whole.shape[0] > _MAX_LAYERS:
+                raise ValueError(f"{self.name}: tensor {whole.key} has {whole.shape[0]} layers; at most {_MAX_LAYERS}")
             layers = range(whole.shape[0]) if stacked and whole.shape else [None]
             for layer in layers:
                 name = whole.key if layer is None or stacked is None else f"{stacked[1]}.{layer}.{stacked[2]}"
@@ -187,9 +191,13 @@ class DistributedCheckpoint:
         place = self._files.get(_METADATA)
         if place is None:
             raise ValueError(f"{self.name}: {_METADATA} is missing")
-        content = place.read()
+        if place.size > MAX_PICKLE_BYTES:
+            raise ValueError(f"{place.name}: {place.size:,} bytes; such a file has {MAX_PICKLE_BYTES:,} at most")
+        content = io.BytesIO(place.read())
+        check_pickle(content, place.name)
+        content.seek(0)
         try:
-            record = _Unpickler(io.BytesIO(content)).load()
+            record = _Unpickler(content).load()
         except pickle.UnpicklingError as error:
             allowed = f"{_METADATA} may hold the checkpoint's metadata only"
             raise ValueError(f"{place.name}: {refusal(error, allowed)}") from None
@@ -304,14 +312,17 @@ class DistributedCheckpoint:
         return _Whole(key, shape, dtype, chunks)
 
 
-class _Unpickler(pickle.Unpickler):
-    """Unpickles .metadata: numbers, text, tuples, lists and dicts, torch's dtypes, and records that do nothing."""
+class _Unpickler(pickle._Unpickler):
+    """Unpickles .metadata: numbers, text, tuples, lists and dicts, torch's dtypes, and records that do nothing.
+
+    In Python: the one in C makes room for as many objects as a number in the file says.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
         if (module, name) == ("torch", "Size"):
-            return tuple
+            return _size
         if f"{module}.{name}" not in _RECORDS:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
         return _RECORDS[f"{module}.{name}"]
@@ -350,10 +361,18 @@ def _sizes(values: Any) -> tuple[int, ...]:
     return tuple(values)
 
 
+def _size(values: Any = ()) -> tuple[int, ...]:
+    """torch.Size, of numbers only."""
+    if not all(isinstance(value, int) for value in values):
+        raise pickle.UnpicklingError("torch.Size of something else than numbers")
+    return tuple(values)
+
+
 def _blob_tensor(place: Place) -> torch.Tensor:
     content, _ = load_any(place)
     if not isinstance(content, torch.Tensor):
         raise ValueError(f"{place.name} is {type(content).__name__}; a tensor is expected")
+    check_tensor(content, place.name)
     return content.detach()
 
 

@@ -7,6 +7,7 @@ A reader of one architecture gives the names and shapes of its tensors and the r
 from __future__ import annotations
 
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -111,18 +112,22 @@ class HuggingFaceReader:
         """The model's config.ini. Raises ValueError with config.json's key for a model that cannot be served."""
         for name, value in self.required.items():
             if self._settings.get(name, value) != value:
-                raise ValueError(f"{self._path}: {name} is {self._settings[name]}; only {value} is supported")
+                raise ValueError(f"{self._path}: {name} is {self._settings[name]!s:.100}; only {value} is supported")
         end_ids = self._end_ids()
-        return ModelConfig(
-            model_name=model_name,
-            vocab_size=self._size("vocab_size"),
-            start_id=end_ids[0] if self._settings["bos_token_id"] is None else self._token_id("bos_token_id"),
-            end_id=end_ids[0],
-            end_ids=end_ids,
-            weight_data_type=weight_data_type,
-            tensor_para_size=tp,
+        values = {
+            "model_name": model_name,
+            "vocab_size": self._size("vocab_size"),
+            "start_id": end_ids[0] if self._settings["bos_token_id"] is None else self._token_id("bos_token_id"),
+            "end_id": end_ids[0],
+            "end_ids": end_ids,
+            "weight_data_type": weight_data_type,
+            "tensor_para_size": tp,
             **self.shape(),
-        )
+        }
+        try:
+            return ModelConfig(**values)
+        except ValueError as error:
+            raise ValueError(f"{self._path}: {str(error).removeprefix('config.ini: ')}") from None
 
     def data_type(self) -> str:
         """The data type in which most of the weights are stored; fp64, which has no place on disk, is fp32."""
@@ -205,38 +210,42 @@ class HuggingFaceReader:
     def _size(self, name: str) -> int:
         value = self._settings[name]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{self._path}: {name} is {value!r}; it must be a whole number of at least 1")
+            raise ValueError(f"{self._path}: {name} is {reprlib.repr(value)}; it must be a whole number of at least 1")
         return value
 
     def _is(self, name: str) -> bool:
         value = self._settings[name]
         if not isinstance(value, bool):
-            raise ValueError(f"{self._path}: {name} is {value!r}; it must be true or false")
+            raise ValueError(f"{self._path}: {name} is {reprlib.repr(value)}; it must be true or false")
         return value
 
     def _token_id(self, name: str) -> int:
         value = self._settings[name]
         if not self._is_token_id(value):
-            raise ValueError(f"{self._path}: {name} is {value!r}; it must be one of the {self._vocab_size} token ids")
+            raise ValueError(
+                f"{self._path}: {name} is {reprlib.repr(value)}; it must be one of the {self._vocab_size} token ids"
+            )
         return value
 
     def _end_ids(self) -> tuple[int, ...]:
         """All tokens that end a text, the one that FasterTransformer gets first.
 
-        Both files have one id or a list. As transformers' generate does, a list in generation_config.json overrules
-        config.json. A single id there counts only if config.json has none. config.json's id comes first if the list has
-        it.
+        Both files have one id or a list. As in transformers' generate, generation_config.json overrules config.json.
+        config.json's id comes first if the list has it.
         """
         path, value = self._path, self._settings["eos_token_id"]
         first = value
         generation = self._source / "generation_config.json"
         if generation.is_file():
-            ids = read_json(generation).get("eos_token_id")
-            if isinstance(ids, list) or (value is None and ids is not None):
-                path, value = generation, ids
-        ids = list(dict.fromkeys(value)) if isinstance(value, list) else [value]
-        if not ids or not all(map(self._is_token_id, ids)):
-            raise ValueError(f"{path}: eos_token_id is {value!r}; it must be one of the {self._vocab_size} token ids")
+            given = read_json(generation).get("eos_token_id")
+            if given is not None:
+                path, value = generation, given
+        listed = value if isinstance(value, list) else [value]
+        if not listed or not all(map(self._is_token_id, listed)):
+            raise ValueError(
+                f"{path}: eos_token_id is {reprlib.repr(value)}; it must be one of the {self._vocab_size} token ids"
+            )
+        ids = list(dict.fromkeys(listed))
         return tuple(sorted(ids, key=lambda token_id: token_id != first))
 
     def _is_token_id(self, value: Any) -> bool:
@@ -255,11 +264,13 @@ class HuggingFaceReader:
     def _epsilon(self, name: str) -> float:
         value = self._settings[name]
         if not isinstance(value, (int, float)) or not 0 < value < 1:
-            raise ValueError(f"{self._path}: {name} is {value!r}; it must lie between 0 and 1")
+            raise ValueError(f"{self._path}: {name} is {reprlib.repr(value)}; it must lie between 0 and 1")
         return float(value)
 
     def _activation(self, name: str) -> dict[str, str]:
         value = self._settings[name]
-        if value not in _ACTIVATIONS:
-            raise ValueError(f"{self._path}: {name} {value!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
+        if not isinstance(value, str) or value not in _ACTIVATIONS:
+            raise ValueError(
+                f"{self._path}: {name} {reprlib.repr(value)} is not supported; supported: {', '.join(_ACTIVATIONS)}"
+            )
         return dict(zip(("activation_type", "gelu_form"), _ACTIVATIONS[value], strict=True))

@@ -15,12 +15,11 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
-
 from readers import tokens
 from readers.archive import Place, archive_files, folder_files
 from readers.distributed import DistributedCheckpoint
 from readers.ranks import RankFile, find_grid
+from readers.settings_file import read_yaml
 from readers.sharded import (
     REQUIRED,
     Settings,
@@ -123,10 +122,7 @@ class NemoReader(ShardedReader):
                 raise ValueError(f"{place.name}: {error}") from None
             values = values.get("cfg", values) if isinstance(values, dict) else values
         else:
-            try:
-                values = yaml.safe_load(place.read())
-            except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-                raise ValueError(f"{place.name}: not a YAML file ({' '.join(str(error).split())})") from None
+            values = read_yaml(place)
         if isinstance(values, dict) and isinstance(values.get("model"), dict):
             values = values["model"]
         if not isinstance(values, dict):
@@ -260,7 +256,7 @@ class NemoReader(ShardedReader):
             if len(found) == 1:
                 return self._places[found[0]]
         raise ValueError(
-            f"{settings.name}: tokenizer.{key} is {value!r}, and there is no such file in {self._source}; "
+            f"{settings.name}: tokenizer.{key} is {value!r:.200}, and there is no such file in {self._source}; "
             f"--tokenizer names another"
         )
 

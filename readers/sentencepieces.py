@@ -7,6 +7,7 @@ It knows no checkpoint, and no special token beyond the model's.
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ _UNIGRAM, _BPE = 1, 2
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
 _NEVER = -1e9  # the score of pieces that no text may become
 _MANY = 1 << 20
+_MAX_PIECES, _MAX_PIECE_LEN, _MAX_CHARACTERS = 400_000, 512, 4_000_000
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def parse(data: bytes, name: str) -> SentencePieceModel:
                 normalizer = dict(_fields(value))
     except (IndexError, KeyError, TypeError, AttributeError, ValueError, struct.error):
         raise ValueError(f"{name}: not a sentencepiece model") from None
+    _check_pieces(pieces, normalizer.get(2, b""), name)
     kinds = [kind for _, _, kind in pieces]
     if kinds.count(_UNKNOWN) != 1 or len({piece for piece, _, _ in pieces}) != len(pieces):
         raise ValueError(f"{name}: not a sentencepiece model")
@@ -83,6 +86,24 @@ def parse(data: bytes, name: str) -> SentencePieceModel:
         removes_extra_whitespaces=bool(normalizer.get(4, 1)),
         has_byte_fallback=bool(trainer.get(35, 0)),
     )
+
+
+def _check_pieces(pieces: list[tuple[str, float, int]], charsmap: bytes, name: str) -> None:
+    """Raises ValueError for sizes beyond any model's, and for what the `tokenizers` package dies of."""
+    longest, total = max((len(piece) for piece, _, _ in pieces), default=0), sum(len(piece) for piece, _, _ in pieces)
+    for number, most, what in (
+        (len(pieces), _MAX_PIECES, "pieces"),
+        (longest, _MAX_PIECE_LEN, "characters in a piece"),
+        (total, _MAX_CHARACTERS, "characters in all pieces"),
+    ):
+        if number > most:
+            raise ValueError(f"{name}: a sentencepiece model of {number:,} {what}; at most {most:,} are taken")
+    if not all(math.isfinite(score) for _, score, _ in pieces):
+        raise ValueError(f"{name}: a sentencepiece model with a score that is no number")
+    if charsmap:
+        trie_bytes = int.from_bytes(charsmap[:4], "little")
+        if len(charsmap) < 8 or trie_bytes % 4 or not 4 <= trie_bytes <= len(charsmap) - 4:
+            raise ValueError(f"{name}: a sentencepiece model with broken rules of normalization")
 
 
 def build(model: SentencePieceModel) -> Tokenizer:
@@ -193,6 +214,8 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         byte = data[at]
         value |= (byte & 0x7F) << shift
         at, shift = at + 1, shift + 7
+        if shift > 70:
+            raise ValueError("a number of more than 64 bits")
         if byte < 0x80:
             return value, at
 

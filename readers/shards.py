@@ -25,7 +25,7 @@ from weights.model_config import DATA_TYPES, ModelConfig
 from weights.table import WeightSpec, weight_specs
 
 _PREFIX = re.compile(r"(?:(?:model|module|language_model|_orig_mod)\.)*")
-_LAYER = re.compile(r"(?:encoder|transformer|decoder)\.layers\.(\d+)\.(.+)")
+_LAYER = re.compile(r"(?:encoder|transformer|decoder)\.layers\.(\d{1,9})\.(.+)")
 _HEAD = "lm_head.weight"
 _TIED_HEAD = "the embedding again"  # on the last pipeline rank, where the embedding is the head too
 _OUTER_NAMES = {

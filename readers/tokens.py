@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,6 +173,8 @@ def _add(tokenizer: Any, special_tokens: Mapping[str, Any] | Sequence[str] | Non
     if isinstance(special_tokens, Mapping):
         by_role = dict(special_tokens)
     tokens = [token for value in by_role.values() for token in (value if isinstance(value, list) else [value])]
+    if not all(token is None or isinstance(token, str) for token in tokens):
+        raise ValueError(f"special_tokens has {reprlib.repr(tokens)}; strings are expected")
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens if token])
     for role, token in by_role.items():
         if role in _ROLES and token:

@@ -18,6 +18,7 @@ import torch
 from torch._weights_only_unpickler import Unpickler
 
 from readers.archive import Place
+from readers.pickles import check_old_file, check_tensor, check_zip
 
 # Arguments and configurations, and what else Megatron-LM, NeMo, Lightning and Transformer Engine save with weights.
 _STAND_IN_NAMES = """
@@ -81,9 +82,10 @@ def load_any(place: Place) -> tuple[Any, bool]:
         with torch.serialization.safe_globals(_STAND_INS), place.open() as file:
             is_mapped = file.read(4) == b"PK\x03\x04"
             file.seek(0)
+            (check_zip if is_mapped else check_old_file)(file, place.name)
             if not is_mapped:
                 content = torch.load(file, map_location="cpu", weights_only=True)
-            elif _are_stored(place, file) and place.is_whole:
+            elif place.is_whole:
                 content = torch.load(place.path, map_location="cpu", weights_only=True, mmap=True)
             else:
                 content = _load_member(place, file)
@@ -105,6 +107,8 @@ def tensors(content: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
     seen = set()
 
     def walk(node: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+        if not isinstance(node, dict):
+            raise ValueError(f"{name}: holds {type(node).__name__}; a dict of tensors is expected")
         if id(node) in seen:
             raise ValueError(f"{name}: {prefix.rstrip('.')} lies in two places")
         seen.add(id(node))
@@ -114,6 +118,7 @@ def tensors(content: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
             if isinstance(value, dict):
                 yield from walk(value, f"{prefix}{key}.")
             elif isinstance(value, torch.Tensor):
+                check_tensor(value, f"{name}: tensor {prefix}{key!s:.200}")
                 yield f"{prefix}{key}", value.detach()
             else:
                 raise ValueError(f"{name}: {prefix}{key} is {type(value).__name__}; a tensor is expected")
@@ -140,16 +145,6 @@ def plain(value: Any) -> Any:
         return walk(value)
     except RecursionError:
         raise ValueError("the settings are nested without end") from None
-
-
-def _are_stored(place: Place, file: Any) -> bool:
-    """True; raises ValueError for compressed records, which PyTorch never writes: they could grow without end."""
-    with zipfile.ZipFile(file) as archive:
-        for record in archive.infolist():
-            if record.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{place.name}: its record {record.filename} is compressed; not PyTorch's work")
-    file.seek(0)
-    return True
 
 
 def _load_member(place: Place, file: Any) -> Any:

@@ -12,12 +12,19 @@ from typing import Any, Protocol
 from engine.request import ParameterError, SamplingParams
 
 
+@dataclass(frozen=True)
+class Chat:
+    """A conversation in place of a prompt: a JSON list of messages. The chat template makes the prompt of it."""
+
+    messages: str
+
+
 @dataclass(frozen=True, eq=False)
 class GenerationRequest:
     """One prompt with its parameters and options. Raises ParameterError for a deadline that is not above 0.
 
-    prompt: text (bytes are UTF-8), or token ids. Any sequence of integers will do: it is copied once its length is
-    known to be within the limits.
+    prompt: text (bytes are UTF-8), a chat, or token ids. Any sequence of integers will do: it is copied once its length
+    is known to be within the limits.
     add_special_tokens: those that the tokenizer puts around a text.
     truncate_prompt_tokens: only so many tokens of the prompt are kept, the last ones; None: all.
     start_id: stands for an empty prompt.
@@ -29,7 +36,7 @@ class GenerationRequest:
     deadline_s: seconds after which the request ends with the tokens that it has.
     """
 
-    prompt: str | bytes | Sequence[int]
+    prompt: str | bytes | Chat | Sequence[int]
     sampling: SamplingParams
     add_special_tokens: bool = True
     truncate_prompt_tokens: int | None = None

@@ -115,7 +115,7 @@ def make_front_ends(
         from serving.openai.frontend import OpenAIFrontend  # the other ranks save its imports
         from serving.openai.model import ServedModel
 
-        served = ServedModel(name, root, generator.encoder, flags.openai.read_chat_template())
+        served = ServedModel(name, root, generator.encoder)
         front_ends.append(OpenAIFrontend(flags.openai, address, generator, served, metrics.exposition))
         if not flags.openai.key and not (address == "localhost" or address.startswith("127.")):
             _LOG.warning("all who reach this machine may use the model: give --api-key, or a narrower --http-address")

@@ -13,9 +13,11 @@ from typing import Any
 
 from engine.request import ParameterError, Request, SamplingParams
 from engine.words import Vocabulary, Words
-from serving.request import GenerationRequest, Prompts
+from serving.chat import ChatTemplate, parse_messages
+from serving.request import Chat, GenerationRequest, Prompts
 from serving.text import token_bytes
 
+MAX_END_IDS = 256  # that a request may give: every new token is compared with them
 _MAX_LOG_PROBS = 64  # alternatives per token
 _MAX_WORDS = 256  # stop or bad words of a prompt
 _MAX_WORD_BYTES = 256
@@ -31,7 +33,8 @@ class RequestEncoder:
     """Tokenizes and checks requests.
 
     tokenizer: of transformers; end_ids: tokens that end a text by default; vocab_size: of the model; max_seq_len:
-    tokens of the longest sequence served; spells_bad_words: whether the executor needs bad words as tokens.
+    tokens of the longest sequence served; spells_bad_words: whether the executor needs bad words as tokens;
+    chat_template: by default the tokenizer's own.
     """
 
     def __init__(
@@ -42,8 +45,10 @@ class RequestEncoder:
         max_seq_len: int,
         *,
         spells_bad_words: bool = False,
+        chat_template: ChatTemplate | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.chat_template = chat_template or ChatTemplate(tokenizer)
         self.end_ids = end_ids
         self.vocab_size = vocab_size
         self.max_seq_len = max_seq_len
@@ -75,7 +80,7 @@ class RequestEncoder:
 
         index: the prompt that an error names; add_special_tokens: those that the tokenizer puts around a text.
         """
-        self._check_text_length(prompt, index)
+        self._check_text_length(prompt, "prompt", index)
         text = prompt if isinstance(prompt, str) else decoded(prompt, "prompt", index)
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens) if text else []
 
@@ -112,8 +117,10 @@ class RequestEncoder:
                 "truncate_prompt_tokens",
                 f"is {most}; it must be between 1 and the {self.max_seq_len} tokens of the longest sequence served",
             )
-        if isinstance(prompt, (str, bytes)):
-            self._check_text_length(prompt, index)
+        if isinstance(prompt, Chat):
+            self._check_text_length(prompt.messages, "messages", index)
+        elif isinstance(prompt, (str, bytes)):
+            self._check_text_length(prompt, "prompt", index)
         elif most is None and len(prompt) > self.max_seq_len:
             raise ParameterError(
                 "prompt_ids",
@@ -127,11 +134,11 @@ class RequestEncoder:
         _check_words("stop_words", request.stop_words, index)
         _check_words("bad_words", request.bad_words, index)
 
-    def _check_text_length(self, prompt: str | bytes, index: int) -> None:
-        num_bytes = len(prompt if isinstance(prompt, bytes) else _encoded(prompt, "prompt", index))
+    def _check_text_length(self, text: str | bytes, field: str, index: int) -> None:
+        num_bytes = len(text if isinstance(text, bytes) else _encoded(text, field, index))
         if num_bytes > self.max_prompt_bytes:  # to tokenize it would take long, and could not end well
             raise ParameterError(
-                "prompt",
+                field,
                 f"has {num_bytes} bytes; at most {self.max_prompt_bytes} are taken "
                 f"for the {self.max_seq_len} tokens of the longest sequence served",
                 index=index,
@@ -156,6 +163,11 @@ class RequestEncoder:
         if isinstance(prompt, (str, bytes)):
             field = "prompt"
             prompt_ids = self.tokenize(prompt, index, add_special_tokens=request.add_special_tokens)[first:]
+        elif isinstance(prompt, Chat):
+            field = "messages"
+            text = self.chat_template.render(parse_messages(prompt.messages, index), index=index)
+            self._check_text_length(text, field, index)
+            prompt_ids = self.tokenize(text, index, add_special_tokens=False)[first:]  # the template writes them
         else:
             field, prompt_ids = "prompt_ids", [int(token_id) for token_id in prompt[first:]]
         if not prompt_ids and request.start_id is not None:

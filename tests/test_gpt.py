@@ -118,6 +118,25 @@ def test_parameters_reach_their_own_request() -> None:
     assert [r.end_ids for r in engine.seen] == [(3,), ()]
 
 
+def test_each_row_ends_at_any_of_its_end_ids() -> None:
+    """Rows are equally long, so the second one repeats its only token."""
+    engine = CountingEngine()
+    lengths = column([1, 2], np.uint32)
+    answer = infer(good(end_id=np.array([[3, 1], [4, 4]], np.uint32), request_output_len=lengths), engine)
+    assert [r.end_ids for r in engine.seen] == [(3, 1), (4,)]
+    assert answer["output_ids"][0].tolist() == [[0, 1, 0, 3, 3, 3]]  # padded with the first of them
+    engine = CountingEngine()
+    stream(one(end_id=np.array([7, 2, 7], np.uint32)), engine)
+    assert [r.end_ids for r in engine.seen] == [(7, 2)]
+
+
+@pytest.mark.parametrize(("count", "shown"), [(0, "0"), (257, "257")])
+def test_the_number_of_end_ids_is_limited(count: int, shown: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        infer(good(end_id=np.ones((2, count), np.uint32)))
+    assert str(caught.value) == f"end_id[0] has {shown} tokens; it must have between 1 and 256"
+
+
 def test_input_ids_take_the_place_of_prompts() -> None:
     ids = np.array([[0, 1, 5], [1, 2, 3]], np.int32)
     arrays = {"input_ids": ids, "request_output_len": column([2, 2], np.uint32)}

@@ -15,6 +15,9 @@ _ACTIVATIONS = ("gelu", "relu", "squared_relu", "swiglu")
 _NORMALIZATIONS = ("layernorm", "rmsnorm")
 _GELU_FORMS = ("tanh", "erf")
 _LAYERNORM_TYPES = ("pre_layernorm", "post_layernorm")
+# Counts that loops run over, and sizes that fit FasterTransformer's ints; far above any model's.
+_LARGEST = {"num_layer": 10_000, "head_num": 65_536, "kv_head_num": 65_536, "tensor_para_size": 65_536}
+_LARGEST_SIZE = 2**31 - 1
 _LENGTH_WITHOUT_POSITIONS = 2048  # tokens; such a model has no limit of its own
 # Keys that came after the first converted folders: a folder that does not need them stays as it was, byte for byte.
 _WRITTEN_IF_CHANGED = (
@@ -141,6 +144,8 @@ class ModelConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"config.ini: {name} is {getattr(self, name)}; it must be at least 1")
+            if getattr(self, name) > (most := _LARGEST.get(name, _LARGEST_SIZE)):
+                raise ValueError(f"config.ini: {name} is {getattr(self, name)}; it must be at most {most}")
         for name in ("rotary_trained_positions", "sliding_window"):
             if getattr(self, name) < 0:
                 raise ValueError(f"config.ini: {name} is {getattr(self, name)}; it must be at least 0")

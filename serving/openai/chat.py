@@ -6,8 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-import jinja2
-
+from serving.chat import TemplateFailure
 from serving.openai import parameters
 from serving.openai.errors import OpenAIError, bad_field
 from serving.openai.fields import Fields
@@ -15,6 +14,7 @@ from serving.openai.log_probs import ScoredToken, TextOffsets, TokenLabels, chat
 from serving.openai.model import ServedModel
 from serving.openai.parameters import Ask
 from serving.request import GenerationRequest
+from serving.template_process import SYNTAX
 
 # The engine's field → the API's, where chat differs from text completions.
 NAMES = parameters.NAMES | {"prompt": "messages", "prompt_ids": "messages", "num_log_probs": "top_logprobs"}
@@ -89,8 +89,8 @@ def _message(index: int, item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rendered(fields: Fields, messages: Sequence[dict[str, Any]], model: ServedModel) -> str:
-    tokenizer = model.encoder.tokenizer
-    if not (model.chat_template or getattr(tokenizer, "chat_template", None)):
+    template, tokenizer = model.encoder.chat_template, model.encoder.tokenizer
+    if template.text is None:
         raise OpenAIError(
             400,
             f"{model.name} has no chat template, so it takes no messages: use /v1/completions, "
@@ -108,21 +108,12 @@ def _rendered(fields: Fields, messages: Sequence[dict[str, Any]], model: ServedM
         if name in reserved:
             raise bad_field("chat_template_kwargs", f"has {name!r}, which is no variable of a template")
     try:
-        return tokenizer.apply_chat_template(
-            messages,
-            chat_template=model.chat_template,
-            tokenize=False,
-            add_generation_prompt=adds_prompt,
-            continue_final_message=continues,
-            **variables,
+        return template.render(
+            messages, add_generation_prompt=adds_prompt, continue_final_message=continues, variables=variables
         )
-    except jinja2.TemplateSyntaxError as error:
-        raise OpenAIError(500, f"the chat template of this server is not valid: {error}") from None
-    except Exception as error:  # its own, or what its expressions raise; the log does not get its words: they may quote
-        reason = f" ({' '.join(str(error).split())[:200]})" if isinstance(error, jinja2.TemplateError) else ""
-        raise bad_field(
-            "messages", f"do not fit the chat template{reason}", "messages do not fit the chat template"
-        ) from None
+    except TemplateFailure as error:
+        status = 500 if error.kind == SYNTAX else 400
+        raise OpenAIError(status, str(error), "messages", for_log=error.for_log) from None
 
 
 class ChatShape:

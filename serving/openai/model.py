@@ -12,15 +12,11 @@ from serving.tokenization import RequestEncoder
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The model's name, its Hub id or path, its tokenizer and its limits.
-
-    chat_template: a Jinja template in place of the tokenizer's own; None: the tokenizer's, which may have none.
-    """
+    """The model's name, its Hub id or path, its tokenizer and its limits."""
 
     name: str
     root: str
     encoder: RequestEncoder
-    chat_template: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

@@ -12,9 +12,9 @@ from serving.openai.errors import bad_field
 from serving.openai.fields import Fields
 from serving.openai.model import ServedModel
 from serving.request import GenerationRequest
+from serving.tokenization import MAX_END_IDS
 
 _LEAST_TEMPERATURE = 1e-3  # below it, choice is greedy: clients write 1e-4 and mean 0
-_MAX_STOP_IDS = 256  # every new token is compared with them
 _MIN_SEED = -(2**63)
 
 # field of the API -> (type, field of SamplingParams): those that have the same meaning
@@ -111,8 +111,8 @@ def text_options(fields: Fields, model: ServedModel, max_new_tokens: int) -> dic
     vocab_size = model.encoder.vocab_size
     end_ids = [] if fields.flag("ignore_eos") else list(model.encoder.end_ids)
     stop_ids = fields.items("stop_token_ids", int)
-    if len(stop_ids) > _MAX_STOP_IDS:
-        raise bad_field("stop_token_ids", f"has {len(stop_ids)} tokens; at most {_MAX_STOP_IDS} are taken")
+    if len(stop_ids) > MAX_END_IDS:
+        raise bad_field("stop_token_ids", f"has {len(stop_ids)} tokens; at most {MAX_END_IDS} are taken")
     for token_id in stop_ids:
         if not 0 <= token_id < vocab_size:
             raise bad_field("stop_token_ids", f"has {token_id}; it must be between 0 and {vocab_size - 1}")

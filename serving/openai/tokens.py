@@ -49,7 +49,7 @@ def describe(model: ServedModel) -> dict[str, Any]:
     return {
         "tokenizer_class": type(tokenizer).__name__,
         **{name: getattr(tokenizer, name, None) for name in _SPECIAL_TOKENS},
-        "chat_template": model.chat_template or getattr(tokenizer, "chat_template", None),
+        "chat_template": model.encoder.chat_template.text,
         "vocab_size": model.encoder.vocab_size,
         "model_max_length": model.encoder.max_seq_len,
     }

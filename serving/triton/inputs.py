@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from engine.request import SamplingParams
-from serving.request import GenerationRequest
-from serving.tokenization import check_num_words, decoded
+from serving.request import Chat, GenerationRequest
+from serving.tokenization import MAX_END_IDS, check_num_words, decoded
 
 # tensor -> (dtype, field of SamplingParams): one value per prompt
 _SAMPLING = {
@@ -40,9 +40,9 @@ _SAMPLING = {
 }
 _OTHERS = {
     "prompts": bytes,
+    "messages": bytes,
     "input_lengths": np.uint32,
     "start_id": np.uint32,
-    "end_id": np.uint32,
     "ignore_eos": np.bool_,
     "include_stop_words_in_output": np.bool_,
     "exclude_input_in_output": np.bool_,
@@ -52,7 +52,8 @@ _OTHERS = {
     "stop": np.bool_,
     "deadline_s": np.float32,
 }
-_LISTS = {"input_ids": np.int32, "stop_words": bytes, "bad_words": bytes}  # any number of values per prompt
+# Any number of values per prompt. Rows with fewer end_ids than others repeat one.
+_LISTS = {"input_ids": np.int32, "end_id": np.uint32, "stop_words": bytes, "bad_words": bytes}
 
 # name -> (dtype, shape without the batch's dimension)
 INPUTS: dict[str, tuple[Any, tuple[int, ...]]] = {
@@ -115,16 +116,15 @@ def _parse_row(values: _Values, row: int) -> GenerationRequest:
         value = values.text(name) if dtype is bytes else values.one(name, None)
         if value is not None:
             given[field] = value
-    end_id = values.one("end_id", None)
     return GenerationRequest(
         _prompt(values, row),
         SamplingParams(**given),
         start_id=values.one("start_id", None),
-        end_ids=None if end_id is None else (end_id,),
+        end_ids=_end_ids(values, row),
         ignore_eos=values.one("ignore_eos", False),
         stop_words=values.words("stop_words", row),
         bad_words=values.words("bad_words", row),
-        with_prompt=not values.one("exclude_input_in_output", False),
+        with_prompt=not values.one("exclude_input_in_output", values.has("messages")),
         keep_stop_word=values.one("include_stop_words_in_output", False),
         skip_special_tokens=values.one("skip_special_tokens", True),
         with_log_probs=values.one("is_return_log_probs", False),
@@ -133,8 +133,19 @@ def _parse_row(values: _Values, row: int) -> GenerationRequest:
     )
 
 
+def _end_ids(values: _Values, row: int) -> tuple[int, ...] | None:
+    if not values.has("end_id"):
+        return None
+    given = values.many("end_id")
+    if not 1 <= len(given) <= MAX_END_IDS:
+        raise ValueError(f"end_id[{row}] has {len(given)} tokens; it must have between 1 and {MAX_END_IDS}")
+    return tuple(dict.fromkeys(given.tolist()))
+
+
 def _prompt(values: _Values, row: int) -> Any:
-    """Text as bytes or str, or an array of token ids, not copied: its length is checked first."""
+    """Text as bytes or str, a chat, or an array of token ids, not copied: its length is checked first."""
+    if (messages := values.text("messages", row)) is not None:
+        return Chat(messages)
     if not values.has("input_ids"):
         return values.many("prompts")[0]
     input_ids = values.many("input_ids")
@@ -160,8 +171,8 @@ class _Values:
     def many(self, name: str) -> np.ndarray:
         return self._arrays[name][self._row].reshape(-1)
 
-    def text(self, name: str) -> str | None:
-        return _text(self.many(name)[0], name) if self.has(name) else None
+    def text(self, name: str, row: int | None = None) -> str | None:
+        return _text(self.many(name)[0], name, row) if self.has(name) else None
 
     def words(self, name: str, row: int) -> list[str]:
         """Words of a row, without the empty ones that make rows equally long."""
@@ -174,11 +185,11 @@ def _text(value: bytes | str, name: str, row: int | None = None) -> str:
 
 
 def _num_rows(arrays: dict[str, np.ndarray]) -> int:
-    given = [name for name in ("prompts", "input_ids") if name in arrays]
+    given = [name for name in ("prompts", "input_ids", "messages") if name in arrays]
     if not given:
-        raise ValueError("prompts is missing; it is required (or input_ids in its place)")
-    if len(given) == 2:
-        raise ValueError("prompts and input_ids are both given; one of the two must be")
+        raise ValueError("prompts is missing; it is required (or input_ids or messages in its place)")
+    if len(given) > 1:
+        raise ValueError(f"{given[0]} and {given[1]} are both given; one of the two must be")
     if "request_output_len" not in arrays:
         raise ValueError("request_output_len is missing; it is required")
     rows = len(arrays[given[0]])

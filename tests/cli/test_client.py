@@ -41,6 +41,7 @@ def server() -> Iterator[StandinServer]:
         ["--url", "host:port"],
         ["--bench-prompt-len", "9:3"],
         ["--concurrency", "0"],
+        ["--system", "Be kind."],
     ],
 )
 def test_bad_flags_exit_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

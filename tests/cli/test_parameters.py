@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,7 +38,7 @@ FLAGS = {
     "include_stop_words_in_output": ("--include-stop-words", "bool", [True]),
     "ignore_eos": ("--ignore-eos", "bool", [True]),
     "start_id": ("--start-id 1", "uint32", [1]),
-    "end_id": ("--end-id 2", "uint32", [2]),
+    "end_id": ("--end-id 2 5", "uint32", [2, 5]),
     "exclude_input_in_output": ("--exclude-input", "bool", [True]),
     "skip_special_tokens": ("--no-skip-special-tokens", "bool", [False]),
     "is_return_log_probs": ("--log-probs", "bool", [True]),
@@ -46,6 +47,9 @@ FLAGS = {
     "is_return_next_token_logits": ("--next-token-logits", "bool", [True]),
     "deadline_s": ("--deadline-s 1.5", "float32", [1.5]),
 }
+
+MESSAGES = [{"role": "user", "content": "a"}]
+BAD_MESSAGES = "must be a list of objects with role and content, which are strings"
 
 
 @pytest.fixture
@@ -100,14 +104,39 @@ def test_a_line_goes_before_the_flags(tmp_path: Path) -> None:
     assert plain(second) == {"input_ids": ("int32", [1, 2]), "request_output_len": ("uint32", [32])}
 
 
+def test_prompts_of_a_chat_are_a_users_messages(tmp_path: Path) -> None:
+    flags = ["--chat", "--prompts", "Hi \udcff", "b"]
+    first, second = map(make_inputs, read_prompts(parse_flags(flags)))
+    assert set(first) == {"messages", "request_output_len"}
+    assert json.loads(first["messages"].item()) == [{"role": "user", "content": "Hi \udcff"}]
+    assert json.loads(second["messages"].item()) == [{"role": "user", "content": "b"}]
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "é"}, {"role": "user", "content": "c"}]
+    path = write(tmp_path / "p.jsonl", {"prompt": "a"}, {"messages": talk}, {"input_ids": [1, 2]})
+    one, two, three = read_prompts(parse_flags(["--chat", "--system", "Be kind.", "--prompts-file", path]))
+    assert one.content == {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "a"}]}
+    assert json.loads(make_inputs(two)["messages"].item()) == talk
+    assert three.content == {"input_ids": [1, 2]}
+    (_, two, _) = read_prompts(parse_flags(["--prompts-file", path]))  # a line with messages is a chat anyway
+    assert two.content == {"messages": talk}
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
         ("{", "not valid JSON: Expecting property name enclosed in double quotes at column 2"),
         ("[1]", "not a JSON object"),
-        ({"top_k": 1}, "it must have either prompt or input_ids"),
-        ({"prompt": "a", "input_ids": [1]}, "it must have either prompt or input_ids"),
+        ({"top_k": 1}, "it must have one of prompt, input_ids and messages"),
+        ({"prompt": "a", "input_ids": [1]}, "it must have one of prompt, input_ids and messages"),
         ({"prompt": 1}, "prompt is 1; it must be of type str"),
+        (
+            {"prompt": "a", "messages": [{"role": "user", "content": "a"}]},
+            "it must have one of prompt, input_ids and messages",
+        ),
+        ({"messages": "a"}, "messages must be a list of objects with role and content, which are strings"),
+        (
+            {"messages": [{"role": "user"}]},
+            "messages must be a list of objects with role and content, which are strings",
+        ),
         ({"input_ids": []}, "input_ids must be a list of tokens"),
         ({"input_ids": [1.5]}, "input_ids must be a list of tokens"),
         ({"prompt": "a", "tempratur": 1}, "no parameter is called tempratur (did you mean temperature?)"),
@@ -118,6 +147,7 @@ def test_a_line_goes_before_the_flags(tmp_path: Path) -> None:
         ({"prompt": "a", "temperature": -1}, "temperature is -1; it must be between 0 and inf"),
         ({"prompt": "a", "ignore_eos": 1}, "ignore_eos is 1; it must be of type bool"),
         ({"prompt": "a", "stop_words": ["a", 1]}, "stop_words is 1; it must be of type str"),
+        ({"prompt": "a", "end_id": [1, -1]}, "end_id is -1; it must be between 0 and 4294967295"),
         ({"prompt": "a", "early_stopping": "no"}, "early_stopping is 'no'; it must be one of false, true, never"),
     ],
 )

@@ -42,7 +42,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         },
         "stop_words and bad_words are 16520 words in all; at most 16384 are taken",
     ),
-    "no prompt": ({"prompts": None}, "prompts is missing; it is required (or input_ids in its place)"),
+    "no prompt": ({"prompts": None}, "prompts is missing; it is required (or input_ids or messages in its place)"),
     "prompts and input_ids": (
         {"input_ids": ("INT32", [[1, 2]])},
         "prompts and input_ids are both given; one of the two must be",

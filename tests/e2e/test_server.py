@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from tests.support.attacks import target_of
@@ -26,6 +27,9 @@ from tests.support.launch import MODEL, TEXTS, Server, flags_of, free_ports, ser
 from tests.support.ranks import ROOT
 from tests.support.scrape import scrape
 
+CHAT = """{% for message in messages %}{{ message.role }}: {{ message.content }}
+{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
+
 
 @pytest.fixture(scope="module")
 def server(gpt2_source: tuple[Path, GPT2LMHeadModel], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
@@ -33,7 +37,9 @@ def server(gpt2_source: tuple[Path, GPT2LMHeadModel], tmp_path_factory: pytest.T
     folder = tmp_path_factory.mktemp("server")
     (port,) = free_ports(1)
     flags = ["--hf-model-name", str(gpt2_source[0]), "--tp", "2", "--output-dir", str(folder / "ft_models")]
-    with serving(2, folder / "log", *flags, "--prometheus-port", str(port)) as running:
+    (folder / "chat.jinja").write_text(CHAT)
+    flags += ["--chat-template", str(folder / "chat.jinja"), "--prometheus-port", str(port)]
+    with serving(2, folder / "log", *flags) as running:
         running.prometheus = port
         yield running
 
@@ -125,6 +131,65 @@ def test_prompts_with_different_parameters_share_a_request(server: Server) -> No
         assert (ids[row, lengths[row] :] == 302).all()  # padded with end_id
 
 
+def test_any_of_several_end_ids_ends_a_text(server: Server, gpt2_source: tuple[Path, GPT2LMHeadModel]) -> None:
+    """Each front end's list, a single value in its old shape, and generate's scalar: as Hugging Face's generate."""
+    folder, model = gpt2_source
+    prompt_ids = AutoTokenizer.from_pretrained(folder).encode(TEXTS[0])
+    free = hf_greedy(model, prompt_ids, 20)
+    early, late = free[4], free[9]
+    expected = {}
+    for end_ids in ((early,), (late,), (late, early)):
+        out = model.generate(torch.tensor([prompt_ids]), max_new_tokens=20, eos_token_id=list(end_ids), pad_token_id=0)
+        expected[end_ids] = out[0].tolist()
+
+    def infer(name: str, *end_ids: int) -> list[int]:
+        inputs = [tensor("prompts", "BYTES", [TEXTS[0]]), tensor("request_output_len", "UINT32", [20])]
+        inputs.append({"name": name, "datatype": "UINT32", "shape": [1, len(end_ids)], "data": list(end_ids)})
+        status, answer = server.infer(MODEL, inputs)
+        assert status == 200, answer
+        return next(output["data"] for output in answer["outputs"] if output["name"] == "output_ids")
+
+    assert infer("end_id", late, early) == expected[late, early]
+    assert infer("end_id", late) == expected[(late,)]
+    for given in (late, [late]):
+        body = {"prompts": TEXTS[0], "request_output_len": 20, "end_id": given}
+        assert json.loads(post(f"{server.url()}/v2/models/{MODEL}/generate", body))["output_ids"] == expected[(late,)]
+    for kind in ("http", "grpc"):
+        flags = ["--model-name", MODEL, "--output-len", "20", "--json", "--prompts", TEXTS[0], "--end-id"]
+        done = server.client(*flags, str(late), str(early), kind=kind)
+        assert json.loads(done.stdout)["output_ids"] == [expected[late, early]], done.stderr
+    body = {"prompt": prompt_ids, "max_tokens": 20, "temperature": 0, "stop_token_ids": [late, early]}
+    usage = json.loads(post(f"http://127.0.0.1:{server.openai}/v1/completions", body))["usage"]
+    assert usage["total_tokens"] == len(expected[late, early])
+
+
+@pytest.mark.parametrize("kind", ["http", "grpc"])
+@pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["whole", "stream"])
+def test_client_chats(
+    server: Server, gpt2_source: tuple[Path, GPT2LMHeadModel], kind: str, stream: list[str], tmp_path: Path
+) -> None:
+    """Each answer is Hugging Face's continuation of the chat in its template."""
+    folder, model = gpt2_source
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in ({"prompt": "é"}, {"messages": talk}))
+    )
+    flags = ["--chat", "--prompts-file", str(tmp_path / "p.jsonl"), "--system", "Be kind.", "--output-len", "12"]
+    output = tmp_path / "o.jsonl"
+    done = server.client("--model-name", MODEL, *flags, "--output", str(output), *stream, kind=kind)
+    assert done.returncode == 0, done.stderr
+    first = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "é"}]
+    for messages, line in zip((first, talk), output.read_text().splitlines(), strict=True):
+        answer = json.loads(line)
+        options = {"chat_template": CHAT, "add_generation_prompt": True, "return_dict": False}
+        prompt_ids = tokenizer.apply_chat_template(messages, **options)
+        new = hf_greedy(model, prompt_ids, 12)
+        assert answer["messages"] == messages
+        assert answer["output_ids"] == [new if stream else prompt_ids + new]
+        assert answer["sentences"] == [tokenizer.decode(new, skip_special_tokens=True)]
+
+
 def test_a_short_request_does_not_wait_for_long_ones(server: Server) -> None:
     def ask(output_len: int) -> float:
         started = time.monotonic()
@@ -155,9 +220,9 @@ def test_client_shows_the_sentence_and_exits_1(server: Server) -> None:
     )
 
 
-def post(url: str, body: dict[str, Any], **headers: str) -> None:
+def post(url: str, body: dict[str, Any], **headers: str) -> bytes:
     headers["Content-Type"] = "application/json"
-    urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=60).read()
+    return urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=60).read()
 
 
 def test_both_front_ends_count_and_log(server: Server) -> None:

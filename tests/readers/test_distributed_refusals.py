@@ -100,7 +100,7 @@ BAD: dict[str, tuple[str, Edit, str]] = {
     "cut off metadata": (
         "torch_dist",
         lambda folder: (folder / ".metadata").write_bytes((folder / ".metadata").read_bytes()[:-100]),
-        "{w}/.metadata: not a readable PyTorch file (pickle data was truncated)",
+        "{w}/.metadata: not a readable pickle (EOFError)",
     ),
     "malformed places": (
         "torch_dist",

@@ -18,6 +18,7 @@ from tests.support.broken import (
     Evil,
     as_bin,
     drop,
+    end_token,
     fill,
     put,
     settings,
@@ -71,11 +72,11 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         "{hf}/config.json: layer_norm_epsilon is 0; it must lie between 0 and 1",
     ),
     "end token": (
-        settings(eos_token_id=50256),
+        end_token(50256),
         "{hf}/config.json: eos_token_id is 50256; it must be one of the 37 token ids",
     ),
     "no end token": (
-        lambda folder: (settings(eos_token_id=None)(folder), (folder / "generation_config.json").unlink()),
+        end_token(None),
         "{hf}/config.json: eos_token_id is None; it must be one of the 37 token ids",
     ),
     "no weights": (

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from convert import convert
-from tests.support.broken import drop, edit_config, fill, put, settings
+from tests.support.broken import drop, edit_config, end_token, fill, put, settings
 from tests.support.checkpoints import make_bloom, make_gpt2, make_opt, save, write_weights
 from tests.support.folders import cast, config_ini, weight_files
 from weights.model_config import ModelConfig
@@ -229,12 +229,12 @@ def test_config_ini(tmp_path: Path, case: str) -> None:
     ("config", "generation", "expected"),
     [
         (36, None, (36,)),
-        (36, 5, (36,)),  # a single id of generation_config.json is passed over
+        (36, 5, (5,)),
         (36, [5], (5,)),
         (36, [5, 36, 7, 5], (36, 5, 7)),  # config.json's id leads
         (36, [5, 7], (5, 7)),
         ([9, 8], None, (9, 8)),
-        ([9, 8], 5, (9, 8)),
+        ([9, 8], 5, (5,)),
         ([9, 8], [8, 9], (8, 9)),
         ([9], None, (9,)),
     ],
@@ -246,6 +246,9 @@ def test_end_tokens(config: Any, generation: Any, expected: tuple[int, ...], tmp
     path.write_text(json.dumps({} if generation is None else {"eos_token_id": generation}))
     found = ModelConfig.read(convert(tmp_path / "hf", tmp_path / "out", 1, "fp32") / "config.ini")
     assert (found.end_id, found.end_ids) == (expected[0], expected)
+    real = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").generation_config.eos_token_id
+    if generation is not None:  # without one, transformers' class may have a default of its own
+        assert set(expected) == set(real if isinstance(real, list) else [real])
     assert ("end_ids" in config_ini(tmp_path / "out/1-gpu")) == (len(expected) > 1)
 
 
@@ -305,15 +308,15 @@ OPT_BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         "{hf}/config.json: do_layer_norm_before is 'no'; it must be true or false",
     ),
     "end token": (
-        settings(eos_token_id=[2, 37]),
+        end_token([2, 37]),
         "{hf}/config.json: eos_token_id is [2, 37]; it must be one of the 37 token ids",
     ),
     "no end token": (
-        settings(eos_token_id=[]),
+        end_token([]),
         "{hf}/config.json: eos_token_id is []; it must be one of the 37 token ids",
     ),
     "end token that is text": (
-        settings(eos_token_id=["2"]),
+        end_token(["2"]),
         "{hf}/config.json: eos_token_id is ['2']; it must be one of the 37 token ids",
     ),
     "missing": (

@@ -60,6 +60,16 @@ def settings(**values: Any) -> Edit:
     return lambda folder: edit_config(folder, **values)
 
 
+def end_token(value: Any) -> Edit:
+    """An end token in config.json alone: generation_config.json's goes before it."""
+
+    def act(folder: Path) -> None:
+        (folder / "generation_config.json").unlink()
+        edit_config(folder, eos_token_id=value)
+
+    return act
+
+
 def truncated(folder: Path) -> None:
     path = folder / "model.safetensors"
     os.truncate(path, path.stat().st_size - 100)

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from convert import convert
 from engine.engine import Engine
+from serving.chat import ChatTemplate
 from serving.generation import Generator
 from serving.openai.frontend import OpenAIFlags, OpenAIFrontend
 from serving.openai.model import ServedModel
@@ -110,10 +111,12 @@ def openai_api(
     """
     engine = make_engine(convert(source, folder, 1, "fp32"), **limits)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    encoder = RequestEncoder(tokenizer, (tokenizer.eos_token_id,), len(tokenizer), engine.scheduler.max_seq_len)
     (port,) = free_ports(1)
     settings = OpenAIFlags(openai_port=port, **flags or {})
-    model = ServedModel("stories", "models/stories", encoder, settings.read_chat_template())
+    template = ChatTemplate(tokenizer, settings.read_chat_template())
+    limit = engine.scheduler.max_seq_len
+    encoder = RequestEncoder(tokenizer, (tokenizer.eos_token_id,), len(tokenizer), limit, chat_template=template)
+    model = ServedModel("stories", "models/stories", encoder)
     generator = Generator(engine, encoder, None if refused is None else _Refused(refused))
     frontend = OpenAIFrontend(settings, "127.0.0.1", generator, model, lambda accept: (b"", "text/plain"))
     thread = threading.Thread(target=_run, args=(engine,))
