@@ -227,7 +227,7 @@ def test_sequences_end_at_the_window(
         ),
         (dict(rope_parameters=7), "rope_parameters is 7; settings are expected"),
         (dict(num_key_value_heads=0), "num_key_value_heads is 0; it must be a whole number of at least 1"),
-        (dict(num_key_value_heads=3), "config.ini: kv_head_num is 3; it must divide the 8 heads of queries"),
+        (dict(num_key_value_heads=3), "config.json: kv_head_num is 3; it must divide the 8 heads of queries"),
         (dict(head_dim=True), "head_dim is True; it must be a whole number of at least 1"),
         (dict(attention_bias="yes"), "attention_bias is 'yes'; it must be true or false"),
         (dict(num_hidden_layers=3), "unexpected tensor model.layers.3."),
