@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import torch
 
 MAX_PICKLE_BYTES = 32 << 20  # a checkpoint of 10 000 tensors has 2 MB
-_MAX_OPERATIONS = 1_000_000  # 40 for each tensor
+_MAX_OPERATIONS = 2_000_000  # 40 for each tensor, or for each shard of one
 _MAX_TUPLE = 100_000  # elements of a tuple and of the tuples in it, each as often as it is there
 _BUILDS = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "REDUCE", "NEWOBJ")  # whose result is as large as what it is made of
 _PUTS, _GETS = ("PUT", "BINPUT", "LONG_BINPUT"), ("GET", "BINGET", "LONG_BINGET")

@@ -294,7 +294,7 @@ ATTACKS = {
     "bin: hash bomb of old": hf(
         "a tuple of more than 100,000", lambda folder: (folder / _WEIGHTS).unlink(), raw(_BIN, HASH_BOMB)
     ),
-    "bin: a million marks": hf("more than 1,000,000 operations", packed(b"\x80\2" + b"(" * 10**6 + b"t" * 10**6)),
+    "bin: millions of marks": hf("more than 2,000,000 operations", packed(b"\x80\2" + b"(" * 2 * 10**6 + b"t" * 10**6)),
     "bin: stretched tensor": hf("the file holds fewer elements", in_bin(stretched), settings(vocab_size=10**9)),
     "bin: sparse tensor": hf(
         "is no plain tensor", in_bin(lambda t: t.update({"transformer.wte.weight": torch.eye(303).to_sparse()}))
@@ -341,7 +341,9 @@ ATTACKS = {
     "metadata: hash bomb": distributed("a tuple of more than 100,000", metadata(HASH_BOMB)),
     "metadata: memo bomb": distributed("not the metadata of a checkpoint", metadata(MEMO_BOMB)),
     "metadata: 20 GB": distributed("21,474,836,480 bytes", long(".metadata", 20 << 30)),
-    "metadata: a million marks": distributed("more than 1,000,000 operations", metadata(b"\x80\2" + b"(" * 2 * 10**6)),
+    "metadata: millions of marks": distributed(
+        "more than 2,000,000 operations", metadata(b"\x80\2" + b"(" * 3 * 10**6)
+    ),
     "metadata: long text": distributed("not a readable", metadata(b"\x80\4\x8d" + struct.pack("<Q", 1 << 40) + b".")),
     "metadata: code": distributed("asks for os.system", metadata(b"cos\nsystem\n.")),
     "metadata: long code": distributed("checkpoint's metadata only", metadata(b"c" + _LONG.encode() + b"\ny\n.")),
