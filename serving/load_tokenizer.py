@@ -8,6 +8,7 @@ and where memory ends, the `tokenizers` package ends the process.
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -20,6 +21,7 @@ _LARGEST_FILE = 16 << 20
 _MEMORY_BYTES = 1 << 30  # of the trial's address space; a vocabulary of 256 000 tokens takes 0.4 GiB
 _CPU_S = 5  # seconds of the processor; such a vocabulary takes 1
 _TIMEOUT_S = 60.0  # a guard for a busy machine
+_ONE_THREAD = {"RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}  # each more would take address space by the core
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -49,6 +51,7 @@ def _try(path: Path) -> None:
     try:
         done = subprocess.run(
             [sys.executable, "-I", __file__, str(path)],
+            env=os.environ | _ONE_THREAD,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=_TIMEOUT_S,
