@@ -77,24 +77,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
         "--output; a second Ctrl-C ends at once",
         formatter_class=_Formatter,
     )
-    group = parser.add_argument_group("prompts (one of these; default: four short prompts)")
-    work = group.add_mutually_exclusive_group()
-    work.add_argument("--prompts", nargs="+", metavar="PROMPT", help="texts to continue")
-    work.add_argument(
-        "--prompts-file",
-        metavar="FILE",
-        help="a text per line; FILE.jsonl: an object per line with prompt, input_ids or messages, and any parameter "
-        "below, by its flag's name with underscores or its tensor's name, which goes before the flag; -: texts from "
-        "stdin",
-    )
-    work.add_argument("--bench", action="store_true", help="measure latency and throughput under load")
-    group.add_argument(
-        "--chat",
-        action="store_true",
-        help="prompts are a user's messages: the server puts them into the model's chat template, and the text is the "
-        "answer alone",
-    )
-    group.add_argument("--system", metavar="TEXT", help="with --chat: a system message before each prompt")
+    _add_prompt_flags(parser)
     group = parser.add_argument_group("the server")
     group.add_argument("--url", type=_url, default="http://localhost:8000", help="http://host:port, grpc://… or host")
     group.add_argument("--model-name", default="gpt2", help="the model's name in Triton")
@@ -129,6 +112,27 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     if not (flags.prompts or flags.prompts_file or flags.bench):
         flags.prompts = list(DEFAULT_PROMPTS)
     return flags
+
+
+def _add_prompt_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompts (one of these; default: four short prompts)")
+    work = group.add_mutually_exclusive_group()
+    work.add_argument("--prompts", nargs="+", metavar="PROMPT", help="texts to continue")
+    work.add_argument(
+        "--prompts-file",
+        metavar="FILE",
+        help="a text per line; FILE.jsonl: an object per line with prompt, input_ids or messages, and any parameter "
+        "below, by its flag's name with underscores or its tensor's name, which goes before the flag; -: texts from "
+        "stdin",
+    )
+    work.add_argument("--bench", action="store_true", help="measure latency and throughput under load")
+    group.add_argument(
+        "--chat",
+        action="store_true",
+        help="prompts are a user's messages: the server puts them into the model's chat template, and the text is the "
+        "answer alone",
+    )
+    group.add_argument("--system", metavar="TEXT", help="with --chat: a system message before each prompt")
 
 
 def _add_bench_flags(parser: argparse.ArgumentParser) -> None:

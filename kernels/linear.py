@@ -6,13 +6,12 @@ kernels at 56 to 109 % of 4.3 TB/s (one row, H200). Stateless.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 
 from kernels import dependent_launch, int8_widen, runs_on
 from kernels.activation import ACTIVATIONS
+from kernels.linear_plans import SPLIT_COUNTERS, plan
 
 try:
     import triton
@@ -23,17 +22,8 @@ try:
 except ImportError:  # a CPU-only torch comes without it
     triton = None
 
-_SPLIT_COUNTERS = 4096  # output tiles that may be split; a launch has fewer
-_FEW_ROWS = 32  # beyond, cuBLAS is as quick
-_FEW_INT8_ROWS = 256  # beyond, on an H200, widening the weights and cuBLAS are quicker
-_MOST_SPLITS = 4
-_VOCABULARY = 32768  # outputs of an LM head
-_LARGE = 32 << 20  # elements of W from which cuBLAS is as quick for more than 16 rows
 _CUBLAS_GELU = {"gelu_tanh": True, "relu": False}  # activations at a product's end: whether it is GELU
 _HAS_WIDE_RESULTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)  # mm's out_dtype
-_LONG = 24576  # ins whose sum is always split
-_MOST_GATED_PROGRAMS = 396  # of tiles of 32 outputs: three for each multiprocessor
-_WANTED_PROGRAMS = 160  # of tiles of 64 outputs: at least one for each multiprocessor
 
 
 def make_workspace(device: torch.device) -> torch.Tensor:
@@ -41,7 +31,7 @@ def make_workspace(device: torch.device) -> torch.Tensor:
 
     It is zeros before a call, and the call leaves it zeros.
     """
-    return torch.zeros(_SPLIT_COUNTERS, dtype=torch.int32, device=device)
+    return torch.zeros(SPLIT_COUNTERS, dtype=torch.int32, device=device)
 
 
 def reference(
@@ -141,81 +131,6 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sca
         raise ValueError(f"scales are {scales.dtype} {list(scales.shape)}; they must be fp32 [{weight.shape[0]}]")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
         raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}; it must be {x.dtype} [{weight.shape[0]}]")
-
-
-class TilePlan(NamedTuple):
-    """How a launch cuts its work into programs."""
-
-    block_m: int  # rows of a tile; 1: the kernel for one row
-    block_n: int  # outs of a tile
-    block_k: int  # ins that a program reads at once
-    splits: int  # of the in axis
-    warps: int
-    stages: int  # of the pipeline
-
-
-def plan(rows: int, num_out: int, num_in: int, is_int8: bool, is_gated: bool) -> TilePlan | None:
-    """The plan for x [rows, num_in] and weight [num_out, num_in], as measured on an H200; None: cuBLAS."""
-    if not 0 < rows <= (_FEW_INT8_ROWS if is_int8 else _FEW_ROWS):
-        return None
-    if rows == 1:
-        return _plan_one_row(num_out, num_in)
-    if is_int8:
-        return _plan_int8(rows, num_out, num_in, is_gated)
-    block_m = 16 if rows <= 16 else 32
-    if is_gated:  # two tiles of W each
-        block_n, stages = (32, 4) if num_out // 64 <= _MOST_GATED_PROGRAMS else (64, 3)
-        return TilePlan(block_m, block_n, 128, 1, 4, stages)
-    is_vocabulary = num_out >= _VOCABULARY
-    if rows > 16 and (is_vocabulary or num_out * num_in >= _LARGE):
-        return None
-    if is_vocabulary:
-        return TilePlan(block_m, 128, 64, 1, 4, 5)
-    tiles = -(-num_out // 64)
-    if tiles < 48 and rows <= 16:
-        return TilePlan(block_m, 64, 256, min(_MOST_SPLITS, max(1, num_in // 256)), 4, 3)
-    splits = 1
-    while splits < _MOST_SPLITS and (tiles * splits * 2 <= _WANTED_PROGRAMS or num_in >= _LONG):
-        splits *= 2
-    stages = 4 if num_in >= _LONG or num_out >= 4 * num_in >= 16384 else 5
-    least = 1024 if tiles >= 48 else 512  # ins of a split
-    return TilePlan(block_m, 64, 128, min(splits, max(1, num_in // least)), 4, stages)
-
-
-def _plan_one_row(num_out: int, num_in: int) -> TilePlan:
-    if num_out >= _VOCABULARY:
-        block_n, block_k, warps = (4, 1024, 4) if num_in <= 2048 else (2, 2048, 4)
-    elif num_in >= 16384 or (num_in == 2048 and num_out == 6144):
-        block_n, block_k, warps = 4, 1024, 4
-    elif num_in >= 8192:
-        block_n, block_k, warps = 8, 1024, 8
-    elif num_in >= 4096 or num_in == num_out == 2048:
-        block_n, block_k, warps = 2, 2048, 4
-    else:
-        block_n, block_k, warps = (4, 1024, 4) if num_out <= 1024 else (2, 1024, 2)
-    divisor = num_in & -num_in  # the largest power of two that divides it
-    if 128 <= divisor < block_k:  # whole blocks, without masks
-        block_k = divisor
-    return TilePlan(1, block_n, block_k, 1, warps, 1)
-
-
-def _plan_int8(rows: int, num_out: int, num_in: int, is_gated: bool) -> TilePlan:
-    """`wanted` programs keep the H200's 132 multiprocessors busy; with fewer tiles the in axis is split."""
-    if rows <= 16:
-        block_m, block_n, block_k, warps, stages, wanted = 16, 32, 256, 2, 3, 512
-    elif rows <= 32:
-        block_m, block_n, block_k, warps, stages, wanted = 32, 64, 128, 2, 3, 512
-    elif rows <= 64:
-        block_m, block_n, block_k, warps, stages, wanted = 64, 64, 128, 4, 3, 256
-    elif rows <= 128 or is_gated:
-        block_m, block_n, block_k, warps, stages, wanted = 128, 64, 128, 4, 3, 256
-    else:
-        block_m, block_n, block_k, warps, stages, wanted = 128, 128, 64, 8, 4, 256
-    if is_gated:  # two tiles of W each
-        return TilePlan(block_m, block_n // 2, block_k, 1, warps, stages)
-    tiles = -(-num_out // block_n) * -(-rows // block_m)
-    splits = min(round(wanted / tiles), num_in // (2 * block_k)) if tiles <= _SPLIT_COUNTERS else 1
-    return TilePlan(block_m, block_n, block_k, max(1, splits), warps, stages)
 
 
 if triton is not None:
