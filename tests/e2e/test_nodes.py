@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -100,11 +101,19 @@ def test_two_nodes_answer_and_drain(nodes: Nodes, tp: int, pp: int) -> None:
 STEP_TIMEOUT_S = 5
 
 
+def _name(process: psutil.Process) -> str:
+    """Empty where it is gone by now."""
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
+
+
 def seconds_until_gone(nodes: Nodes, *names: str) -> float:
     """Cut the cable and wait until all processes of the job are gone, on both nodes, but for those of these names."""
     nodes.cut()
     started = time.monotonic()
-    while left := [process for process in nodes.processes() if process.name() not in names]:
+    while left := [name for name in map(_name, nodes.processes()) if name and name not in names]:
         assert time.monotonic() - started < 30, left
         time.sleep(0.1)
     return time.monotonic() - started

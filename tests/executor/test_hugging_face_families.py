@@ -255,10 +255,10 @@ def test_what_is_not_computed_is_refused(tmp_path: Path, changes: dict[str, Any]
         (
             "gpt-neox",
             dict(rope_parameters=..., rotary_pct=0.2),
-            "config.ini: rotary_embedding is 3; it must be even, and at most size_per_head 16",
+            "config.json: rotary_embedding is 3; it must be even, and at most size_per_head 16",
         ),
         ("gpt-j", dict(rotary_dim=None), "rotary_dim is None; it must be a whole number of at least 1"),
-        ("gpt-j", dict(rotary_dim=3), "config.ini: rotary_embedding is 3; it must be even"),
+        ("gpt-j", dict(rotary_dim=3), "config.json: rotary_embedding is 3; it must be even"),
         ("gpt-j", dict(activation_function="silu"), "activation_function 'silu' is not supported"),
         ("phi", dict(qk_layernorm=True), "tensor layers.0.self_attn.q_layernorm.weight is missing, and 15 more"),
         ("phi", dict(quantization_config={"bits": 4}), "quantization_config is {'bits': 4}; only None is supported"),
