@@ -18,8 +18,10 @@ from readers.gpt_neox import GPTNeoXReader
 from readers.gptj import GPTJReader
 from readers.llama import LlamaReader
 from readers.megatron import MegatronReader, is_megatron_folder
+from readers.megatron_bridge import BridgeReader, is_bridge_folder
 from readers.mistral import MistralReader
 from readers.nemo import NemoReader, is_nemo_folder
+from readers.nemo2 import Nemo2Reader, is_nemo2_folder
 from readers.nemotron import NemotronReader
 from readers.opt import OPTReader
 from readers.phi import PhiReader
@@ -84,6 +86,10 @@ def open_reader(source: Path, options: SourceOptions, scratch: Path) -> Reader:
         raise ValueError(f"{source}: no such folder")
     if source.is_file() or is_nemo_folder(source):
         return NemoReader(source, options, scratch)
+    if is_nemo2_folder(source):
+        return Nemo2Reader(source, options)
+    if is_bridge_folder(source):
+        return BridgeReader(source, options)
     path = source / "config.json"
     if not path.is_file():
         if is_megatron_folder(source):
