@@ -100,8 +100,8 @@ def open_reader(source: Path, options: SourceOptions, scratch: Path) -> Reader:
         if archives:
             raise ValueError(f"{source}: {len(archives)} .nemo archives; give one of them")
         raise ValueError(
-            f"{source}: no config.json (Hugging Face), model_config.yaml (NeMo) or files of ranks (Megatron-LM), "
-            f"so this is not a checkpoint"
+            f"{source}: no config.json (Hugging Face), model_config.yaml (NeMo), context/model.yaml (NeMo 2), "
+            f"run_config.yaml (Megatron-Bridge) or files of ranks (Megatron-LM), so this is not a checkpoint"
         )
     if options != SourceOptions():
         raise ValueError(f"{source}: a Hugging Face checkpoint, which takes neither --tokenizer nor --num-heads")

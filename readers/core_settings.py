@@ -153,7 +153,7 @@ def check_class(values: dict[str, Any], name: str) -> None:
     target = values.get("_target_")
     if not isinstance(target, str) or not _CLASSES.fullmatch(target):
         raise ValueError(
-            f"{name}: _target_ is {reprlib.repr(target)}; supported: the classes for GPT, Llama, Mistral, Nemotron, "
+            f"{name}: _target_ is {_shown(target)}; supported: the classes for GPT, Llama, Mistral, Nemotron, "
             f"Qwen and StarCoder of NeMo 2 and Megatron-Bridge"
         )
 

@@ -10,7 +10,6 @@ nemo/collections/common/tokenizers (huggingface/auto_tokenizer.py, sentencepiece
 
 from __future__ import annotations
 
-import reprlib
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -99,7 +98,7 @@ class Nemo2Reader(CoreReader):
         if kind == "AutoTokenizer":
             return self._hugging_face(settings)
         raise ValueError(
-            f"{name}: _target_ is {reprlib.repr(target)}; supported: AutoTokenizer, SentencePieceTokenizer; "
+            f"{name}: _target_ is {target!r:.200}; supported: AutoTokenizer, SentencePieceTokenizer; "
             f"--tokenizer names another"
         )
 
@@ -131,7 +130,7 @@ class Nemo2Reader(CoreReader):
         path = self.source / "context" / name
         if name in ("", "..") or not path.exists():
             raise ValueError(
-                f"{settings.name}: {key} is {reprlib.repr(value)}, and there is no such file in "
+                f"{settings.name}: {key} is {value!r:.200}, and there is no such file in "
                 f"{self.source / 'context'}; --tokenizer names another"
             )
         return path

@@ -45,8 +45,8 @@ class SourceOptions:
 
     tokenizer: Path | None = flag(
         None,
-        "NeMo, Megatron-LM: a .model file, or a folder with vocab.json and merges.txt, tokenizer.model or "
-        "tokenizer.json; by default the checkpoint's own, or the one beside it",
+        "NeMo, Megatron-LM, Megatron-Bridge: a .model file, or a folder with vocab.json and merges.txt, "
+        "tokenizer.model or tokenizer.json; by default the checkpoint's own, or the one beside it",
         type=Path,
     )
     num_heads: int | None = flag(None, "Megatron-LM: attention heads, for a checkpoint without arguments", type=int)
