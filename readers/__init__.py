@@ -86,12 +86,12 @@ def open_reader(source: Path, options: SourceOptions, scratch: Path) -> Reader:
         raise ValueError(f"{source}: no such folder")
     if source.is_file() or is_nemo_folder(source):
         return NemoReader(source, options, scratch)
-    if is_nemo2_folder(source):
-        return Nemo2Reader(source, options)
-    if is_bridge_folder(source):
-        return BridgeReader(source, options)
     path = source / "config.json"
     if not path.is_file():
+        if is_nemo2_folder(source):
+            return Nemo2Reader(source, options)
+        if is_bridge_folder(source):  # which has files of Megatron-LM's names too
+            return BridgeReader(source, options)
         if is_megatron_folder(source):
             return MegatronReader(source, options)
         archives = list(source.glob("*.nemo"))

@@ -21,6 +21,7 @@ from readers.archive import file_place, folder_files
 from readers.core_settings import CoreReader, core_settings
 from readers.distributed import DistributedCheckpoint
 from readers.megatron import latest_iteration
+from readers.pickles import check_tensor
 from readers.settings_file import read_yaml
 from readers.sharded import Settings, SourceOptions
 from readers.tokens import CheckpointTokenizer
@@ -93,6 +94,7 @@ def _iteration(source: Path) -> Path:
     step = load(file_place(path))[0].get("step")
     if not isinstance(step, torch.Tensor) or step.numel() != 1 or step.dtype != torch.int64:
         raise ValueError(f"{path}: step is {type(step).__name__}; a whole number in a tensor is expected")
+    check_tensor(step, f"{path}: step")
     folder = source / f"iter_{int(step):07d}"
     if not folder.is_dir():
         raise ValueError(f"{path}: names {folder.name}, and there is no such folder")

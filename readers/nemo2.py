@@ -26,6 +26,7 @@ _MODEL = "context/model.yaml"
 _ADAPTER = "weights/adapter_metadata.json"
 _MARKS = (_MODEL, "context/io.json", "weights/metadata.json", "weights/.metadata")
 _FOLDERS = ("nemo_tokenizer", "artifacts")  # of Hugging Face's files
+_LONGEST_NAME = 255  # bytes, of a file; Linux raises an error for a longer one
 _ROLES = tuple(f"{role}_token" for role in ("unk", "mask", "pad", "sep", "eos", "bos", "cls"))
 
 
@@ -43,9 +44,10 @@ class Nemo2Reader(CoreReader):
         self._options = options
         if options.num_heads is not None:
             raise ValueError(f"{source}: --num-heads is for Megatron-LM's checkpoints without arguments only")
-        for name, why in ((_MODEL, "; io.json lacks the defaults of its classes"), ("weights", "")):
-            if not (source / name).exists():
-                raise ValueError(f"{source}: {name} is missing{why}")
+        if not (source / _MODEL).is_file():
+            raise ValueError(f"{source}: {_MODEL} is missing; io.json lacks the defaults of its classes")
+        if not (source / "weights").is_dir():
+            raise ValueError(f"{source}: weights is missing")
         if (source / _ADAPTER).exists():
             raise ValueError(f"{source / _ADAPTER}: the weights are an adapter's; merge it into its model first")
         self.weights_files = DistributedCheckpoint(folder_files(source / "weights"), str(source / "weights"))
@@ -128,7 +130,7 @@ class Nemo2Reader(CoreReader):
             return None
         name = PurePosixPath(value).name if isinstance(value, str) else ""
         path = self.source / "context" / name
-        if name in ("", "..") or not path.exists():
+        if not 0 < len(name.encode(errors="replace")) <= _LONGEST_NAME or name == ".." or not path.exists():
             raise ValueError(
                 f"{settings.name}: {key} is {value!r:.200}, and there is no such file in "
                 f"{self.source / 'context'}; --tokenizer names another"

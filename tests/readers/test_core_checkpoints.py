@@ -15,7 +15,11 @@ import transformers
 import yaml
 
 from convert import convert
-from readers import SourceOptions
+from readers import SourceOptions, open_reader
+from readers.gpt2 import GPT2Reader
+from readers.megatron_bridge import BridgeReader
+from readers.shards import Trained
+from tests.support.checkpoints import make_gpt2
 from tests.support.core_checkpoints import NEMO_CLASSES, write_bridge, write_nemo2
 from tests.support.folders import weight_files
 from tests.support.modern_checkpoints import ModernGPT
@@ -77,6 +81,96 @@ def test_logits_and_tokens_are_the_references(name: str, tp: int, tmp_path: Path
     expected = [model.greedy(ids, NEW_TOKENS) for ids in PROMPTS]
     assert len({tuple(tokens) for tokens in expected}) == len(PROMPTS)  # else it is too dull to tell
     assert first_outputs(run_engine(folder, greedy_items(PROMPTS, NEW_TOKENS), tp, 1)) == expected
+
+
+# Of the run_config.yaml that a published training log of Megatron-Bridge prints, Llama 3.2 1B in October 2025.
+PRINTED = """
+_target_: megatron.bridge.models.llama.llama_provider.Llama31ModelProvider
+activation_func: {_call_: false, _target_: torch.nn.functional.silu}
+activation_func_clamp_value: null
+add_bias_linear: false
+add_qkv_bias: false
+apply_query_key_layer_scaling: false
+apply_residual_connection_post_layernorm: false
+attention_backend: {_args_: [5], _call_: true, _target_: megatron.core.transformer.enums.AttnBackend}
+attention_softmax_in_fp32: false
+bias_activation_fusion: true
+ffn_hidden_size: 8192
+gated_linear_unit: true
+glu_linear_offset: 0.0
+heterogeneous_block_specs: false
+hidden_size: 2048
+high_freq_factor: 4.0
+is_hybrid_model: false
+kv_channels: 64
+layernorm_epsilon: 1.0e-05
+layernorm_zero_centered_gamma: false
+low_freq_factor: 1.0
+mrope_section: null
+mtp_enabled: false
+mtp_num_layers: null
+multi_latent_attention: false
+no_rope_freq: null
+normalization: RMSNorm
+num_attention_heads: 32
+num_layers: 16
+num_moe_experts: null
+num_query_groups: 8
+old_context_len: 8192
+position_embedding_type: rope
+qk_layernorm: false
+restore_modelopt_state: false
+rotary_base: 500000.0
+rotary_interleaved: false
+rotary_percent: 1.0
+scale_factor: 32.0
+seq_len_interpolation_factor: null
+seq_length: 131072
+share_embeddings_and_output_weights: true
+softmax_scale: null
+softmax_type: vanilla
+transformer_impl: transformer_engine
+transformer_layer_spec: {_call_: false, _target_: megatron.bridge.models.gpt_provider.default_layer_spec}
+use_te_activation_func: false
+use_transformer_engine_full_layer_spec: false
+use_transformer_engine_op_fuser: null
+virtual_pipeline_model_parallel_size: null
+window_attn_skip_freq: null
+window_size: null
+"""
+
+
+def test_a_printed_run_config(tmp_path: Path) -> None:
+    (tmp_path / "run_config.yaml").write_text(yaml.safe_dump({"model": yaml.safe_load(PRINTED), "peft": None}))
+    reader = open_reader(tmp_path, SourceOptions(), tmp_path)
+    assert isinstance(reader, BridgeReader)
+    assert reader.shape() == dict(
+        head_num=32,
+        kv_head_num=8,
+        size_per_head=64,
+        hidden_size=2048,
+        inter_size=8192,
+        num_layer=16,
+        layernorm_eps=1e-5,
+        normalization_type="rmsnorm",
+        activation_type="swiglu",
+        has_positional_encoding=False,
+        rotary_embedding=64,
+        rotary_base=500000.0,
+        rotary_interpolation_factor=32.0,
+        rotary_low_freq_factor=1.0,
+        rotary_high_freq_factor=4.0,
+        rotary_trained_positions=8192,
+        max_pos_seq_len=131072,
+    )
+    assert reader.trained == Trained(32, 8, has_biases=False, has_qkv_bias=False, ties_head=True)
+
+
+def test_an_iteration_in_hugging_faces_format(tmp_path: Path) -> None:
+    """Megatron-Bridge can write its iterations so; run_config.yaml lies beside config.json."""
+    make_gpt2(tmp_path)
+    (tmp_path / "run_config.yaml").write_text("model: {}")
+    assert isinstance(open_reader(tmp_path, SourceOptions(), tmp_path), GPT2Reader)
 
 
 # --- layouts ---

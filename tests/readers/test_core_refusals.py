@@ -232,6 +232,12 @@ FILES: dict[str, tuple[str, Edit, str]] = {
         f"{MODEL}: tokenizer: pretrained_model_name is 'nemo_tokenizer/..', and there is no such file in "
         f"SOURCE/context; --tokenizer names another",
     ),
+    "tokenizer's name is too long": (
+        "nemo",
+        tokenizer("nemo", _target_=AUTO, pretrained_model_name="/" + "x" * 300),
+        f"{MODEL}: tokenizer: pretrained_model_name is '/{'x' * 198}, and there is no such file in SOURCE/context; "
+        f"--tokenizer names another",
+    ),
     "tokenizer's name is a path": (
         "nemo",
         tokenizer("nemo", _target_=AUTO, pretrained_model_name={"attr": "/etc", "skip": True}),
@@ -279,6 +285,11 @@ FILES: dict[str, tuple[str, Edit, str]] = {
         "bridge",
         save("latest_train_state.pt", {"step": "7"}),
         "SOURCE/latest_train_state.pt: step is str; a whole number in a tensor is expected",
+    ),
+    "sparse step": (
+        "bridge",
+        save("latest_train_state.pt", {"step": torch.ones(1, dtype=torch.int64).to_sparse()}),
+        "SOURCE/latest_train_state.pt: step is no plain tensor: sparse_coo on cpu",
     ),
     "hostile state": (
         "bridge",
