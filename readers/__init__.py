@@ -18,8 +18,10 @@ from readers.gpt_neox import GPTNeoXReader
 from readers.gptj import GPTJReader
 from readers.llama import LlamaReader
 from readers.megatron import MegatronReader, is_megatron_folder
+from readers.megatron_bridge import BridgeReader, is_bridge_folder
 from readers.mistral import MistralReader
 from readers.nemo import NemoReader, is_nemo_folder
+from readers.nemo2 import Nemo2Reader, is_nemo2_folder
 from readers.nemotron import NemotronReader
 from readers.opt import OPTReader
 from readers.phi import PhiReader
@@ -86,6 +88,10 @@ def open_reader(source: Path, options: SourceOptions, scratch: Path) -> Reader:
         return NemoReader(source, options, scratch)
     path = source / "config.json"
     if not path.is_file():
+        if is_nemo2_folder(source):
+            return Nemo2Reader(source, options)
+        if is_bridge_folder(source):  # which has files of Megatron-LM's names too
+            return BridgeReader(source, options)
         if is_megatron_folder(source):
             return MegatronReader(source, options)
         archives = list(source.glob("*.nemo"))
@@ -94,8 +100,8 @@ def open_reader(source: Path, options: SourceOptions, scratch: Path) -> Reader:
         if archives:
             raise ValueError(f"{source}: {len(archives)} .nemo archives; give one of them")
         raise ValueError(
-            f"{source}: no config.json (Hugging Face), model_config.yaml (NeMo) or files of ranks (Megatron-LM), "
-            f"so this is not a checkpoint"
+            f"{source}: no config.json (Hugging Face), model_config.yaml (NeMo), context/model.yaml (NeMo 2), "
+            f"run_config.yaml (Megatron-Bridge) or files of ranks (Megatron-LM), so this is not a checkpoint"
         )
     if options != SourceOptions():
         raise ValueError(f"{source}: a Hugging Face checkpoint, which takes neither --tokenizer nor --num-heads")

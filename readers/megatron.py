@@ -63,7 +63,7 @@ class MegatronReader(ShardedReader):
         """Raises ValueError where files are missing."""
         self._source = source
         self._options = options
-        folder = _iteration(source)
+        folder = latest_iteration(source)
         self._distributed = None
         if any((folder / name).is_file() for name in _DISTRIBUTED_FILES):
             self._distributed = DistributedCheckpoint(folder_files(folder), str(folder))
@@ -211,8 +211,8 @@ def _state(content: dict[str, Any]) -> dict[str, Any]:
     return content.get("model", {})
 
 
-def _iteration(source: Path) -> Path:
-    """The folder of the latest iteration, as the tracker file says, or the only one there is."""
+def latest_iteration(source: Path) -> Path:
+    """The folder of the latest iteration, as the tracker file says, or the only one there is. Raises ValueError."""
     tracker = source / _TRACKER
     if tracker.is_file():
         text = tracker.read_text(errors="replace").strip()

@@ -1,6 +1,6 @@
-"""Shared by the readers of NeMo's and Megatron-LM's checkpoints: checked settings, and the way from them to the table.
+"""Shared by the readers of NeMo's and Megatron's checkpoints: checked settings, and the way from them to the table.
 
-Each of the two readers finds its files, settings and tokenizer; readers.shards knows the tensors.
+Each of these readers finds its files, settings and tokenizer; readers.shards knows the tensors.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class SourceOptions:
 
     tokenizer: Path | None = flag(
         None,
-        "NeMo, Megatron-LM: a .model file, or a folder with vocab.json and merges.txt, tokenizer.model or "
-        "tokenizer.json; by default the checkpoint's own, or the one beside it",
+        "NeMo, Megatron-LM, Megatron-Bridge: a .model file, or a folder with vocab.json and merges.txt, "
+        "tokenizer.model or tokenizer.json; by default the checkpoint's own, or the one beside it",
         type=Path,
     )
     num_heads: int | None = flag(None, "Megatron-LM: attention heads, for a checkpoint without arguments", type=int)
@@ -206,9 +206,11 @@ def query_groups(settings: Settings, heads: int, default: int | None = None) -> 
     return groups
 
 
-def rotation(settings: Settings, head_dim: int, share_key: str, factor_key: str) -> dict[str, Any]:
+def rotation(
+    settings: Settings, head_dim: int, share_key: str, factor_key: str, length_key: str = "max_position_embeddings"
+) -> dict[str, Any]:
     """ModelConfig's rotary fields. share_key: the setting for the rotated share of a head; factor_key: for the divisor
-    of positions.
+    of positions; length_key: for the length of training.
 
     max_pos_seq_len is the length of training, no limit for such a model. Raises ValueError.
     """
@@ -225,7 +227,7 @@ def rotation(settings: Settings, head_dim: int, share_key: str, factor_key: str)
         "rotary_embedding": num_turned,
         "rotary_base": settings.positive("rotary_base", 10000),
         "rotary_interpolation_factor": settings.positive(factor_key, 1),
-        "max_pos_seq_len": settings.size("max_position_embeddings"),
+        "max_pos_seq_len": settings.size(length_key),
     }
 
 

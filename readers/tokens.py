@@ -132,8 +132,11 @@ def find_files(path: Path) -> list[Path]:
     return []
 
 
-def from_path(path: Path) -> CheckpointTokenizer:
-    """The tokenizer of a folder or of a .model file. Raises ValueError where there is none."""
+def from_path(path: Path, special_tokens: Any = None) -> CheckpointTokenizer:
+    """The tokenizer of a folder or of a .model file, with NeMo's special tokens. Raises ValueError where there is none.
+
+    A .model file takes no special tokens here.
+    """
     files = find_files(path)
     if not files:
         raise ValueError(
@@ -143,13 +146,15 @@ def from_path(path: Path) -> CheckpointTokenizer:
     if files[0].suffix == ".model":
         return sentencepiece(file_place(files[0]))
     if len(files) == 2 and files[1].suffix == ".txt":
-        return gpt2_bpe(*map(file_place, files))
+        return gpt2_bpe(file_place(files[0]), file_place(files[1]), special_tokens)
     from transformers import PreTrainedTokenizerFast
 
     try:
-        return CheckpointTokenizer(PreTrainedTokenizerFast.from_pretrained(path), str(path))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     except Exception as error:  # as above
         raise ValueError(f"{path}: no tokenizer that transformers can read ({' '.join(str(error).split())})") from None
+    _add(tokenizer, _in_order(special_tokens))
+    return CheckpointTokenizer(tokenizer, str(path))
 
 
 def _wrap(core: Tokenizer, roles: Mapping[str, str | None], split_special: bool) -> PreTrainedTokenizerFast:

@@ -35,8 +35,8 @@ WPE, LN = "transformer.wpe.weight", "transformer.h.1.ln_2.bias"
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (
         lambda folder: (folder / "config.json").unlink(),
-        "{hf}: no config.json (Hugging Face), model_config.yaml (NeMo) or files of ranks (Megatron-LM), "
-        "so this is not a checkpoint",
+        "{hf}: no config.json (Hugging Face), model_config.yaml (NeMo), context/model.yaml (NeMo 2), "
+        "run_config.yaml (Megatron-Bridge) or files of ranks (Megatron-LM), so this is not a checkpoint",
     ),
     "config is no JSON": (
         lambda folder: (folder / "config.json").write_text("{'a': 1}"),

@@ -17,6 +17,7 @@ from readers.archive import file_place
 from readers.tokens import from_path
 from readers.tokens import sentencepiece as read_model
 from serving.text import TextStream
+from tests.support.core_checkpoints import write_nemo2
 from tests.support.folders import config_ini
 from tests.support.nemo_checkpoints import TinyGPT, write_nemo
 
@@ -133,6 +134,26 @@ def test_nemo_archive_with_sentencepiece(
     assert tokenizer.encode(plain) == theirs.encode(plain)
     spelled = tokenizer.encode("to </s>, say")
     assert (2 in spelled) is any("special_tokens" in name for name in settings)  # else it is text, as in NeMo
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize(("legacy", "end_id"), [(False, 2), (True, 270)])
+def test_nemo_2_with_sentencepiece(legacy: bool, end_id: int, tmp_path: Path) -> None:
+    """The file's name is the last part of the one in training; special tokens need `legacy`."""
+    data = train(model_type="bpe", vocab_size=270, hard_vocab_limit=True, character_coverage=0.98)
+    tokenizer = {
+        "_target_": "nemo.collections.common.tokenizers.sentencepiece_tokenizer.SentencePieceTokenizer",
+        "model_path": "/training/words.model",
+        "special_tokens": {"eos_token": "<eot>"} if legacy else None,
+        "legacy": legacy,
+    }
+    source = write_nemo2(tmp_path / "m", TinyGPT(), {"tokenizer": tokenizer})
+    (source / "context/words.model").write_bytes(data)
+    folder = convert.convert(source, tmp_path / "out", 1, "fp32")
+    assert config_ini(folder)["end_id"] == str(end_id)
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=data)
+    plain = "Thank you for the tea"
+    assert transformers.AutoTokenizer.from_pretrained(folder).encode(plain) == theirs.encode(plain)
 
 
 def test_model_without_end_token(tmp_path: Path) -> None:
