@@ -67,10 +67,11 @@ def make(folder: Path, name: str, **sizes: int) -> Any:
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, **more, **sizes})
     torch.manual_seed(sorted(MODELS).index(name))
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    deviation = 1.6 * config.hidden_size**-0.5  # with larger ones, a wide model's logits follow each rounding
     with torch.no_grad():
         for key, weight in model.named_parameters():
             is_norm = "norm" in key or "ln_" in key
-            weight.normal_(1.0 if is_norm else 0.0, 0.3 if is_norm else 0.5 if "embed" in key else 0.2)
+            weight.normal_(1.0 if is_norm else 0.0, 0.3 if is_norm else 0.5 if "embed" in key else deviation)
     model.save_pretrained(folder)
     make_tokenizer(folder, VOCAB)
     return model.eval()
