@@ -83,6 +83,13 @@ class EngineConfig:
     max_step_tokens: int = flag(0, "prompt tokens computed in one step; 0: 512 on a CPU, 8192 on a GPU")
     block_size: int = flag(16, "tokens in one block of the key-value cache")
     kv_cache_fraction: float = flag(0.9, "share of the memory left after loading that the key-value cache may take")
+    speculative: str = flag(
+        "none",
+        "ngram: a step verifies several tokens that follow the last ones where these stood before; the tokens stay the "
+        "same, and texts that repeat parts of the prompt or of themselves come faster",
+        choices=("none", "ngram"),
+    )
+    speculative_tokens: int = flag(8, "tokens that a step verifies of a sequence, at most, with --speculative")
     enforce_eager: bool = flag(False, "launch the kernels of a decode step one by one, without CUDA graphs")
     step_timeout_s: float = flag(25.0, "seconds; a step that takes longer counts as a hung rank and ends the job")
 
@@ -93,6 +100,7 @@ class EngineConfig:
             ("max_seq_len", 0),
             ("max_step_tokens", 0),
             ("block_size", 1),
+            ("speculative_tokens", 1),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")

@@ -19,12 +19,16 @@ class Progress:
 
     started: requests that got their first token; num_tokens: new tokens, without those of beams, which are known at
     a request's end; gaps: (seconds since their last token, number of sequences); finished: requests that ended.
+    num_drafts: sequences that had drafts; num_drafted: the drafts, of which num_accepted were right.
     """
 
     started: list[Request] = field(default_factory=list)
     num_tokens: int = 0
     gaps: list[tuple[float, int]] = field(default_factory=list)
     finished: list[Request] = field(default_factory=list)
+    num_drafts: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,22 @@ class NewSequences:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens [start, start + length) of a slot, and the slots that get a token sampled after the last of them."""
+    """Tokens [start, start + length) of a slot, and the slots that get a token sampled after the last of them.
+
+    The last tokens may be drafts. Then the slot gets a token sampled after each of them, too, and after the one before
+    them. It keeps these tokens up to the first that is not the draft in its place.
+    """
 
     seq_slot: int
     start: int
     length: int
     sampled_slots: list[int] = field(default_factory=list)
+    draft_ids: list[int] = field(default_factory=list)
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens that it samples."""
+        return len(self.sampled_slots) * (1 + len(self.draft_ids))
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,15 @@ class Plan:
         return len(self.decode_slots) + sum(chunk.length for chunk in self.chunks)
 
     @property
+    def has_drafts(self) -> bool:
+        return any(chunk.draft_ids for chunk in self.chunks)
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens that this plan samples."""
+        return len(self.decode_slots) + sum(chunk.num_rows for chunk in self.chunks)
+
+    @property
     def num_sequences(self) -> int:
         """Sequences that get a token."""
         return len(self.decode_slots) + sum(len(chunk.sampled_slots) for chunk in self.chunks)
@@ -86,7 +105,7 @@ class Plan:
 
 @dataclass
 class StepOutput:
-    """What a plan gave. Rows are the decode rows, then each chunk's sampled slots."""
+    """What a plan gave. Rows are the decode rows, then each chunk's sampled slots, or the tokens of one with drafts."""
 
     token_ids: list[int]  # per row; not used for beams
     log_probs: list[float]  # per row

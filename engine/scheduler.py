@@ -19,7 +19,8 @@ from engine.blocks import BlockAllocator
 from engine.metrics import Progress
 from engine.plan import BeamReorder, Chunk, NewSequences, Plan, StepOutput
 from engine.request import SHUTDOWN, Output, ParameterError, Request
-from engine.sequence import PendingOutput, Sequence, SequenceGroup
+from engine.sequence import Drafted, PendingOutput, Sequence, SequenceGroup
+from engine.speculation import Speculation
 from engine.waiting import WaitingQueue
 
 
@@ -52,6 +53,13 @@ class _Draft:
         self.positions.append(position)
         self.decoding.append(sequence if sequence.group.beam_search is None else None)
 
+    def add_drafts(self, sequence: Sequence, draft_ids: list[int]) -> None:
+        """Compute the sequence's next token and drafts after it, and sample a token after each."""
+        slot, length = sequence.seq_slot, 1 + len(draft_ids)
+        self.chunks.append(Chunk(slot, sequence.num_computed, length, [slot], draft_ids))
+        self.pending.drafted.append(Drafted(sequence, draft_ids, len(self.pending.sequences)))
+        self.pending.sequences += [None] * length
+
     def ban(self, sequence: Sequence, output_ids: list[int]) -> None:
         banned = _banned(sequence.group.request, output_ids)
         if banned:
@@ -63,6 +71,8 @@ class _Draft:
         slots = np.array(self.seq_slots, dtype=slot_type)
         positions = np.array(self.positions, dtype=np.int32)
         self.pending.sequences[:0] = self.decoding
+        for drafted in self.pending.drafted:
+            drafted.first_row += len(self.decoding)
         plan = Plan(slots, positions, self.chunks, new_sequences, self.beam_reorders, self.banned_ids)
         return plan, self.pending
 
@@ -82,7 +92,13 @@ class Scheduler:
     has_token_log_probs = True
 
     def __init__(
-        self, max_batch_size: int, max_seq_len: int, max_step_tokens: int, block_size: int, num_blocks: int
+        self,
+        max_batch_size: int,
+        max_seq_len: int,
+        max_step_tokens: int,
+        block_size: int,
+        num_blocks: int,
+        speculation: Speculation | None = None,
     ) -> None:
         self.max_batch_size = max_batch_size
         self.max_seq_len = max_seq_len
@@ -95,6 +111,7 @@ class Scheduler:
         self._free_slots = list(reversed(range(max_batch_size)))
         self._pending: deque[PendingOutput] = deque()  # per plan on its way
         self._committed_at = 0.0
+        self._speculation = speculation
 
     @property
     def has_work(self) -> bool:
@@ -138,6 +155,8 @@ class Scheduler:
         for group in self._running.values():
             if group.is_prefilling:
                 prefilling.append(group)
+            elif group.is_speculating:
+                self._plan_drafts(group, draft)
             elif not group.is_stepwise:
                 for sequence in group.sequences:
                     if sequence.num_tokens < group.max_tokens:  # add_decode in line: the loop is hot
@@ -148,7 +167,7 @@ class Scheduler:
                         sequence.num_tokens += 1
             elif group.num_in_flight == 0:
                 self._plan_stepwise(group, draft)
-        budget = self.max_step_tokens - len(draft.seq_slots)
+        budget = self.max_step_tokens - len(draft.seq_slots) - sum(chunk.length for chunk in draft.chunks)
         for group in prefilling:
             if budget == 0:
                 break
@@ -185,10 +204,13 @@ class Scheduler:
         updated = self._append(pending.sequences, step, progress)
         if num_steady := progress.num_tokens - num_others:  # they got a token from the last plan too
             progress.gaps.append((now - since, num_steady))
+        updated += self._append_drafted(pending.drafted, step, progress)
         for group, candidates in zip(pending.beam_groups, step.candidates, strict=True):
             if not group.request.is_finished:
                 self._advance_beams(group, candidates, progress)
                 updated.append(group.request)
+        if self._speculation is not None:
+            self._speculation.look(self._running.values(), self._num_sequences, now)
         for request in updated:
             request.on_update(request)
         return progress
@@ -283,6 +305,27 @@ class Scheduler:
             sequence.num_tokens += 1
         self._expect(group, draft)
 
+    @property
+    def _num_sequences(self) -> int:
+        return self.max_batch_size - len(self._free_slots)
+
+    def _plan_drafts(self, group: SequenceGroup, draft: _Draft) -> None:
+        """Plan a sequence's last token with its drafts, once it is known. Without drafts it is planned ahead again."""
+        assert self._speculation is not None
+        (sequence,) = group.sequences
+        if sequence.num_tokens > len(group.request.prompt_ids) + len(sequence.output.token_ids):
+            return
+        draft_ids = group.draft_ids[: self._speculation.share(self._num_sequences)]
+        if draft_ids:
+            draft.add_drafts(sequence, draft_ids)
+        else:
+            draft.add_decode(sequence, sequence.num_computed)
+            draft.pending.stepwise_groups.append(group)
+            group.num_in_flight += 1
+            group.is_speculating = False
+        sequence.num_computed += 1 + len(draft_ids)
+        sequence.num_tokens += 1 + len(draft_ids)
+
     def _plan_stepwise(self, group: SequenceGroup, draft: _Draft) -> None:
         """Plan one more token of each sequence of a group that the host decides on token by token."""
         if group.beam_search is not None:
@@ -333,15 +376,50 @@ class Scheduler:
             output.append(token_id, log_prob)
             reason = request.reason_to_end(output.token_ids)
             if reason is not None:
-                output.finish_reason = reason
-                self._leave(sequence)
-                if not sequence.group.sequences:
-                    self._finish(request, progress)
+                self._end(sequence, reason, progress)
             if request is not last:
                 updated.append(request)
                 last = request
         progress.num_tokens = len(sequences) - num_skipped
         return updated
+
+    def _append_drafted(self, all_drafted: list[Drafted], step: StepOutput, progress: Progress) -> list[Request]:
+        """Give each sequence its tokens up to the first that is not the draft in its place; returns the requests."""
+        updated = []
+        for drafted in all_drafted:
+            if drafted.sequence.output.finish_reason is None:
+                self._take_drafted(drafted, step, progress)
+                updated.append(drafted.sequence.group.request)
+        return updated
+
+    def _take_drafted(self, drafted: Drafted, step: StepOutput, progress: Progress) -> None:
+        sequence, output = drafted.sequence, drafted.sequence.output
+        group, num_accepted = sequence.group, drafted.num_accepted(step)
+        num_wrong = len(drafted.draft_ids) - num_accepted
+        sequence.num_computed -= num_wrong
+        sequence.num_tokens -= num_wrong
+        num_before = len(output.token_ids)
+        for row in range(drafted.first_row, drafted.first_row + num_accepted + 1):
+            if row in step.alternatives:
+                output.alternatives.append(step.alternatives[row])
+            output.append(step.token_ids[row], step.log_probs[row])
+            reason = group.request.reason_to_end(output.token_ids)
+            if reason is not None:
+                self._end(sequence, reason, progress)
+                break
+        num_tokens = len(output.token_ids) - num_before
+        progress.num_tokens += num_tokens
+        progress.gaps.append(((self._committed_at - group.sampled_at) / num_tokens, num_tokens))
+        group.sampled_at = self._committed_at
+        progress.num_drafts += 1
+        progress.num_drafted += len(drafted.draft_ids)
+        progress.num_accepted += num_accepted
+
+    def _end(self, sequence: Sequence, reason: str, progress: Progress) -> None:
+        sequence.output.finish_reason = reason
+        self._leave(sequence)
+        if not sequence.group.sequences:
+            self._finish(sequence.group.request, progress)
 
     def _finish(self, request: Request, progress: Progress) -> None:
         request.finish(self._committed_at)

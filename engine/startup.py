@@ -5,6 +5,7 @@ from __future__ import annotations
 from engine.config import EngineConfig
 from engine.engine import Engine, Executor, Scheduling
 from engine.scheduler import Scheduler
+from engine.speculation import Speculation
 from engine.static import StaticScheduler
 from engine.watchdog import Watchdog
 from engine.world import World
@@ -17,12 +18,17 @@ def make_engine(
     """The engine of rank 0; the executor is prepared. One without KV blocks runs whole static batches."""
     scheduler: Scheduling
     if executor.num_blocks:
+        speculation = None
+        if engine_config.speculative == "ngram":
+            max_rows = min(executor.max_draft_rows, executor.max_step_tokens)
+            speculation = Speculation(engine_config.speculative_tokens, max_rows)
         scheduler = Scheduler(
             engine_config.max_batch_size,
             executor.max_seq_len,
             executor.max_step_tokens,
             engine_config.block_size,
             executor.num_blocks,
+            speculation,
         )
     else:
         scheduler = StaticScheduler(engine_config.max_batch_size, executor.max_seq_len, model_config.end_id)

@@ -47,7 +47,7 @@ class ScoredTokens:
 
 @dataclass
 class OutputLayout:
-    """What a plan's tensor holds. Rows are the decode rows, then each chunk's sampled slots."""
+    """What a plan's tensor holds. Rows are StepOutput's."""
 
     rows: SamplingRows
     token_index: np.ndarray  # [rows]: the step token whose logits a row has
@@ -56,6 +56,7 @@ class OutputLayout:
     beams: list[BeamRows] = field(default_factory=list)
     scored: list[ScoredTokens] = field(default_factory=list)
     logits_rows: list[int] = field(default_factory=list)
+    has_drafts: bool = False  # then a slot may have several rows, one after another
 
     @classmethod
     def of(cls, plan: Plan, state: SlotState, vocab_size: int) -> OutputLayout:
@@ -77,13 +78,14 @@ class OutputLayout:
                 if chunk.sampled_slots and params.next_token_logits and end == prompt_len:
                     logits_rows.append(num_rows + len(sampled))
                 first += chunk.length
-                sampled += [(seq_slot, end, first - 1) for seq_slot in chunk.sampled_slots]
+                for back in range(len(chunk.draft_ids), -1, -1):
+                    sampled += [(seq_slot, end - back, first - 1 - back) for seq_slot in chunk.sampled_slots]
             columns = np.array(sampled, dtype=np.int64).reshape(-1, 3).T
             slots, positions, token_index = (
                 np.concatenate(pair) for pair in zip((slots, positions, token_index), columns, strict=True)
             )
         rows = SamplingRows(state, slots, positions, plan.banned_ids)
-        layout = cls(rows, token_index, vocab_size, scored=scored, logits_rows=logits_rows)
+        layout = cls(rows, token_index, vocab_size, scored=scored, logits_rows=logits_rows, has_drafts=plan.has_drafts)
         if state.has_extras[slots].any():
             layout._add_extras()
         return layout

@@ -22,7 +22,6 @@ from executor.kv_cache import KVCache, PrefillChunk
 from executor.model import GPT, StepInput
 from executor.output_layout import OutputLayout
 from executor.prompt_graphs import PromptGraphs
-from executor.sampling_rows import SamplingRows
 from executor.slots import SlotState
 from executor.token_choice import choose, gather
 from kernels import choose_tokens, runs_on
@@ -31,6 +30,8 @@ from kernels.prompt_attention import PromptMetadata, make_tiles
 from kernels.ragged_attention import MIN_ROWS, can_batch
 from weights.reader import TORCH_DTYPES, ShardReader
 
+# A GPU takes the time to read the weights for up to 32 rows (kernels.linear); a CPU computes for most of the time.
+_MAX_DRAFT_ROWS = {"cuda": 32, "cpu": 12}
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -77,6 +78,7 @@ class TorchExecutor:
             self.model = GPT(comm, reader, device, progress, engine_config.int8_mode)
         self.max_seq_len = engine_config.max_seq_len or reader.config.max_pos_seq_len
         self.max_step_tokens = engine_config.max_step_tokens or (512 if device.type == "cpu" else 8192)
+        self.max_draft_rows = _MAX_DRAFT_ROWS[device.type]
         self.num_blocks = 0
         # Of kernels.decode_attention and kernels.choose_tokens, on a GPU.
         self._workspace: torch.Tensor | None = None
@@ -137,13 +139,14 @@ class TorchExecutor:
         if hidden is not None:
             sampled = hidden[self.slots.tensor(layout.token_index)]
             logits = self.model.logits(sampled) if len(layout.rows) else hidden.new_empty(0)
-            chosen = self._choose(layout.rows, logits)
+            chosen = self._choose(layout, logits)
             values = gather(layout, chosen, logits, lambda part: self.model.logits(hidden[part]))
         else:
             values = torch.empty(sum(layout.sizes), dtype=torch.float64, device=self.device)
         if len(values):
             values = self.comm.return_results(values)
-        if hidden is None or self._choosing is None:  # the kernels that choose tokens append them, too
+        # Kernels append the tokens that they choose, but not where there are drafts.
+        if hidden is None or self._choosing is None or layout.has_drafts:
             self._keep_tokens(layout, values)
         return StepResult(values, layout) if parallel.rank == 0 else None
 
@@ -169,38 +172,46 @@ class TorchExecutor:
         self._update(plan)
         layout = OutputLayout.of(plan, self.slots, self.model.config.vocab_size)
         chosen, logits = decode_graphs.run(plan.decode_slots)
-        chosen = self._choose_beyond(layout.rows, chosen, logits)
+        chosen = self._choose_beyond(layout, chosen, logits)
         values = gather(layout, chosen, logits, lambda part: logits[:0]) if layout.has_extras else chosen.flatten()
         return StepResult(values, layout) if self.comm.parallel.rank == 0 else None
 
-    def _choose(self, rows: SamplingRows, logits: torch.Tensor) -> torch.Tensor:
-        """Choose each row's token: [2, rows] fp64. Kernels also append it to its sequence."""
+    def _choose(self, layout: OutputLayout, logits: torch.Tensor) -> torch.Tensor:
+        """Choose each row's token: [2, rows] fp64. Kernels also append it to its sequence, if there are no drafts."""
+        rows = layout.rows
         if self._choosing is None or not len(rows):
             return choose(rows, logits)
         slots, positions = rows.on_device
-        self.slots.positions[slots] = positions - self.slots.advance[slots]
-        chosen = choose_tokens.choose_tokens(logits.contiguous(), slots, self.slots.tensors, self._choosing)
-        return self._choose_beyond(rows, chosen, logits)
+        if layout.has_drafts:  # kernels know one row per slot
+            copies, numbers = self.slots.copies(slots, positions), torch.arange(len(rows), device=self.device)
+            chosen = choose_tokens.choose_tokens(logits.contiguous(), numbers, copies, self._choosing)
+        else:
+            self.slots.positions[slots] = positions - self.slots.advance[slots]
+            chosen = choose_tokens.choose_tokens(logits.contiguous(), slots, self.slots.tensors, self._choosing)
+        return self._choose_beyond(layout, chosen, logits)
 
-    def _choose_beyond(self, rows: SamplingRows, chosen: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Choose again for the rows that kernels cannot choose for, and append those tokens."""
-        beyond = rows.beyond_kernels()
+    def _choose_beyond(self, layout: OutputLayout, chosen: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Choose again for the rows that kernels cannot choose for, and append those tokens, if there are no drafts."""
+        beyond = layout.rows.beyond_kernels()
         if not len(beyond):
             return chosen
-        own, index = rows.part(beyond), self.slots.tensor(beyond)
+        own, index = layout.rows.part(beyond), self.slots.tensor(beyond)
         own_chosen = choose(own, logits[index])
-        slots, positions = own.on_device
-        self.slots.append(slots, positions, own_chosen[0].long())
+        if not layout.has_drafts:
+            slots, positions = own.on_device
+            self.slots.append(slots, positions, own_chosen[0].long())
         return chosen.index_copy(1, index, own_chosen)
 
     def _keep_tokens(self, layout: OutputLayout, values: torch.Tensor) -> None:
         rows = layout.rows
         if len(rows):
             slots, positions = rows.on_device
-            self.slots.append(slots, positions, values[: len(rows)].long())
+            keep = self.slots.accept if layout.has_drafts else self.slots.append
+            keep(slots, positions, values[: len(rows)].long())
 
     def _update(self, plan: Plan) -> None:
         self.slots.start(plan.new_sequences)
+        self.slots.write_drafts(plan.chunks)
         for reorder in plan.beam_reorders:
             self.slots.reorder(reorder)
 

@@ -1,0 +1,62 @@
+"""Speculation: which sequences get drafts, how many, and how many of them were right. Numbers only: no torch.
+
+A step that computes a token and k drafts after it samples k + 1 tokens. Each is the token of plain decoding if the
+drafts before it are. So a sequence gets 1 to k + 1 tokens from such a step, the same ones as without drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from engine.ngram import NgramDrafter
+from engine.sequence import SequenceGroup
+
+
+class Speculation:
+    """Looks for drafts after each commit.
+
+    A request with drafts is planned step by step: its next plan needs its newest tokens. One without is planned ahead
+    as ever, so a text that does not repeat itself costs the look only.
+
+    Drafts are for few sequences. A step of up to `max_rows` rows takes little longer than one of a single row: it takes
+    the time to read the weights. Beyond it each row has its price, and a wrong draft is a loss. So the running
+    sequences share the rows evenly.
+
+    Requests with several samples, beams or bad words have no drafts.
+    """
+
+    def __init__(self, max_drafts: int, max_rows: int) -> None:
+        """max_drafts: of a sequence in one step."""
+        self._max_drafts = max_drafts
+        self._max_rows = max_rows
+        self._has_drafts = False
+
+    def share(self, num_sequences: int) -> int:
+        """How many drafts each of the running sequences may have."""
+        return min(self._max_drafts, self._max_rows // max(1, num_sequences) - 1)
+
+    def look(self, groups: Iterable[SequenceGroup], num_sequences: int, now: float) -> None:
+        """Look for drafts of the running groups. now: when the newest tokens came."""
+        share = self.share(num_sequences)
+        if share < 1 and not self._has_drafts:
+            return
+        self._has_drafts = False
+        for group in groups:
+            if group.can_speculate and not group.is_prefilling:
+                self._look_at(group, share, now)
+
+    def _look_at(self, group: SequenceGroup, share: int, now: float) -> None:
+        request, output_ids = group.request, group.sequences[0].output.token_ids
+        if not output_ids:  # the first token is on its way
+            return
+        if group.drafter is None:
+            group.drafter = NgramDrafter(request.prompt_ids)
+        new_ids = output_ids[group.drafter.num_tokens - len(request.prompt_ids) :]
+        group.drafter.extend(new_ids)
+        # A step samples a token more than it has drafts.
+        most = min(share, request.sampling.max_new_tokens - len(output_ids) - 1)
+        group.draft_ids = group.drafter.draft(most)
+        if group.draft_ids:
+            group.is_speculating = self._has_drafts = True
+        if group.is_speculating and new_ids:
+            group.sampled_at = now
