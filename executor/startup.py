@@ -60,7 +60,7 @@ def pick_backend(
     dtype = computation_dtype(engine_config.data_type, device)
     engine, reason = engine_config.engine, "chosen by --engine"
     if engine == "auto":
-        missing = _why_not_fastertransformer(model_config, lib_path, device, pp)
+        missing = _why_not_fastertransformer(model_config, lib_path, device, pp) or _no_speculation(engine_config)
         engine = "torch" if missing else "fastertransformer"
         reason = missing or f"{lib_path} is there"
     positions = model_config.max_pos_seq_len
@@ -73,7 +73,7 @@ def pick_backend(
         check_supported(model_config)
     elif not lib_path.is_file():
         raise ValueError(f"lib_path is {lib_path}, and there is no such file")
-    elif lacking := _what_fastertransformer_lacks(model_config, pp):
+    elif lacking := _what_fastertransformer_lacks(model_config, pp) or _no_speculation(engine_config):
         raise ValueError(lacking)
     elif (model_config.activation_type, model_config.gelu_form) == ("gelu", "erf"):
         _LOG.warning("gelu_form is erf, and FasterTransformer computes the tanh form: results differ slightly")
@@ -185,6 +185,12 @@ def _why_not_fastertransformer(config: ModelConfig, lib_path: Path, device: torc
     if config.size_per_head not in _FT_HEAD_SIZES:
         return f"FasterTransformer has no kernel for size_per_head {config.size_per_head}"
     return _what_fastertransformer_lacks(config, pp)
+
+
+def _no_speculation(engine_config: EngineConfig) -> str | None:
+    if engine_config.speculative == "none":
+        return None
+    return f"speculative is {engine_config.speculative}; the fastertransformer engine computes none only"
 
 
 def _what_fastertransformer_lacks(config: ModelConfig, pp: int) -> str | None:

@@ -78,6 +78,7 @@ class ServerMetrics:
         self._labels = (model_name, "0")
         self._load: Callable[[], Load] = lambda: Load(0, 0, 0.0)
         self._num_prompt_tokens = self._num_generation_tokens = 0
+        self._num_drafts = self._num_drafted = self._num_accepted = 0
         self._num_finished = dict.fromkeys(_REASON_LABELS, 0)
         self._num_restarts = 0
         self._num_refused = Counter({(name, reason): 0 for name in _FRONT_ENDS for reason in REFUSALS})
@@ -124,6 +125,9 @@ class ServerMetrics:
     def count_progress(self, progress: Progress) -> None:
         """As engine.metrics.Observer has it."""
         self._num_generation_tokens += progress.num_tokens
+        self._num_drafts += progress.num_drafts
+        self._num_drafted += progress.num_drafted
+        self._num_accepted += progress.num_accepted
         for seconds, count in progress.gaps:
             self._gaps.observe(seconds, count)
         for request in progress.started:
@@ -176,6 +180,12 @@ class ServerMetrics:
             yield gauge
         yield self._counter("prompt_tokens", "Prompt tokens computed.", self._num_prompt_tokens)
         yield self._counter("generation_tokens", "Tokens generated.", self._num_generation_tokens)
+        for name, text, value in (
+            ("spec_decode_num_drafts", "Sequences' steps with drafts (--speculative).", self._num_drafts),
+            ("spec_decode_num_draft_tokens", "Tokens drafted.", self._num_drafted),
+            ("spec_decode_num_accepted_tokens", "Drafted tokens that were the right ones.", self._num_accepted),
+        ):
+            yield self._counter(name, text, value)
         for name, text in _CONSTANTS.items():
             yield self._counter(name, text, 0)
         labels = (*_LABELS, "finished_reason")
