@@ -18,8 +18,9 @@ class Progress:
     """What the output of one plan brought.
 
     started: requests that got their first token; num_tokens: new tokens, without those of beams, which are known at
-    a request's end; gaps: (seconds since their last token, number of sequences); finished: requests that ended.
-    num_drafts: sequences that had drafts; num_drafted: the drafts, of which num_accepted were right.
+    a request's end; gaps: (seconds since their last token, number of sequences); finished: requests that ended;
+    num_preempted: requests that lost their slots and blocks for a time, since the last output; num_drafts: sequences
+    that had drafts; num_drafted: the drafts, of which num_accepted were right.
     """
 
     started: list[Request] = field(default_factory=list)
@@ -29,6 +30,7 @@ class Progress:
     num_drafts: int = 0
     num_drafted: int = 0
     num_accepted: int = 0
+    num_preempted: int = 0
 
 
 @dataclass(frozen=True)

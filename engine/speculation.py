@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from engine.draft import Draft
 from engine.ngram import NgramDrafter
 from engine.sequence import SequenceGroup
 
@@ -34,6 +35,20 @@ class Speculation:
     def share(self, num_sequences: int) -> int:
         """How many drafts each of the running sequences may have."""
         return min(self._max_drafts, self._max_rows // max(1, num_sequences) - 1)
+
+    def plan(self, group: SequenceGroup, draft: Draft, num_sequences: int) -> None:
+        """Plan a sequence's last token, known by now, with its drafts; without drafts, it is planned ahead again."""
+        (sequence,) = group.sequences
+        room = group.capacity - sequence.num_computed - 1  # no other sequence loses blocks for a draft
+        draft_ids = group.draft_ids[: max(0, min(room, self.share(num_sequences)))]
+        if draft_ids:
+            draft.add_drafts(sequence, draft_ids)
+        else:
+            group.is_speculating = False
+            draft.expect(group)
+            draft.add_decode(sequence, sequence.num_computed)
+        sequence.num_computed += 1 + len(draft_ids)
+        sequence.num_tokens += 1 + len(draft_ids)
 
     def look(self, groups: Iterable[SequenceGroup], num_sequences: int, now: float) -> None:
         """Look for drafts of the running groups. now: when the newest tokens came."""
