@@ -60,6 +60,7 @@ def _load(world: World, argv: tuple[str, ...]) -> tuple[argparse.Namespace, Engi
     parser.add_argument("--int8-mode", type=int, default=0)
     parser.add_argument("--alone", action="store_true", help="one request after the other instead")
     parser.add_argument("--max-batch-size", type=int, default=5)
+    parser.add_argument("--speculative", default="none")
     flags = parser.parse_args(argv)
     parallel = ParallelConfig(flags.tp, flags.pp, world.rank)
     limits = EngineConfig(
@@ -68,6 +69,7 @@ def _load(world: World, argv: tuple[str, ...]) -> tuple[argparse.Namespace, Engi
         data_type=flags.data_type,
         int8_mode=flags.int8_mode,
         max_batch_size=flags.max_batch_size,
+        speculative=flags.speculative,
         max_step_tokens=max(24, flags.max_batch_size),
         block_size=4,
     )

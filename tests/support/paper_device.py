@@ -2,7 +2,8 @@
 
 A location of its cache holds the digest of all tokens up to the one stored there, as keys and values depend on all of
 them. A step asserts that the locations of a sequence hold the digests of its own tokens. A sampled token is a function
-of the text's digest, of the seed and of the position, so a request's tokens say whether it was computed right.
+of the text's digest, of the seed and of the position, so a request's tokens say whether it was computed right. Where it
+is a function of the last tokens only, texts repeat themselves. Log-probabilities are always functions of all tokens.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ class _Slot:
     score: float = 0.0
     digests: list[int] = field(default_factory=list)  # of the first 1, 2, … tokens
 
+    def write(self, position: int, token_ids: list[int]) -> None:
+        """Let the text go on with these tokens."""
+        self.token_ids[position:] = token_ids
+        del self.digests[position:]
+
     def digest(self, num_tokens: int) -> int:
         """Of the first tokens."""
         while len(self.digests) < num_tokens:
@@ -38,8 +44,10 @@ class _Slot:
 class PaperDevice:
     """Executes each plan when it is launched, in order; its output may be read later."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, reach: int | None = None) -> None:
+        """reach: how many of the last tokens a sampled token depends on; None: all, and its position."""
         self.block_size = block_size
+        self.reach = reach
         self.num_computed = 0  # tokens
         self._slots: dict[int, _Slot] = {}
         self._cache: dict[int, int] = {}  # location → digest
@@ -51,6 +59,8 @@ class PaperDevice:
         assert len({piece.seq_slot for piece in pieces}) == len(pieces), "two pieces of one slot"
         for piece in pieces:
             slot = self._slots[piece.seq_slot]
+            if piece.draft_ids:
+                slot.write(piece.start + piece.length - len(piece.draft_ids), piece.draft_ids)
             for position in range(piece.start):
                 assert self._cache.get(slot.locs[position]) == slot.digest(position + 1), (piece, position)
         written = set()
@@ -97,7 +107,6 @@ class PaperDevice:
         for piece in pieces:
             end = piece.start + piece.length
             slot = self._slots[piece.seq_slot]
-            digest = slot.digest(end)
             if piece.scored_from is not None:
                 last = min(end, len(slot.new.prompt_ids) - 1)
                 log_probs = [
@@ -106,22 +115,34 @@ class PaperDevice:
                 output.prompt_log_probs.append(log_probs)
             for seq_slot in piece.sampled_slots:
                 own = self._slots[seq_slot]
-                banned = plan.banned_ids.get(seq_slot, [])
-                token_id = _number(digest, own.seed, end) % VOCAB_SIZE
-                while token_id in banned:
-                    token_id = (token_id + 1) % VOCAB_SIZE
                 if own.new.sampling.beam_width == 1:
-                    del own.token_ids[end:]
-                    own.token_ids.append(token_id)
-                    del own.digests[end:]
-                elif beams and beams[-1][0] is own.new:
+                    self._sample(own, end, len(piece.draft_ids), plan.banned_ids.get(seq_slot, []), output)
+                    continue
+                if beams and beams[-1][0] is own.new:
                     beams[-1][1].append(own)
                 else:
                     beams.append((own.new, [own]))
-                output.token_ids.append(token_id)
-                output.log_probs.append(_log_prob(digest, token_id))
+                output.token_ids.append(0)
+                output.log_probs.append(0.0)
         output.candidates = [_candidates(new, slots) for new, slots in beams]
         return output
+
+    def _sample(self, slot: _Slot, end: int, num_drafts: int, banned: list[int], output: StepOutput) -> None:
+        """Sample after each of the last drafts and before them; the slot keeps tokens up to the first wrong draft."""
+        kept = None
+        for position in range(end - num_drafts, end + 1):
+            digest = slot.digest(position)
+            first = 0 if self.reach is None else max(0, position - self.reach)
+            seen = (digest, position) if self.reach is None else slot.token_ids[first:position]
+            token_id = _number(*seen, slot.seed) % VOCAB_SIZE
+            while token_id in banned:
+                token_id = (token_id + 1) % VOCAB_SIZE
+            output.token_ids.append(token_id)
+            output.log_probs.append(_log_prob(digest, token_id))
+            if kept is None and (position == end or slot.token_ids[position] != token_id):
+                kept = position, token_id
+        assert kept is not None
+        slot.write(kept[0], [kept[1]])
 
 
 def _candidates(new: NewSequences, slots: list[_Slot]) -> list[Candidate]:
