@@ -24,13 +24,16 @@ _SMALL_THINGS = 256 << 20  # bytes of all that `num_bytes` does not count one by
 _LOG = logging.getLogger("engine")
 
 
-def num_bytes(num_slots: int, vocab_size: int, max_seq_len: int, dtype: torch.dtype) -> int:
-    """Bytes of a GPU's memory that the graphs of `num_slots` sequences take, nearly."""
+def num_bytes(num_slots: int, draft_rows: int, vocab_size: int, max_seq_len: int, dtype: torch.dtype) -> int:
+    """Bytes of a GPU's memory that the graphs of `num_slots` sequences take, nearly.
+
+    draft_rows: rows that a step may have beyond one for each sequence.
+    """
     most = sizes_up_to(num_slots, _SIZES)[-1]
     wide = 4 + 4  # the logits, and as much while rows that kernels cannot choose for are chosen
     parts = 3 * dtype.itemsize  # as they are computed; gathered over the ranks; put side by side
-    choosing = choose_tokens.workspace_bytes(most, vocab_size, max_seq_len)
-    return _SMALL_THINGS + most * vocab_size * (wide + parts) + choosing
+    choosing = choose_tokens.workspace_bytes(max_rows(num_slots + draft_rows), vocab_size, max_seq_len)
+    return _SMALL_THINGS + (most + draft_rows) * vocab_size * (wide + parts) + choosing
 
 
 def sizes_up_to(most: int, sizes: Sequence[int]) -> list[int]:

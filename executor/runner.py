@@ -90,6 +90,7 @@ class TorchExecutor:
         """Allocate the KV cache, as large on every rank as the rank with the least memory can."""
         config, limits, comm = self.model.config, self._limits, self.comm
         num_slots, max_seq_len = limits.max_batch_size, self.max_seq_len
+        draft_rows = self.max_draft_rows if limits.speculative != "none" else 0
         shape: dict[str, Any] = dict(
             num_layers=len(comm.parallel.layers(config.num_layer)),
             block_size=limits.block_size,
@@ -101,7 +102,7 @@ class TorchExecutor:
         memory = _memory_left(self.device, self._local_size) - SlotState.num_bytes(num_slots, max_seq_len)
         has_kernels = runs_on(self.device)  # then decode rows go through them, and steps of them through graphs
         if has_kernels:
-            memory -= graphs.num_bytes(num_slots, config.vocab_size, max_seq_len, self.model.dtype)
+            memory -= graphs.num_bytes(num_slots, draft_rows, config.vocab_size, max_seq_len, self.model.dtype)
             memory -= prompt_graphs.num_bytes(config, self.max_step_tokens, self.model.dtype)
         most_bytes = max(0, memory) * limits.kv_cache_fraction
         self.num_blocks = comm.min_over_ranks(min(most, int(most_bytes / KVCache.bytes_per_block(**shape))))
@@ -111,8 +112,8 @@ class TorchExecutor:
         self.slots = SlotState(num_slots, max_seq_len, limits.block_size, self.num_blocks, self.device)
         if has_kernels:
             heads_local = config.head_num // comm.parallel.tp
-            rows = max_rows(num_slots)
-            self._workspace = make_workspace(rows, heads_local, self.device)
+            self._workspace = make_workspace(max_rows(num_slots), heads_local, self.device)
+            rows = max_rows(num_slots + draft_rows)
             self._choosing = choose_tokens.make_workspace(rows, config.vocab_size, max_seq_len, self.device)
             if comm.parallel.pp == 1 and not limits.enforce_eager:
                 with torch.inference_mode():

@@ -22,7 +22,7 @@ from engine.speculation import Speculation
 from tests.support.engines import make_engine
 from tests.support.paper_device import VOCAB_SIZE, PaperDevice, run
 from tests.support.ranks import run_engine
-from tests.support.traffic import make_request, random_items, results, run_alone, run_crowd, vocabulary
+from tests.support.traffic import DraftCounter, looping_items, make_request, results, run_alone, run_crowd, vocabulary
 
 REACH = 2  # a token depends on the two before it, so a text soon repeats itself
 
@@ -250,36 +250,12 @@ def test_every_token_but_the_first_has_a_gap_and_gaps_add_up(ahead: int, monkeyp
     assert sum(p.num_accepted for p in found) >= sum(num_tokens) - sum(plan.num_sequences for plan in device.plans)
 
 
-def looping_items(count: int) -> list[dict[str, Any]]:
-    """Random requests; most of them are made to choose among a few tokens, so that they repeat themselves."""
-    items = random_items(count, seed=5)
-    for index, item in enumerate(items):
-        item["sampling"]["max_new_tokens"] += 24
-        if index % 4:
-            item["sampling"]["logit_bias"] = [[7 * index % 300, 60.0], [11 * index % 300, 60.0], [index, 61.0]]
-    return items
-
-
 def run_items(folder: Path, items: list[dict[str, Any]], is_crowd: bool, **flags: Any) -> tuple[list[Any], Progress]:
     engine = make_engine(folder, max_batch_size=6, max_step_tokens=24, block_size=4, **flags)
     requests = [make_request(item, vocabulary()) for item in items]
-    engine.observer = counter = Counter()
+    engine.observer = counter = DraftCounter()
     (run_crowd if is_crowd else run_alone)(engine, requests)
     return [results(request) for request in requests], counter.sum
-
-
-class Counter:
-    """An Observer that adds up what is told of drafts."""
-
-    def __init__(self) -> None:
-        self.sum = Progress()
-
-    def count_plan(self, num_tokens: int) -> None: ...
-    def count_finished(self, request: Request) -> None: ...
-
-    def count_progress(self, progress: Progress) -> None:
-        for name in ("num_tokens", "num_drafts", "num_drafted", "num_accepted"):
-            setattr(self.sum, name, getattr(self.sum, name) + getattr(progress, name))
 
 
 def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:

@@ -24,7 +24,7 @@ from executor.runner import StepResult
 from tests.support import hugging_face_models
 from tests.support.checkpoints import make_bloom
 from tests.support.engines import NEW_TOKENS, finish, hf_greedy, make_engine, prompts, request
-from tests.support.traffic import make_request, random_items, results, run_crowd, vocabulary
+from tests.support.traffic import DraftCounter, make_request, random_items, results, run_crowd, vocabulary
 
 REPLAYED: list[tuple[str, int]] = []  # kinds and sizes
 
@@ -89,15 +89,18 @@ def test_head_norms_and_parallel_residuals(graphs: None, tmp_path: Path, name: s
     assert finish(engine, requests) == [hf_greedy(model, ids, 40) for ids in inputs]
 
 
+@pytest.mark.parametrize("speculative", ["none", "ngram"])
 def test_random_requests_are_what_they_are_without(
-    converted: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    speculative: str, converted: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """Beams, samples, penalties, words and all that may be told of tokens, in steps shared with plain rows and run
-    ahead; prompts of one token, and last pieces of one."""
-    items = random_items(60, seed=11)
+    ahead; prompts of one token, and last pieces of one; biases, with which texts repeat themselves."""
+    items = random_items(60 if speculative == "none" else 30, seed=11)
     for index, item in enumerate(items):
         if index % 3 == 0:
             item["prompt_ids"] = item["prompt_ids"][:1] if index % 2 else (item["prompt_ids"] * 49)[:49]
+        if speculative != "none":
+            item["sampling"] |= {"max_new_tokens": 40, "logit_bias": [[index, 60.0], [7 * index, 60.0]]}
         item["sampling"] |= {"prompt_log_probs": index % 4 == 1, "next_token_logits": index % 5 == 2}
     found = []
     for has_graphs in (False, True):
@@ -105,11 +108,15 @@ def test_random_requests_are_what_they_are_without(
             request.getfixturevalue("graphs")
             # A GPU's results are copied before the next step writes over them.
             monkeypatch.setattr(runner, "StepResult", lambda values, layout: StepResult(values.clone(), layout))
-        engine = make_engine(converted(1), max_batch_size=16, max_step_tokens=24, block_size=4)
+        flags = {"speculative": speculative} if has_graphs else {}
+        size = 16 if speculative == "none" else 6  # drafts are for few sequences
+        engine = make_engine(converted(1), max_batch_size=size, max_step_tokens=24, block_size=4, **flags)
+        engine.observer = counter = DraftCounter()
         engine.executor.num_ahead = int(has_graphs)
         requests = [make_request(item, vocabulary()) for item in items]
         run_crowd(engine, requests)
         found.append([results(one) for one in requests])
+    assert (counter.sum.num_accepted > 40) == (speculative != "none")
     for without, with_graphs in zip(*found, strict=True):
         assert_close(without, with_graphs)
 

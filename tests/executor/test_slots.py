@@ -6,13 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
 from engine.plan import BeamReorder, Chunk, NewSequences, Plan
 from engine.request import SamplingParams
+from executor.sampling_rows import SamplingRows
 from executor.slots import SlotState
+from kernels.choose_tokens import choose_tokens, make_workspace
 from kernels.slot_parameters import Parameter
+from tests.support.choices import by_sampler, mixed_logits, mixed_rows
 from tests.support.engines import hf_greedy, make_engine, prompts
 
 CPU = torch.device("cpu")
@@ -96,3 +100,52 @@ def test_several_known_tokens_are_computed_in_one_step(
     assert executor.slots.positions[3] == position[0]
     sixth = executor.execute(Plan(np.array([3], dtype=np.uint8), position)).wait()
     assert sixth.token_ids == expected[5:6]
+
+
+def test_drafts_are_kept_up_to_the_first_wrong_one() -> None:
+    """Slots with several rows, between slots with one."""
+    slots = SlotState(5, 12, 4, 20, CPU)
+    slots.write_drafts(
+        [Chunk(3, 2, 4, [3], draft_ids=[20, 21, 22]), Chunk(1, 0, 1, [1]), Chunk(0, 5, 2, [0], None, [9])]
+    )
+    assert slots.token_ids[3, :7].tolist() == [0, 0, 0, 20, 21, 22, 0]
+    assert slots.token_ids[0, :7].tolist() == [0] * 6 + [9]
+    rows = {  # slot → its first position, and the tokens sampled from there on
+        2: (4, [50]),
+        3: (3, [20, 77, 22, 23]),  # the second draft is wrong; a later one that looks right does not count
+        0: (6, [9, 10]),
+        1: (1, [60]),
+    }
+    index = torch.tensor([slot for slot, (_, ids) in rows.items() for _ in ids])
+    positions = torch.tensor([first + i for first, ids in rows.values() for i in range(len(ids))])
+    slots.accept(index, positions, torch.tensor([token_id for _, ids in rows.values() for token_id in ids]))
+    assert slots.positions.tolist() == [7, 1, 4, 4, 0, 0]
+    assert slots.token_ids[3, :5].tolist() == [0, 0, 0, 20, 77]
+    assert slots.token_ids[0, 6:8].tolist() == [9, 10]
+    assert (slots.token_ids[2, 4], slots.token_ids[1, 1]) == (50, 60)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_only_slot_of_a_step_may_have_several_rows(count: int) -> None:
+    slots = SlotState(2, 8, 4, 20, CPU)
+    slots.token_ids[1, 2:5] = torch.tensor([5, 6, 7])
+    positions = torch.arange(2, 2 + count)
+    slots.accept(torch.ones(count, dtype=torch.int64), positions, torch.tensor([5, 6, 7][: count - 1] + [90]))
+    assert slots.positions.tolist() == [0, 1 + count, 0]
+    assert slots.token_ids[1, 1 + count] == 90
+
+
+def test_copies_let_the_rows_of_a_slot_choose_at_their_own_positions() -> None:
+    """kernels.choose_tokens on copies beside executor.sampler, on rows of all kinds; the slots stay as they are."""
+    rows = mixed_rows(60, 211, CPU, seed=3)
+    slots, positions = rows.on_device
+    slots, positions = slots.repeat_interleave(3), (positions[:, None] - torch.tensor([2, 1, 0])).clamp(1).flatten()
+    state = rows.state
+    before = [tensor.clone() for tensor in state.tensors]
+    logits = mixed_logits(180, 211, CPU)
+    copies = state.copies(slots, positions)
+    workspace = make_workspace(180, 211, 64, CPU)
+    tokens = choose_tokens(logits, torch.arange(180), copies, workspace)[0]
+    expected = by_sampler(SamplingRows(state, slots.numpy(), positions.numpy()), logits)[0]
+    assert tokens.tolist() == expected.tolist()
+    assert all(torch.equal(one, other) for one, other in zip(state.tensors, before, strict=True))

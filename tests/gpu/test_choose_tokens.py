@@ -57,6 +57,25 @@ def test_tokens_are_the_samplers(count: int, num_padding: int, vocab_size: int) 
     assert tokens[count:].tolist() == logits[count:].argmax(1).tolist()
 
 
+def test_rows_of_one_slot_choose_at_their_own_positions() -> None:
+    """As in a step with drafts: each row has a copy of its slot."""
+    rows = mixed_rows(60, 50257, DEVICE, max_seq_len=3000)
+    slots, positions = rows.on_device
+    slots, positions = (
+        slots.repeat_interleave(3),
+        (positions[:, None] - torch.arange(2, -1, -1, device=DEVICE)).clamp(1),
+    )
+    state, before = rows.state, [tensor.clone() for tensor in rows.state.tensors]
+    logits = mixed_logits(180, 50257, DEVICE)
+    workspace = make_workspace(180, 50257, 3000, DEVICE)
+    copies = state.copies(slots, positions.flatten())
+    found = choose_tokens(logits, torch.arange(180, device=DEVICE), copies, workspace)[0]
+    own = SamplingRows(state, slots.cpu().numpy(), positions.flatten().cpu().numpy())
+    wrong = differences(own, found.tolist(), by_sampler(own, logits)[0].tolist())
+    assert not wrong, wrong[:5]
+    assert all(torch.equal(one, other) for one, other in zip(state.tensors, before, strict=True))
+
+
 def sampled_rows(count: int, params: dict[str, Any], seq_len: int = 40) -> SamplingRows:
     """Rows that differ by their seeds, in slots of the same numbers; half of a text is prompt."""
     state = SlotState(count, seq_len, 1, 0, DEVICE)

@@ -17,7 +17,7 @@ from engine.request import Request, SamplingParams
 from tests.support.checkpoints import make_gpt2
 from tests.support.engines import NEW_TOKENS, SEEDED, make_engine, prompts
 from tests.support.ranks import first_outputs, greedy_items, run_engine, run_logits
-from tests.support.traffic import random_items
+from tests.support.traffic import DraftCounter, looping_items, random_items
 
 NUM_GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(NUM_GPUS == 0, reason="no GPU here")
@@ -124,6 +124,37 @@ def test_random_requests_are_in_a_crowd_what_they_are_alone(
     ]
     different = [index for index, (alone, crowd) in enumerate(zip(*texts, strict=True)) if alone != crowd]
     assert not different, [(items[index], found[0][index], found[1][index]) for index in different[:3]]
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)], ids=lambda n: str(n))
+def test_requests_are_with_drafts_what_they_are_without(
+    tp: int, pp: int, gpt2_source: tuple[Path, GPT2LMHeadModel], tmp_path: Path
+) -> None:
+    skip_without(tp * pp)
+    items = looping_items(60)
+    folder = convert(gpt2_source[0], tmp_path / "ft_models", tp, "fp32")
+    flags = [*FP32, "--max-batch-size", "6"]
+    found = [run_engine(folder, items, tp, pp, *flags, *more) for more in ((), ("--speculative", "ngram"))]
+    texts = [[[o["token_ids"] for o in result["outputs"]] for result in results] for results in found]
+    different = [index for index, (without, drafted) in enumerate(zip(*texts, strict=True)) if without != drafted]
+    assert not different, [(items[index], found[0][index], found[1][index]) for index in different[:3]]
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_drafts_are_accepted(enforce_eager: bool, converted: Callable[[int], Path]) -> None:
+    """Greedy texts of three tokens, which repeat themselves, in bf16: most of what is drafted is right."""
+    settings = dict(device="cuda", data_type="bf16", max_batch_size=4, enforce_eager=enforce_eager)
+    engine = make_engine(converted(1), speculative="ngram", **settings)
+    engine.observer = counter = DraftCounter()
+    for ids in prompts(4, vocab_size=5003, longest=120):
+        engine.submit(
+            Request(ids, SamplingParams(200, logit_bias=tuple((token_id, 1000.0) for token_id in ids[:3])), ())
+        )
+    while engine.step():
+        pass
+    engine.executor.close()
+    assert counter.sum.num_tokens == 800
+    assert 400 < counter.sum.num_accepted < 800 and counter.sum.num_drafted < 1.5 * counter.sum.num_accepted
 
 
 def test_replays_are_launches_bit_by_bit(converted: Callable[[int], Path]) -> None:

@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 from engine.engine import Engine
+from engine.metrics import Progress
 from engine.request import Request, SamplingParams
 from engine.words import Vocabulary
 
@@ -24,6 +25,16 @@ def random_items(count: int, seed: int) -> list[dict[str, Any]]:
     """Requests as JSON can hold them: prompt_ids, sampling, end_id, stop, bad."""
     rng = random.Random(seed)
     return [_random_item(rng) for _ in range(count)]
+
+
+def looping_items(count: int) -> list[dict[str, Any]]:
+    """Random requests; most of them are made to choose among a few tokens, so that they repeat themselves."""
+    items = random_items(count, seed=5)
+    for index, item in enumerate(items):
+        item["sampling"]["max_new_tokens"] += 24
+        if index % 4:
+            item["sampling"]["logit_bias"] = [[7 * index % 300, 60.0], [11 * index % 300, 60.0], [index, 61.0]]
+    return items
 
 
 def _random_item(rng: random.Random) -> dict[str, Any]:
@@ -111,3 +122,17 @@ def results(request: Request) -> dict[str, Any]:
         "prompt_alternatives": [[list(pair) for pair in token] for token in request.prompt_alternatives],
         "next_token_logits": [] if request.next_token_logits is None else list(map(float, request.next_token_logits)),
     }
+
+
+class DraftCounter:
+    """An Observer that adds up what is told of drafts."""
+
+    def __init__(self) -> None:
+        self.sum = Progress()
+
+    def count_plan(self, num_tokens: int) -> None: ...
+    def count_finished(self, request: Request) -> None: ...
+
+    def count_progress(self, progress: Progress) -> None:
+        for name in ("num_tokens", "num_drafts", "num_drafted", "num_accepted"):
+            setattr(self.sum, name, getattr(self.sum, name) + getattr(progress, name))
