@@ -82,6 +82,9 @@ class EngineConfig:
     )
     max_step_tokens: int = flag(0, "prompt tokens computed in one step; 0: 512 on a CPU, 8192 on a GPU")
     block_size: int = flag(16, "tokens in one block of the key-value cache")
+    no_prefix_cache: bool = flag(
+        False, "compute every prompt whole, also where an earlier request began with the same tokens"
+    )
     kv_cache_fraction: float = flag(0.9, "share of the memory left after loading that the key-value cache may take")
     enforce_eager: bool = flag(False, "launch the kernels of a decode step one by one, without CUDA graphs")
     step_timeout_s: float = flag(25.0, "seconds; a step that takes longer counts as a hung rank and ends the job")

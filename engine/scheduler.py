@@ -46,15 +46,22 @@ class Scheduler:
     has_token_log_probs = True
 
     def __init__(
-        self, max_batch_size: int, max_seq_len: int, max_step_tokens: int, block_size: int, num_blocks: int
+        self,
+        max_batch_size: int,
+        max_seq_len: int,
+        max_step_tokens: int,
+        block_size: int,
+        num_blocks: int,
+        has_prefix_cache: bool = True,
     ) -> None:
         self.max_batch_size = max_batch_size
         self.max_seq_len = max_seq_len
         self.max_step_tokens = max(max_step_tokens, max_batch_size)
-        self.memory = SequenceMemory(max_batch_size, block_size, num_blocks)
+        self.memory = SequenceMemory(max_batch_size, block_size, num_blocks, has_prefix_cache)
         self.waiting = WaitingQueue()  # the preempted requests are its first ones
         self._running: dict[Request, SequenceGroup] = {}  # in the order in which they entered first
         self._preempted: dict[Request, SequenceGroup] = {}
+        self._next: SequenceGroup | None = None  # of the first waiting request, when it did not fit
         self._slot_type = np.min_scalar_type(max_batch_size)  # slots travel in as few bytes as they need
         self._pending: deque[PendingOutput] = deque()  # per plan on its way
         self._committed_at = 0.0
@@ -119,6 +126,8 @@ class Scheduler:
         now = self._committed_at = time.monotonic()
         progress, num_others = pending.measure(now)
         progress.num_preempted, self._num_preempted = self._num_preempted, 0
+        progress.num_queried, progress.num_hit = self.memory.num_queried, self.memory.num_hit
+        self.memory.num_queried = self.memory.num_hit = 0
         for group in pending.skipping_groups:
             group.num_in_flight -= 1
         _take_extras(pending, step)
@@ -225,7 +234,9 @@ class Scheduler:
         """Let waiting requests enter, in their order, until one does not fit."""
         while self.waiting:
             request = self.waiting.first
-            group = self._preempted.get(request) or SequenceGroup.of(request)
+            group = self._preempted.get(request) or self._next
+            if group is None or group.request is not request:
+                group = self._next = SequenceGroup.of(request)
             if not group.is_settled:
                 return
             new_sequences = self.memory.admit(group)
@@ -235,6 +246,7 @@ class Scheduler:
                 return
             self.waiting.take(request)
             self._preempted.pop(request, None)
+            self._next = None
             self._running[request] = group
             request.times.scheduled = request.times.scheduled or time.monotonic()
             draft.new_sequences.append(new_sequences)
@@ -258,6 +270,7 @@ class Scheduler:
         sampling, is_beam = request.sampling, group.beam_search is not None
         start = sequence.num_computed
         end = sequence.num_computed = start + length
+        self.memory.keep_prompt(sequence, start, end)
         is_last = end == sequence.num_tokens - 1 and not group.is_resumed
         sampled = [] if not is_last else [sequence] if is_beam else group.sequences
         wants_more = sampling.width > 1 or sampling.prompt_log_probs or sampling.next_token_logits

@@ -76,7 +76,7 @@ def output(plan: Plan) -> StepOutput:
 
 
 def scheduler(*requests: Request, max_batch_size: int = 8, num_blocks: int = 64) -> Scheduler:
-    s = Scheduler(max_batch_size, 1000, 16, block_size=4, num_blocks=num_blocks)
+    s = Scheduler(max_batch_size, 1000, 16, block_size=4, num_blocks=num_blocks, has_prefix_cache=False)
     for one in requests:
         s.add(one)
     return s
