@@ -148,10 +148,10 @@ def test_a_cancelled_request_keeps_the_time_of_its_last_token(make: Callable[...
             s.cancel(one, CANCELLED)
 
     found = drive(s, clock, act=act)
-    assert one.times == Times(0.0, 100.0, 102.0, 106.0, 106.25)
+    assert one.times == Times(0.0, 100.0, 101.0, 106.0, 106.25)  # its prompt does not wait for the long one
     assert early.times == Times(0.0, 100.0, 0.0, 0.0, 101.0)
     assert [p.finished for p in found if p.finished] == [[queued]]
-    assert sum(p.num_tokens for p in found) == len(one.output_ids) + 5 == 10
+    assert sum(p.num_tokens for p in found) == len(one.output_ids) + 5 == 11
 
 
 def test_a_beam_search_has_times_and_its_tokens_are_left_to_its_end(clock: Clock) -> None:
