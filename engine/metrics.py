@@ -19,8 +19,9 @@ class Progress:
 
     started: requests that got their first token; num_tokens: new tokens, without those of beams, which are known at
     a request's end; gaps: (seconds since their last token, number of sequences); finished: requests that ended;
-    num_preempted: requests that lost their slots and blocks for a time, since the last output; num_drafts: sequences
-    that had drafts; num_drafted: the drafts, of which num_accepted were right.
+    num_preempted: requests that lost their slots and blocks for a time, since the last output; num_queried, num_hit:
+    prompt tokens that were looked for in the prefix cache since then, and found; num_drafts: sequences that had drafts;
+    num_drafted, num_accepted: their drafts, and those that were right.
     """
 
     started: list[Request] = field(default_factory=list)
@@ -31,6 +32,8 @@ class Progress:
     num_drafted: int = 0
     num_accepted: int = 0
     num_preempted: int = 0
+    num_queried: int = 0
+    num_hit: int = 0
 
 
 @dataclass(frozen=True)

@@ -18,18 +18,18 @@ def make_engine(
     """The engine of rank 0; the executor is prepared. One without KV blocks runs whole static batches."""
     scheduler: Scheduling
     if executor.num_blocks:
-        speculation = None
-        if engine_config.speculative == "ngram":
-            max_rows = min(executor.max_draft_rows, executor.max_step_tokens)
-            speculation = Speculation(engine_config.speculative_tokens, max_rows)
-        scheduler = Scheduler(
+        scheduler = paged = Scheduler(
             engine_config.max_batch_size,
             executor.max_seq_len,
             executor.max_step_tokens,
             engine_config.block_size,
             executor.num_blocks,
-            speculation,
+            not engine_config.no_prefix_cache,
+            executor.max_mixed_tokens,
         )
+        if engine_config.speculative == "ngram":
+            most = min(executor.max_draft_rows, executor.max_step_tokens)
+            paged.speculation = Speculation(engine_config.speculative_tokens, most)
     else:
         scheduler = StaticScheduler(engine_config.max_batch_size, executor.max_seq_len, model_config.end_id)
     return Engine(scheduler, executor, world, watchdog, engine_config.step_timeout_s, engine_config.max_queue_size)

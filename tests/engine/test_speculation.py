@@ -48,8 +48,9 @@ class BadWords:
 
 
 def scheduler(num_blocks: int = 400, max_drafts: int = 8, max_rows: int = 32, max_batch_size: int = 8) -> Scheduler:
-    speculation = Speculation(max_drafts, max_rows) if max_drafts else None
-    return Scheduler(max_batch_size, 1000, 64, block_size=4, num_blocks=num_blocks, speculation=speculation)
+    s = Scheduler(max_batch_size, 1000, 64, block_size=4, num_blocks=num_blocks)
+    s.speculation = Speculation(max_drafts, max_rows) if max_drafts else None
+    return s
 
 
 def random_request(rng: random.Random) -> Request:

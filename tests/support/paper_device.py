@@ -132,9 +132,10 @@ class PaperDevice:
         kept = None
         for position in range(end - num_drafts, end + 1):
             digest = slot.digest(position)
-            first = 0 if self.reach is None else max(0, position - self.reach)
-            seen = (digest, position) if self.reach is None else slot.token_ids[first:position]
-            token_id = _number(*seen, slot.seed) % VOCAB_SIZE
+            seen = [digest, slot.seed, position]
+            if self.reach is not None:
+                seen = [slot.seed, *slot.token_ids[max(0, position - self.reach) : position]]
+            token_id = _number(*seen) % VOCAB_SIZE
             while token_id in banned:
                 token_id = (token_id + 1) % VOCAB_SIZE
             output.token_ids.append(token_id)
