@@ -210,6 +210,7 @@ class Engine:
             output = self._launched.popleft().wait()
         self._is_warm = True
         progress = self.scheduler.commit(output)
+        self._statistics.num_accepted += progress.num_accepted
         if self.observer is not None:
             self.observer.count_progress(progress)
             for request in progress.finished:

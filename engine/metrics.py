@@ -70,6 +70,7 @@ class Statistics:
     def _reset(self, now: float) -> None:
         self._since = now
         self._num_steps = self._num_sequences = self._most = 0
+        self.num_accepted = 0  # drafts that were right: tokens beyond one per sequence and step; the engine adds to it
 
     def count(self, num_sequences: int, num_waiting: int) -> None:
         """Count a step: num_sequences get a token each, num_waiting requests wait."""
@@ -82,7 +83,7 @@ class Statistics:
                     self._num_sequences / self._num_steps,
                     self._most,
                     num_waiting,
-                    self._num_sequences / (now - self._since),
+                    (self._num_sequences + self.num_accepted) / (now - self._since),
                 )
             self._reset(now)
         self._num_steps += 1

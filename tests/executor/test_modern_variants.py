@@ -340,6 +340,15 @@ def test_fastertransformer_refuses_by_name(change: dict[str, Any], sentence: str
     assert pick_backend(EngineConfig(), config, library, 0).engine == "torch"
 
 
+def test_fastertransformer_refuses_speculation(tmp_path: Path) -> None:
+    library = tmp_path / "libth_transformer.so"
+    library.touch()
+    config = ModelConfig(4, 32, 2, 100, 98, 99, max_pos_seq_len=64)
+    with pytest.raises(ValueError, match="^speculative is ngram; the fastertransformer engine computes none only$"):
+        pick_backend(EngineConfig(engine="fastertransformer", speculative="ngram"), config, library, 0)
+    pick_backend(EngineConfig(engine="fastertransformer"), config, library, 0)
+
+
 def test_fastertransformer_refuses_uneven_stages(tmp_path: Path) -> None:
     library = tmp_path / "libth_transformer.so"
     library.touch()

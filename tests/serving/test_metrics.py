@@ -161,6 +161,15 @@ def test_a_gap_is_counted_for_each_sequence_in_its_bucket() -> None:
     assert found["generation_tokens_total"] == 259
 
 
+def test_drafts_are_counted_by_vllms_names() -> None:
+    metrics = ServerMetrics("m", 256)
+    metrics.count_progress(Progress(num_tokens=7, num_drafts=2, num_drafted=9, num_accepted=5))
+    metrics.count_progress(Progress(num_tokens=1, num_drafts=1, num_drafted=3))
+    found = samples(metrics)
+    names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+    assert [found[f"spec_decode_{name}_total"] for name in names] == [3, 12, 5]
+
+
 def test_front_ends_count_refusals_and_restarts() -> None:
     metrics = ServerMetrics("m", 256)
     metrics.count_refused("triton", "busy")
