@@ -22,7 +22,8 @@ from engine.speculation import Speculation
 from tests.support.engines import make_engine
 from tests.support.paper_device import VOCAB_SIZE, PaperDevice, run
 from tests.support.ranks import run_engine
-from tests.support.traffic import DraftCounter, looping_items, make_request, results, run_alone, run_crowd, vocabulary
+from tests.support.soak import Counter
+from tests.support.traffic import looping_items, make_request, results, run_alone, run_crowd, vocabulary
 
 REACH = 2  # a token depends on the two before it, so a text soon repeats itself
 
@@ -251,12 +252,12 @@ def test_every_token_but_the_first_has_a_gap_and_gaps_add_up(ahead: int, monkeyp
     assert sum(p.num_accepted for p in found) >= sum(num_tokens) - sum(plan.num_sequences for plan in device.plans)
 
 
-def run_items(folder: Path, items: list[dict[str, Any]], is_crowd: bool, **flags: Any) -> tuple[list[Any], Progress]:
+def run_items(folder: Path, items: list[dict[str, Any]], is_crowd: bool, **flags: Any) -> tuple[list[Any], Counter]:
     engine = make_engine(folder, max_batch_size=6, max_step_tokens=24, block_size=4, **flags)
     requests = [make_request(item, vocabulary()) for item in items]
-    engine.observer = counter = DraftCounter()
+    engine.observer = counter = Counter()
     (run_crowd if is_crowd else run_alone)(engine, requests)
-    return [results(request) for request in requests], counter.sum
+    return [results(request) for request in requests], counter
 
 
 def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:

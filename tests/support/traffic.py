@@ -6,7 +6,6 @@ import random
 from typing import Any
 
 from engine.engine import Engine
-from engine.metrics import Progress
 from engine.request import Request, SamplingParams
 from engine.words import Vocabulary
 
@@ -122,17 +121,3 @@ def results(request: Request) -> dict[str, Any]:
         "prompt_alternatives": [[list(pair) for pair in token] for token in request.prompt_alternatives],
         "next_token_logits": [] if request.next_token_logits is None else list(map(float, request.next_token_logits)),
     }
-
-
-class DraftCounter:
-    """An Observer that adds up what is told of drafts."""
-
-    def __init__(self) -> None:
-        self.sum = Progress()
-
-    def count_plan(self, num_tokens: int) -> None: ...
-    def count_finished(self, request: Request) -> None: ...
-
-    def count_progress(self, progress: Progress) -> None:
-        for name in ("num_tokens", "num_drafts", "num_drafted", "num_accepted"):
-            setattr(self.sum, name, getattr(self.sum, name) + getattr(progress, name))
