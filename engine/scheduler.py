@@ -17,13 +17,13 @@ import numpy as np
 from engine.beam import Candidate
 from engine.blocks import BlockAllocator
 from engine.budget import share_budget
-from engine.draft import Draft
 from engine.memory import SequenceMemory
 from engine.metrics import Progress
 from engine.plan import BeamReorder, Chunk, Plan, StepOutput
+from engine.plan_builder import PlanBuilder
 from engine.request import SHUTDOWN, ParameterError, Request, check_length
 from engine.sequence import PendingOutput, Sequence, SequenceGroup
-from engine.speculation import Speculation
+from engine.speculation import Speculation, append_drafted
 from engine.waiting import WaitingQueue
 
 
@@ -112,16 +112,16 @@ class Scheduler:
 
     def schedule(self) -> Plan | None:
         """The next step, or None where there is nothing to compute."""
-        draft = Draft()
-        prefilling = self._plan_decodes(draft)
-        self._admit(draft, prefilling)
-        budget = self.max_step_tokens - draft.num_tokens
-        if draft.num_tokens:
+        builder = PlanBuilder()
+        prefilling = self._plan_decodes(builder)
+        self._admit(builder, prefilling)
+        budget = self.max_step_tokens - builder.num_tokens
+        if builder.num_tokens:
             budget = min(budget, self.max_mixed_tokens)
         shares = share_budget([group.num_plannable for group in prefilling], budget)
         for group, share in zip(prefilling, shares, strict=True):
-            self._plan_chunks(group, share, draft)
-        finished = draft.finish(self._slot_type)
+            self._plan_chunks(group, share, builder)
+        finished = builder.finish(self._slot_type)
         if finished is None:
             return None
         plan, pending = finished
@@ -139,11 +139,11 @@ class Scheduler:
         self.memory.num_queried = self.memory.num_hit = 0
         for group in pending.skipping_groups:
             group.num_in_flight -= 1
-        _take_extras(pending, step)
+        pending.give_extras(step)
         updated = self._append(pending.sequences, step, progress)
         if num_steady := progress.num_tokens - num_others:  # they got a token from the last plan too
             progress.gaps.append((now - since, num_steady))
-        updated += self._append_drafted(pending, step, progress)
+        updated += append_drafted(pending, step, now, progress, self._end)
         for group, candidates in zip(pending.beam_groups, step.candidates, strict=True):
             if not group.request.is_finished:
                 self._advance_beams(group, candidates, progress)
@@ -181,9 +181,9 @@ class Scheduler:
         for request in self.unfinished():
             self.cancel(request, SHUTDOWN)
 
-    def _plan_decodes(self, draft: Draft) -> list[SequenceGroup]:
+    def _plan_decodes(self, builder: PlanBuilder) -> list[SequenceGroup]:
         """Plan a token for every sequence whose tokens are computed; returns the other running groups."""
-        seq_slots, positions, decoding = draft.seq_slots, draft.positions, draft.decoding
+        seq_slots, positions, decoding = builder.seq_slots, builder.positions, builder.decoding
         prefilling = []
         for group in list(self._running.values()):
             if not group.is_running:  # it was preempted for an older one, like all after it
@@ -192,20 +192,20 @@ class Scheduler:
                 if group.num_plannable:
                     prefilling.append(group)
                 else:
-                    self._resume(group, draft)
+                    self._resume(group, builder)
                 continue
             first = group.sequences[0]
             if first.num_tokens == group.max_tokens or (group.is_stepwise and group.num_in_flight):
                 continue
             if group.is_speculating and group.has_unknown:
                 continue
-            if first.num_computed >= group.capacity and not self._grow(group, draft):
+            if first.num_computed >= group.capacity and not self._grow(group, builder):
                 break
             if group.is_stepwise:
-                self._plan_stepwise(group, draft)
+                self._plan_stepwise(group, builder)
                 continue
             if group.is_speculating and self.speculation is not None:
-                self.speculation.plan(group, draft, self.memory.num_sequences)
+                self.speculation.plan(group, builder, self.memory.num_sequences)
                 continue
             for sequence in group.sequences:  # add_decode in line: the loop is hot
                 seq_slots.append(sequence.seq_slot)
@@ -215,7 +215,7 @@ class Scheduler:
                 sequence.num_tokens += 1
         return prefilling
 
-    def _grow(self, group: SequenceGroup, draft: Draft) -> bool:
+    def _grow(self, group: SequenceGroup, builder: PlanBuilder) -> bool:
         """Give a group blocks for its next tokens, if need be those of newer groups; False: it was preempted itself."""
         while (new_blocks := self.memory.grow(group)) is None:
             if not self.memory.take_back(self._running.values()):
@@ -223,7 +223,7 @@ class Scheduler:
                 self._preempt(newest)
                 if newest is group:
                     return False
-        draft.new_blocks += new_blocks
+        builder.new_blocks += new_blocks
         return True
 
     def _preempt(self, group: SequenceGroup) -> None:
@@ -247,7 +247,7 @@ class Scheduler:
         if group.is_resumed:
             group.sampled_at = group.sampled_at or self._committed_at
 
-    def _admit(self, draft: Draft, prefilling: list[SequenceGroup]) -> None:
+    def _admit(self, builder: PlanBuilder, prefilling: list[SequenceGroup]) -> None:
         """Let waiting requests enter, in their order, until one does not fit."""
         while self.waiting:
             request = self.waiting.first
@@ -266,19 +266,19 @@ class Scheduler:
             self._next = None
             self._running[request] = group
             request.times.scheduled = request.times.scheduled or time.monotonic()
-            draft.new_sequences.append(new_sequences)
+            builder.new_sequences.append(new_sequences)
             if group.num_plannable:
                 prefilling.append(group)
 
-    def _plan_chunks(self, group: SequenceGroup, count: int, draft: Draft) -> None:
+    def _plan_chunks(self, group: SequenceGroup, count: int, builder: PlanBuilder) -> None:
         """Plan `count` of the tokens that a group's `num_plannable` counts."""
         is_prompt_computed = group.sequences[0].num_computed >= group.prompt_len
         for sequence in group.sequences if is_prompt_computed else group.sequences[:1]:
             if length := min(sequence.num_tokens - 1 - sequence.num_computed, count):
-                self._plan_chunk(sequence, length, draft)
+                self._plan_chunk(sequence, length, builder)
                 count -= length
 
-    def _plan_chunk(self, sequence: Sequence, length: int, draft: Draft) -> None:
+    def _plan_chunk(self, sequence: Sequence, length: int, builder: PlanBuilder) -> None:
         """Plan the next `length` known tokens of a sequence. The last ones of a prompt sample its first token."""
         group, request = sequence.group, sequence.group.request
         sampling, is_beam = request.sampling, group.beam_search is not None
@@ -289,38 +289,38 @@ class Scheduler:
         sampled = [] if not is_last else [sequence] if is_beam else group.sequences
         wants_more = sampling.width > 1 or sampling.prompt_log_probs or sampling.next_token_logits
         if length == 1 and is_last and not wants_more:
-            draft.add_decode(sequence, start)
+            builder.add_decode(sequence, start)
         else:
             slots = [other.seq_slot for other in sampled]
             scored_from = max(start, group.num_scored)
             is_scored = sampling.prompt_log_probs and scored_from < min(end, group.prompt_len - 1)
-            draft.chunks.append(Chunk(sequence.seq_slot, start, length, slots, scored_from if is_scored else None))
-            draft.pending.sequences += [None] if is_beam and is_last else sampled
+            builder.chunks.append(Chunk(sequence.seq_slot, start, length, slots, scored_from if is_scored else None))
+            builder.pending.sequences += [None] if is_beam and is_last else sampled
             if is_scored:
-                draft.pending.scored_prompts.append(request)
+                builder.pending.scored_prompts.append(request)
             if is_last and sampling.next_token_logits:
-                draft.pending.first_logits.append(request)
+                builder.pending.first_logits.append(request)
         if is_last:
             group.is_prefilling = False
-            draft.pending.started.append(group)
+            builder.pending.started.append(group)
             for other in sampled:
-                draft.ban(other, [])
+                builder.ban(other, [])
             if group.is_stepwise:
-                draft.expect(group)
+                builder.expect(group)
 
-    def _resume(self, group: SequenceGroup, draft: Draft) -> None:
+    def _resume(self, group: SequenceGroup, builder: PlanBuilder) -> None:
         """Plan the next token of each sequence of a group that has computed its known tokens again."""
         group.is_prefilling = False
         if group.is_stepwise:
-            self._plan_stepwise(group, draft)
+            self._plan_stepwise(group, builder)
             return
-        draft.expect(group)
+        builder.expect(group)
         for sequence in group.sequences:
-            draft.add_decode(sequence, sequence.num_computed)
+            builder.add_decode(sequence, sequence.num_computed)
             sequence.num_computed += 1
             sequence.num_tokens += 1
 
-    def _plan_stepwise(self, group: SequenceGroup, draft: Draft) -> None:
+    def _plan_stepwise(self, group: SequenceGroup, builder: PlanBuilder) -> None:
         """Plan one more token of each sequence of a group that the host decides on token by token."""
         sequences = group.sequences
         if group.beam_search is not None:
@@ -331,11 +331,11 @@ class Scheduler:
             sequences = sequences[: len(parents)]
             start = sequences[0].num_computed
             reorder = BeamReorder(slots[: len(parents)], parents, start, beams.token_ids, beams.scores)
-            draft.beam_reorders.append(reorder)
-        draft.expect(group)
+            builder.beam_reorders.append(reorder)
+        builder.expect(group)
         for sequence in sequences:
-            draft.add_decode(sequence, sequence.num_computed)
-            draft.ban(sequence, group.output_ids(sequence))
+            builder.add_decode(sequence, sequence.num_computed)
+            builder.ban(sequence, group.output_ids(sequence))
         for sequence in group.sequences:
             sequence.num_computed += 1
             sequence.num_tokens += 1
@@ -363,15 +363,6 @@ class Scheduler:
                 last = request
         progress.num_tokens = len(sequences) - num_skipped
         return updated
-
-    def _append_drafted(self, pending: PendingOutput, step: StepOutput, progress: Progress) -> list[Request]:
-        """Give each sequence that had drafts its tokens; returns the updated requests."""
-        alive = [drafted for drafted in pending.drafted if drafted.sequence.output.finish_reason is None]
-        for drafted in alive:
-            reason = drafted.take(step, self._committed_at, progress)
-            if reason is not None:
-                self._end(drafted.sequence, reason, progress)
-        return [drafted.sequence.group.request for drafted in alive]
 
     def _end(self, sequence: Sequence, reason: str, progress: Progress) -> None:
         sequence.output.finish_reason = reason
@@ -409,21 +400,3 @@ class Scheduler:
         else:
             del self._preempted[group.request]
             self.waiting.remove(group.request)
-
-
-def _take_extras(pending: PendingOutput, step: StepOutput) -> None:
-    """Give requests what they asked for beyond tokens."""
-    for request, log_probs in zip(pending.scored_prompts, step.prompt_log_probs, strict=True):
-        if not request.is_finished:
-            request.prompt_log_probs += log_probs
-    for place, per_token in step.prompt_alternatives.items():
-        request = pending.scored_prompts[place]
-        if not request.is_finished:
-            request.prompt_alternatives += per_token
-    for request, logits in zip(pending.first_logits, step.next_token_logits, strict=True):
-        if not request.is_finished:
-            request.next_token_logits = logits
-    for row, alternatives in step.alternatives.items():
-        sequence = pending.sequences[row]
-        if sequence is not None and sequence.output.finish_reason is None:
-            sequence.output.alternatives.append(alternatives)

@@ -176,3 +176,20 @@ class PendingOutput:
                 num_tokens += len(group.sequences)
             group.sampled_at = now if group.is_stepwise else 0.0
         return progress, num_tokens
+
+    def give_extras(self, step: StepOutput) -> None:
+        """Give requests what they asked for beyond tokens."""
+        for request, log_probs in zip(self.scored_prompts, step.prompt_log_probs, strict=True):
+            if not request.is_finished:
+                request.prompt_log_probs += log_probs
+        for place, per_token in step.prompt_alternatives.items():
+            request = self.scored_prompts[place]
+            if not request.is_finished:
+                request.prompt_alternatives += per_token
+        for request, logits in zip(self.first_logits, step.next_token_logits, strict=True):
+            if not request.is_finished:
+                request.next_token_logits = logits
+        for row, alternatives in step.alternatives.items():
+            sequence = self.sequences[row]
+            if sequence is not None and sequence.output.finish_reason is None:
+                sequence.output.alternatives.append(alternatives)

@@ -6,11 +6,14 @@ drafts before it are. So a sequence gets 1 to k + 1 tokens from such a step, the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from engine.draft import Draft
+from engine.metrics import Progress
 from engine.ngram import NgramDrafter
-from engine.sequence import SequenceGroup
+from engine.plan import StepOutput
+from engine.plan_builder import PlanBuilder
+from engine.request import Request
+from engine.sequence import PendingOutput, Sequence, SequenceGroup
 
 
 class Speculation:
@@ -36,17 +39,17 @@ class Speculation:
         """How many drafts each of the running sequences may have."""
         return min(self._max_drafts, self._max_rows // max(1, num_sequences) - 1)
 
-    def plan(self, group: SequenceGroup, draft: Draft, num_sequences: int) -> None:
+    def plan(self, group: SequenceGroup, builder: PlanBuilder, num_sequences: int) -> None:
         """Plan a sequence's last token, known by now, with its drafts; without drafts, it is planned ahead again."""
         (sequence,) = group.sequences
         room = group.capacity - sequence.num_computed - 1  # no other sequence loses blocks for a draft
         draft_ids = group.draft_ids[: max(0, min(room, self.share(num_sequences)))]
         if draft_ids:
-            draft.add_drafts(sequence, draft_ids)
+            builder.add_drafts(sequence, draft_ids)
         else:
             group.is_speculating = False
-            draft.expect(group)
-            draft.add_decode(sequence, sequence.num_computed)
+            builder.expect(group)
+            builder.add_decode(sequence, sequence.num_computed)
         sequence.num_computed += 1 + len(draft_ids)
         sequence.num_tokens += 1 + len(draft_ids)
 
@@ -75,3 +78,22 @@ class Speculation:
             group.is_speculating = self._has_drafts = True
         if group.is_speculating and new_ids:
             group.sampled_at = now
+
+
+def append_drafted(
+    pending: PendingOutput,
+    step: StepOutput,
+    now: float,
+    progress: Progress,
+    end: Callable[[Sequence, str, Progress], None],
+) -> list[Request]:
+    """Give each sequence that had drafts its tokens, which came `now`; returns the updated requests.
+
+    end: called for a sequence that ends with them, with the reason.
+    """
+    alive = [drafted for drafted in pending.drafted if drafted.sequence.output.finish_reason is None]
+    for drafted in alive:
+        reason = drafted.take(step, now, progress)
+        if reason is not None:
+            end(drafted.sequence, reason, progress)
+    return [drafted.sequence.group.request for drafted in alive]

@@ -8,7 +8,7 @@ from engine.plan import BeamReorder, Chunk, NewSequences, Plan
 from engine.sequence import Drafted, PendingOutput, Sequence, SequenceGroup
 
 
-class Draft:
+class PlanBuilder:
     """Collects a step: its decode rows as lists, its chunks, and who gets the output."""
 
     def __init__(self) -> None:
