@@ -72,7 +72,19 @@ class EngineConfig:
         "number format of the computation; auto: bf16 on a GPU (fp16 before compute capability 8.0), fp32 on a CPU",
         choices=("auto", *DATA_TYPES),
     )
-    int8_mode: int = flag(0, "1: the layers' matrices are stored in int8, with a scale for each column", choices=(0, 1))
+    quantization: str = flag(
+        "none",
+        "stores the layers' matrices in one byte per number, with a scale for each column; fp8 needs a GPU of compute "
+        "capability 8.9, or a CPU, which computes it slowly",
+        choices=("none", "int8", "fp8"),
+    )
+    int8_mode: int = flag(0, "1: FasterTransformer's name for --quantization int8", choices=(0, 1))
+    kv_cache_dtype: str = flag(
+        "auto",
+        "number format of the key-value cache; auto: data_type; fp8: half of bf16's bytes, with a scale for each layer "
+        "and head, and the same needs as --quantization fp8",
+        choices=("auto", "fp8"),
+    )
     max_batch_size: int = flag(256, "sequences that run at once (each sample or beam counts); further ones wait")
     max_queue_size: int = flag(2048, "requests that may wait; further ones are refused (HTTP 503)")
     max_seq_len: int = flag(
@@ -100,3 +112,10 @@ class EngineConfig:
             raise ValueError(f"kv_cache_fraction is {self.kv_cache_fraction}; it must lie between 0 and 1")
         if not self.step_timeout_s > 0:
             raise ValueError(f"step_timeout_s is {self.step_timeout_s}; it must be above 0")
+        if self.int8_mode and self.quantization == "fp8":
+            raise ValueError("quantization is fp8, and int8_mode is 1, which is quantization int8; set one of them")
+
+    @property
+    def weight_format(self) -> str:
+        """none, int8 or fp8: of `quantization`, or of FasterTransformer's name for int8."""
+        return "int8" if self.int8_mode else self.quantization

@@ -16,6 +16,7 @@ from engine.world import World
 from executor.collectives import Comm
 from executor.model import GPT, check_supported
 from executor.runner import TorchExecutor, computation_dtype
+from kernels.fp8 import has_fp8
 from weights.model_config import ModelConfig
 from weights.reader import ShardReader
 
@@ -60,7 +61,7 @@ def pick_backend(
     dtype = computation_dtype(engine_config.data_type, device)
     engine, reason = engine_config.engine, "chosen by --engine"
     if engine == "auto":
-        missing = _why_not_fastertransformer(model_config, lib_path, device, pp)
+        missing = _why_not_fastertransformer(engine_config, model_config, lib_path, device, pp)
         engine = "torch" if missing else "fastertransformer"
         reason = missing or f"{lib_path} is there"
     positions = model_config.max_pos_seq_len
@@ -71,9 +72,10 @@ def pick_backend(
         raise ValueError(f"max_seq_len is {longest}; the model's sliding_window is {window}, and no more is computed")
     if engine == "torch":
         check_supported(model_config)
+        _check_fp8(engine_config, device)
     elif not lib_path.is_file():
         raise ValueError(f"lib_path is {lib_path}, and there is no such file")
-    elif lacking := _what_fastertransformer_lacks(model_config, pp):
+    elif lacking := _what_fastertransformer_lacks(engine_config, model_config, pp):
         raise ValueError(lacking)
     elif (model_config.activation_type, model_config.gelu_form) == ("gelu", "erf"):
         _LOG.warning("gelu_form is erf, and FasterTransformer computes the tanh form: results differ slightly")
@@ -177,18 +179,34 @@ def _positive(variable: str) -> int:
     return int(value) if value.isdigit() else 0
 
 
-def _why_not_fastertransformer(config: ModelConfig, lib_path: Path, device: torch.device, pp: int) -> str | None:
+def _check_fp8(engine_config: EngineConfig, device: torch.device) -> None:
+    """Raise RuntimeError with the setting's and the GPU's name where fp8 is asked for and the GPU lacks it."""
+    for name in ("quantization", "kv_cache_dtype"):
+        if getattr(engine_config, name) == "fp8" and not has_fp8(device):
+            major, minor = torch.cuda.get_device_capability(device)
+            raise RuntimeError(
+                f"{name} is fp8, which needs compute capability 8.9 or later; "
+                f"{torch.cuda.get_device_name(device)} has {major}.{minor}"
+            )
+
+
+def _why_not_fastertransformer(
+    engine_config: EngineConfig, config: ModelConfig, lib_path: Path, device: torch.device, pp: int
+) -> str | None:
     if not lib_path.is_file():
         return f"no FasterTransformer library at {lib_path}"
     if device.type != "cuda":
         return "FasterTransformer needs a GPU"
     if config.size_per_head not in _FT_HEAD_SIZES:
         return f"FasterTransformer has no kernel for size_per_head {config.size_per_head}"
-    return _what_fastertransformer_lacks(config, pp)
+    return _what_fastertransformer_lacks(engine_config, config, pp)
 
 
-def _what_fastertransformer_lacks(config: ModelConfig, pp: int) -> str | None:
+def _what_fastertransformer_lacks(engine_config: EngineConfig, config: ModelConfig, pp: int) -> str | None:
     """The reason why its op, or our driver of it, cannot run this model, with the key's name; None: it can."""
+    for name, computed in (("quantization", "none and int8"), ("kv_cache_dtype", "auto")):
+        if getattr(engine_config, name) == "fp8":
+            return f"{name} is fp8; FasterTransformer's GPT computes {computed} only"
     if config.apply_residual_connection_post_layernorm:
         return "apply_residual_connection_post_layernorm is True; FasterTransformer computes False only"
     for key, known in (
