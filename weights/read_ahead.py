@@ -59,6 +59,7 @@ class ReadAhead:
     def close(self) -> None:
         """End the threads, and free the buffers."""
         self._threads.shutdown(cancel_futures=True)
+        self._backend.synchronize()  # with the copies of what was read and never taken
         self._pending.clear()
 
     def _fill(self) -> None:
