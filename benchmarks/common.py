@@ -89,9 +89,10 @@ class RandomReader:
         """Whether the model has this weight; the head is the embedding."""
         return spec.name != "lm_head.weight"
 
-    def read(self, spec: WeightSpec) -> torch.Tensor:
-        """This rank's shard; norms' weights are 1."""
-        shape = spec.shard_shape(self.config.tensor_para_size)
+    def read(self, spec: WeightSpec, rows: slice = slice(None)) -> torch.Tensor:
+        """This rank's shard, or rows of it; norms' weights are 1."""
+        shape = list(spec.shard_shape(self.config.tensor_para_size))
+        shape[0] = len(range(*rows.indices(shape[0])))
         if "norm.weight" in spec.name:
             return torch.ones(shape, dtype=self.dtype, device=self.device)
         return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(std=0.02)

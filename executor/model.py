@@ -15,6 +15,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from engine.config import ParallelConfig
 from executor.attention import Attention, AttentionStep
 from executor.collectives import Comm
 from executor.kv_cache import KVCache, PrefillChunk
@@ -27,6 +28,7 @@ from kernels.layer_cache import LayerCache
 from kernels.prompt_attention import PromptMetadata
 from kernels.ragged_attention import RaggedRows
 from weights.model_config import ModelConfig
+from weights.read_ahead import FileRange
 from weights.reader import ShardReader
 from weights.table import WeightSpec, layer_specs, outer_specs
 
@@ -59,6 +61,31 @@ class StepInput:
     chunks: Sequence[PrefillChunk] = ()  # the other rows
 
 
+def read_order(reader: ShardReader, parallel: ParallelConfig) -> Iterator[FileRange]:
+    """What a rank's GPT reads, in its order, for `ShardReader.read_ahead`; without the few and small weights.
+
+    Raises ValueError at a missing file or a wrong size.
+    """
+    config = reader.config
+    outer = {spec.name: spec for spec in outer_specs(config)}
+    vocab = _vocab_local(config, parallel)
+    if parallel.is_first_stage:
+        yield reader.locate(outer["wte"], vocab)
+    for layer in parallel.layers(config.num_layer):
+        for spec in layer_specs(config, layer):
+            yield reader.locate(spec)
+    if parallel.is_last_stage:
+        is_tied = not reader.has(outer["lm_head.weight"])
+        if not (is_tied and parallel.is_first_stage):
+            yield reader.locate(outer["wte" if is_tied else "lm_head.weight"], vocab)
+
+
+def _vocab_local(config: ModelConfig, parallel: ParallelConfig) -> slice:
+    """The tokens of this rank's part of the vocabulary; on the last ranks it may reach past the end."""
+    count = -(-config.vocab_size // parallel.tp)
+    return slice(parallel.tp_rank * count, (parallel.tp_rank + 1) * count)
+
+
 class GPT:
     """A pipeline stage: token ids (first stage) or hidden states → hidden states; and logits (last stage)."""
 
@@ -84,14 +111,13 @@ class GPT:
         parallel = comm.parallel
         outer = {spec.name: spec for spec in outer_specs(config)}
         self.attention = Attention(config, parallel, reader.dtype, device)
-        vocab_local = -(-config.vocab_size // parallel.tp)
-        first_id = parallel.tp_rank * vocab_local
+        vocab = _vocab_local(config, parallel)
         wte = None
         if parallel.is_first_stage:
-            wte = self._vocab_rows(outer["wte"], first_id, vocab_local)
+            wte = self._vocab_rows(outer["wte"], vocab)
             has_positions, has_layernorm = config.has_positional_encoding, config.has_pre_decoder_layernorm
             position_rows = self._load(outer["wpe"]) if has_positions else None  # [max_pos_seq_len, hidden]
-            self.embedding = VocabEmbedding(wte, position_rows, first_id, comm)
+            self.embedding = VocabEmbedding(wte, position_rows, vocab.start, comm)
             self.pre_decoder_layernorm = self._norm(outer, "pre_decoder_layernorm") if has_layernorm else None
             progress()
         self.layers = []
@@ -105,9 +131,9 @@ class GPT:
             if is_tied and wte is not None:
                 rows = wte
             else:
-                rows = self._vocab_rows(outer["wte" if is_tied else "lm_head.weight"], first_id, vocab_local)
+                rows = self._vocab_rows(outer["wte" if is_tied else "lm_head.weight"], vocab)
             spec = outer.get("lm_head.bias")
-            bias = None if spec is None else self._vocab_rows(spec, first_id, vocab_local)
+            bias = None if spec is None else self._vocab_rows(spec, vocab)
             self.lm_head = LMHead(make_matmul(rows.t()), bias, config.vocab_size, comm)
             progress()
 
@@ -139,9 +165,9 @@ class GPT:
         weight, bias = outer[f"{name}.weight"], outer.get(f"{name}.bias")
         return Norm(self._load(weight), self._load(bias) if bias else None, self.config.layernorm_eps)
 
-    def _vocab_rows(self, spec: WeightSpec, first_id: int, count: int) -> torch.Tensor:
-        """Rows [first_id, first_id + count) of a vocabulary's table or bias; rows past its end are zeros."""
-        rows = self._reader.map(spec)[first_id : first_id + count].to(self.dtype)
+    def _vocab_rows(self, spec: WeightSpec, vocab: slice) -> torch.Tensor:
+        """This rank's rows of a vocabulary's table or bias; rows past its end are zeros."""
+        rows, count = self._reader.read(spec, vocab), vocab.stop - vocab.start
         if rows.shape[0] < count:
             rows = F.pad(rows, (*(0, 0) * (rows.ndim - 1), 0, count - rows.shape[0]))
         return rows.to(self.device)

@@ -248,6 +248,7 @@ class TorchExecutor:
 def _memory_left(device: torch.device, local_size: int) -> int:
     """Bytes that this rank may still take: the GPU's free memory, or its share of half the host's."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading took and gave back
         return torch.cuda.mem_get_info(device)[0]
     return host_memory() // 2 // local_size
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ import torch
 from engine.config import EngineConfig, ParallelConfig
 from engine.world import World
 from executor.collectives import Comm
-from executor.model import GPT, check_supported
+from executor.model import GPT, check_supported, read_order
 from executor.runner import TorchExecutor, computation_dtype
 from kernels.fp8 import has_fp8
 from weights.model_config import ModelConfig
@@ -118,8 +119,9 @@ def load(
     Raises ValueError or RuntimeError for bad weights, possibly on one rank only: the ranks must agree on success before
     the executor's `prepare`, which is collective.
     """
+    num_cores = claim_cores(world.local_size)  # for a GPU's ranks too: several threads read their weights
     if backend.device.type == "cpu":
-        torch.set_num_threads(claim_cores(world.local_size))
+        torch.set_num_threads(num_cores)
     if comm is None:
         from executor.fastertransformer import FasterTransformerExecutor
 
@@ -130,9 +132,12 @@ def load(
         _LOG.info(
             "pp %d does not divide %d layers: the stages have %s", parallel.pp, num_layer, ", ".join(map(str, sizes))
         )
-    reader = ShardReader(weights.path, weights.config, parallel.tp_rank, backend.dtype)
+    reader = ShardReader(weights.path, weights.config, parallel.tp_rank, backend.dtype, backend.device)
     counter = _Counter(GPT.num_load_steps(weights.config, comm), progress)
-    return TorchExecutor(reader, engine_config, comm, backend.device, world.local_size, counter)
+    # A CPU computes with the mapped files themselves, or packs them, which takes longer than to read them.
+    is_read_ahead = backend.device.type == "cuda"
+    with reader.read_ahead(read_order(reader, parallel)) if is_read_ahead else nullcontext():
+        return TorchExecutor(reader, engine_config, comm, backend.device, world.local_size, counter)
 
 
 class _Counter:
