@@ -34,10 +34,11 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[FileRange]:
 
 
 @pytest.mark.parametrize(
-    ("tp", "pp", "rank", "int8_mode"), [(1, 1, 0, 0), (1, 1, 0, 1), (2, 1, 1, 0), (1, 2, 1, 0), (2, 2, 1, 0)]
+    ("tp", "pp", "rank", "weight_format"),
+    [(1, 1, 0, "none"), (1, 1, 0, "int8"), (2, 1, 1, "none"), (1, 2, 1, "none"), (2, 2, 1, "none")],
 )
 def test_order_is_that_of_the_model(
-    tp: int, pp: int, rank: int, int8_mode: int, converted: Callable[[int], Path], taken: list[FileRange]
+    tp: int, pp: int, rank: int, weight_format: str, converted: Callable[[int], Path], taken: list[FileRange]
 ) -> None:
     parallel = ParallelConfig(tp, pp, rank)
     config = ModelConfig.read(converted(tp) / "config.ini")
@@ -45,7 +46,7 @@ def test_order_is_that_of_the_model(
     order = list(read_order(reader, parallel))
     comm: Any = SimpleNamespace(parallel=parallel)
     with reader.read_ahead(order):
-        GPT(comm, reader, CPU, lambda: None, int8_mode)
+        GPT(comm, reader, CPU, lambda: None, weight_format)
     assert [part for part in taken if part in order] == order
     unordered = {part.path.name for part in taken if part not in order}
     assert unordered <= {"model.wpe.bin", "model.final_layernorm.weight.bin", "model.final_layernorm.bias.bin"}

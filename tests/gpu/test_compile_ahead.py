@@ -10,6 +10,7 @@ import torch
 from kernels import embed, store_kv
 from kernels.compile_ahead import AsyncCompileMode, compile_ahead
 from kernels.heads import HeadLayout
+from kernels.layer_cache import LayerCache
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
@@ -32,16 +33,17 @@ def test_kernels_are_compiled_once_and_not_launched(monkeypatch: pytest.MonkeyPa
     qkv = torch.randn(5, 9 * 40, device="cuda")
     kv_locs = torch.arange(5, device="cuda")
     keys, values = torch.zeros(2, 8, 3, 40, device="cuda")
+    cache = LayerCache(keys, values)
     with compile_ahead(DEVICE):
-        store_kv.store_kv(qkv, layout, keys, values, kv_locs, None)
+        store_kv.store_kv(qkv, layout, cache, kv_locs, None)
     assert len(compiled) == 1
     with compile_ahead(DEVICE):
-        store_kv.store_kv(qkv, layout, keys, values, kv_locs, None)
+        store_kv.store_kv(qkv, layout, cache, kv_locs, None)
     assert not keys.any() and not values.any()
-    store_kv.store_kv(qkv, layout, keys, values, kv_locs, None)
+    store_kv.store_kv(qkv, layout, cache, kv_locs, None)
     assert len(compiled) == 1
     expected = torch.zeros(2, 8, 3, 40, device="cuda")
-    store_kv.reference(qkv, layout, *expected, kv_locs, None)
+    store_kv.reference(qkv, layout, LayerCache(*expected), kv_locs, None)
     assert torch.equal(torch.stack([keys, values]), expected)
 
 
