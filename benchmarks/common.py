@@ -59,6 +59,7 @@ class BenchmarkFlags:
     output_len: int = flag(64, "tokens to generate")
     repeats: int = flag(3, "times that each figure is taken")
     only: str = flag("", "only rows whose name has this text")
+    folder: str = flag("", "where files are made, for a while; by default the system's temporary folder")
 
 
 def model_config(shape: str, tp: int, max_pos_seq_len: int = 1024) -> ModelConfig:

@@ -50,7 +50,7 @@ STAGES = ("connect", "load", "prepare", "first token")
 
 def main() -> None:
     flags = parse_flags()
-    folder = Path(tempfile.mkdtemp(prefix="loading-", dir=flags.folder))
+    folder = Path(tempfile.mkdtemp(prefix="loading-", dir=flags.folder or None))
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     try:
         started = time.perf_counter()
@@ -72,9 +72,8 @@ def main() -> None:
 
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, BenchmarkFlags, "model", ("shape",), shape="124M")
+    add_flags(parser, BenchmarkFlags, "model", ("shape", "folder"))
     parser.add_argument("--file-data-type", choices=list(DATA_TYPES), default="bf16", help="of the files")
-    parser.add_argument("--folder", type=Path, help="where the files go (default: the system's temporary folder)")
     add_flags(parser, EngineConfig, "engine")
     return parser.parse_args()
 
