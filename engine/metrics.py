@@ -18,13 +18,15 @@ class Progress:
     """What the output of one plan brought.
 
     started: requests that got their first token; num_tokens: new tokens, without those of beams, which are known at
-    a request's end; gaps: (seconds since their last token, number of sequences); finished: requests that ended.
+    a request's end; gaps: (seconds since their last token, number of sequences); finished: requests that ended;
+    num_preempted: requests that lost their slots and blocks for a time, since the last output.
     """
 
     started: list[Request] = field(default_factory=list)
     num_tokens: int = 0
     gaps: list[tuple[float, int]] = field(default_factory=list)
     finished: list[Request] = field(default_factory=list)
+    num_preempted: int = 0
 
 
 @dataclass(frozen=True)

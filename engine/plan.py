@@ -16,7 +16,10 @@ class NewSequences:
     """A request that enters its slots, one per sample or beam: all that the ranks need of it, sent once.
 
     block_ids: per slot. The first slot's blocks hold the prompt and the tokens after it. The others' hold only the
-    tokens after it: they read the prompt from the first one's.
+    tokens after it: they read the prompt from the first one's. Sequences grow: a plan's new_blocks follow these.
+
+    A request that was preempted enters again with the tokens it had: output_ids, per slot. sample_ids: per slot, which
+    of the samples it is; empty: all of them. num_computed: tokens of the first slot that its blocks hold already.
     """
 
     seq_slots: list[int]
@@ -25,16 +28,23 @@ class NewSequences:
     end_ids: tuple[int, ...]
     block_ids: list[list[int]]
     banned_ids: list[int] = field(default_factory=list)  # in every step
+    output_ids: list[list[int]] = field(default_factory=list)
+    sample_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens [start, start + length) of a slot, and the slots that get a token sampled after the last of them."""
+    """Tokens [start, start + length) of a slot, and the slots that get a token sampled after the last of them.
+
+    scored_from: from this one on, each token's successor in the prompt gets a log-probability; None: none does.
+    """
 
     seq_slot: int
     start: int
     length: int
     sampled_slots: list[int] = field(default_factory=list)
+    scored_from: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,12 +69,15 @@ class Plan:
     A decode row computes one token, at decode_positions[row] of decode_slots[row], and samples the next one. Both are
     [rows] arrays of small integers, so that a plan of some hundred rows travels in one broadcast. Chunks hold
     everything else: pieces of prompts, or any number of tokens that are known and not computed yet.
+
+    new_blocks: (slot, position, block ids): the blocks hold the slot's tokens from that position on.
     """
 
     decode_slots: np.ndarray = field(default_factory=_no_rows)
     decode_positions: np.ndarray = field(default_factory=_no_rows)
     chunks: list[Chunk] = field(default_factory=list)
     new_sequences: list[NewSequences] = field(default_factory=list)
+    new_blocks: list[tuple[int, int, list[int]]] = field(default_factory=list)
     beam_reorders: list[BeamReorder] = field(default_factory=list)
     banned_ids: dict[int, list[int]] = field(default_factory=dict)  # seq_slot → ids, in this step
 
@@ -92,6 +105,6 @@ class StepOutput:
     log_probs: list[float]  # per row
     alternatives: dict[int, tuple[tuple[int, float], ...]] = field(default_factory=dict)  # row → (id, log-prob) pairs
     candidates: list[list[Candidate]] = field(default_factory=list)  # per beam search
-    prompt_log_probs: list[list[float]] = field(default_factory=list)  # per chunk of a prompt that asked for them
+    prompt_log_probs: list[list[float]] = field(default_factory=list)  # per chunk that has scored_from
     prompt_alternatives: dict[int, list[tuple[tuple[int, float], ...]]] = field(default_factory=dict)  # of such a chunk
     next_token_logits: list[Sequence[float]] = field(default_factory=list)  # per prompt that ended and asked

@@ -305,3 +305,14 @@ class Request:
         self.times.finished = time.monotonic()
         self.is_finished = True
         self.on_update(self)
+
+
+def check_length(request: Request, limit: int, what: str) -> None:
+    """Raise ParameterError where prompt and output together exceed `limit` tokens of `what`."""
+    total = len(request.prompt_ids) + request.sampling.max_new_tokens
+    if total > limit:
+        raise ParameterError(
+            "max_new_tokens",
+            f"is {request.sampling.max_new_tokens}; with the prompt's {len(request.prompt_ids)} tokens "
+            f"that is {total}, and {what} is {limit} tokens",
+        )

@@ -14,66 +14,30 @@ from collections import deque
 
 import numpy as np
 
-from engine.beam import BeamSearch, Candidate
+from engine.beam import Candidate
 from engine.blocks import BlockAllocator
+from engine.draft import Draft
+from engine.memory import SequenceMemory
 from engine.metrics import Progress
-from engine.plan import BeamReorder, Chunk, NewSequences, Plan, StepOutput
-from engine.request import SHUTDOWN, Output, ParameterError, Request
+from engine.plan import BeamReorder, Chunk, Plan, StepOutput
+from engine.request import SHUTDOWN, ParameterError, Request, check_length
 from engine.sequence import PendingOutput, Sequence, SequenceGroup
 from engine.waiting import WaitingQueue
-
-
-def check_length(request: Request, limit: int, what: str) -> None:
-    """Raise ParameterError where prompt and output together exceed `limit` tokens of `what`."""
-    total = len(request.prompt_ids) + request.sampling.max_new_tokens
-    if total > limit:
-        raise ParameterError(
-            "max_new_tokens",
-            f"is {request.sampling.max_new_tokens}; with the prompt's {len(request.prompt_ids)} tokens "
-            f"that is {total}, and {what} is {limit} tokens",
-        )
-
-
-class _Draft:
-    """A plan while it is made: its decode rows as lists, and who gets the output."""
-
-    def __init__(self) -> None:
-        self.seq_slots: list[int] = []
-        self.positions: list[int] = []
-        self.chunks: list[Chunk] = []
-        self.beam_reorders: list[BeamReorder] = []
-        self.banned_ids: dict[int, list[int]] = {}
-        self.decoding: list[Sequence | None] = []
-        self.pending = PendingOutput([])  # its sequences: of the chunks, until the plan is finished
-
-    def add_decode(self, sequence: Sequence, position: int) -> None:
-        """Compute the sequence's token at the position, and sample the next one."""
-        self.seq_slots.append(sequence.seq_slot)
-        self.positions.append(position)
-        self.decoding.append(sequence if sequence.group.beam_search is None else None)
-
-    def ban(self, sequence: Sequence, output_ids: list[int]) -> None:
-        banned = _banned(sequence.group.request, output_ids)
-        if banned:
-            self.banned_ids[sequence.seq_slot] = banned
-
-    def finish(self, new_sequences: list[NewSequences], slot_type: np.dtype) -> tuple[Plan, PendingOutput] | None:
-        if not self.seq_slots and not self.chunks:
-            return None
-        slots = np.array(self.seq_slots, dtype=slot_type)
-        positions = np.array(self.positions, dtype=np.int32)
-        self.pending.sequences[:0] = self.decoding
-        plan = Plan(slots, positions, self.chunks, new_sequences, self.beam_reorders, self.banned_ids)
-        return plan, self.pending
 
 
 class Scheduler:
     """In-flight batching: requests join and leave between any two steps.
 
-    A request enters when its slots are free, and all blocks that it can ever need: it is never preempted, and every
-    running request ends. Origins take turns (engine.waiting): before a request of a new origin, at most one request
-    of each origin that waits already enters. So with one other client it is the second to enter, whether that client
-    asked for one prompt or for a thousand.
+    A request enters when its slots are free, and blocks for its prompt (engine.memory). Where blocks run out as
+    sequences grow, the newest request is preempted: it leaves its slots and blocks, and enters again later with the
+    tokens that it has, which are computed again. So its tokens stay the same, and those on their way count.
+
+    Nothing starves. Requests run in the order in which they entered first; a preempted one keeps its place in it and
+    enters before all that wait. The oldest running request is never preempted and gets a token from each step (every
+    other one where the host decides on its tokens and plans are made ahead), so a request that was preempted enters
+    again at the latest when all older ones have ended. Origins take turns (engine.waiting): before a request of a new
+    origin, at most one request of each origin that waits already enters. So with one other client it is the second to
+    enter, whether that client asked for one prompt or for a thousand.
 
     Each step decodes every running sequence, and spends the rest of `max_step_tokens` on prompts, in chunks where they
     are long.
@@ -87,14 +51,18 @@ class Scheduler:
         self.max_batch_size = max_batch_size
         self.max_seq_len = max_seq_len
         self.max_step_tokens = max(max_step_tokens, max_batch_size)
-        self.block_size = block_size
-        self.blocks = BlockAllocator(num_blocks)
-        self.waiting = WaitingQueue()
-        self._running: dict[Request, SequenceGroup] = {}  # in order of admission
+        self.memory = SequenceMemory(max_batch_size, block_size, num_blocks)
+        self.waiting = WaitingQueue()  # the preempted requests are its first ones
+        self._running: dict[Request, SequenceGroup] = {}  # in the order in which they entered first
+        self._preempted: dict[Request, SequenceGroup] = {}
         self._slot_type = np.min_scalar_type(max_batch_size)  # slots travel in as few bytes as they need
-        self._free_slots = list(reversed(range(max_batch_size)))
         self._pending: deque[PendingOutput] = deque()  # per plan on its way
         self._committed_at = 0.0
+        self._num_preempted = 0  # since the last commit
+
+    @property
+    def blocks(self) -> BlockAllocator:
+        return self.memory.blocks
 
     @property
     def has_work(self) -> bool:
@@ -111,12 +79,12 @@ class Scheduler:
     def check(self, request: Request) -> None:
         """Raise ParameterError for a request that could never run. May be called from any thread."""
         check_length(request, self.max_seq_len, "the longest sequence served")
-        check_length(request, self.blocks.num_blocks * self.block_size, "the key-value cache")
+        check_length(request, self.blocks.num_blocks * self.memory.block_size, "the key-value cache")
         name = "n" if request.sampling.n > 1 else "beam_width"
         width = request.sampling.width
         if width > self.max_batch_size:
             raise ParameterError(name, f"is {width}; at most {self.max_batch_size} sequences run at once")
-        needed = sum(self._blocks_needed(request))
+        needed = self.memory.most_blocks(request)
         if needed > self.blocks.num_blocks:
             raise ParameterError(
                 name,
@@ -131,29 +99,13 @@ class Scheduler:
 
     def schedule(self) -> Plan | None:
         """The next step, or None where there is nothing to compute."""
-        new_sequences = self._admit()
-        draft = _Draft()
-        seq_slots, positions, decoding = draft.seq_slots, draft.positions, draft.decoding
-        prefilling = []
-        for group in self._running.values():
-            if group.is_prefilling:
-                prefilling.append(group)
-            elif not group.is_stepwise:
-                for sequence in group.sequences:
-                    if sequence.num_tokens < group.max_tokens:  # add_decode in line: the loop is hot
-                        seq_slots.append(sequence.seq_slot)
-                        positions.append(sequence.num_computed)
-                        decoding.append(sequence)
-                        sequence.num_computed += 1
-                        sequence.num_tokens += 1
-            elif group.num_in_flight == 0:
-                self._plan_stepwise(group, draft)
+        draft = Draft()
+        prefilling = self._plan_decodes(draft)
+        self._admit(draft, prefilling)
         budget = self.max_step_tokens - len(draft.seq_slots)
         for group in prefilling:
-            if budget == 0:
-                break
-            budget -= self._plan_chunk(group, budget, draft)
-        finished = draft.finish(new_sequences, self._slot_type)
+            budget -= self._plan_chunks(group, budget, draft)
+        finished = draft.finish(self._slot_type)
         if finished is None:
             return None
         plan, pending = finished
@@ -166,22 +118,10 @@ class Scheduler:
         since = self._committed_at
         now = self._committed_at = time.monotonic()
         progress, num_others = pending.measure(now)
-        for group in pending.stepwise_groups:
+        progress.num_preempted, self._num_preempted = self._num_preempted, 0
+        for group in pending.skipping_groups:
             group.num_in_flight -= 1
-        for request, log_probs in zip(pending.scored_prompts, step.prompt_log_probs, strict=True):
-            if not request.is_finished:
-                request.prompt_log_probs += log_probs
-        for place, per_token in step.prompt_alternatives.items():
-            request = pending.scored_prompts[place]
-            if not request.is_finished:
-                request.prompt_alternatives += per_token
-        for request, logits in zip(pending.first_logits, step.next_token_logits, strict=True):
-            if not request.is_finished:
-                request.next_token_logits = logits
-        for row, alternatives in step.alternatives.items():
-            sequence = pending.sequences[row]
-            if sequence is not None and sequence.output.finish_reason is None:
-                sequence.output.alternatives.append(alternatives)
+        _take_extras(pending, step)
         updated = self._append(pending.sequences, step, progress)
         if num_steady := progress.num_tokens - num_others:  # they got a token from the last plan too
             progress.gaps.append((now - since, num_steady))
@@ -189,13 +129,16 @@ class Scheduler:
             if not group.request.is_finished:
                 self._advance_beams(group, candidates, progress)
                 updated.append(group.request)
+        for group in pending.preempted:
+            if group.sequences:
+                self._settle(group)
         for request in updated:
             request.on_update(request)
         return progress
 
     def cancel(self, request: Request, reason: str) -> None:
         """End a request, waiting or running, with what it has; one that has ended, or never came, stays as it is."""
-        group = self._running.get(request)
+        group = self._running.get(request) or self._preempted.get(request)
         if group is None:
             if request not in self.waiting:
                 return
@@ -217,104 +160,158 @@ class Scheduler:
         for request in self.unfinished():
             self.cancel(request, SHUTDOWN)
 
-    def _admit(self) -> list[NewSequences]:
-        admitted = []
-        while self.waiting and (request := self.waiting.first).sampling.width <= len(self._free_slots):
-            needed = self._blocks_needed(request)
-            if sum(needed) > self.blocks.num_free:
+    def _plan_decodes(self, draft: Draft) -> list[SequenceGroup]:
+        """Plan a token for every sequence whose tokens are computed; returns the other running groups."""
+        seq_slots, positions, decoding = draft.seq_slots, draft.positions, draft.decoding
+        prefilling = []
+        for group in list(self._running.values()):
+            if not group.is_running:  # it was preempted for an older one, like all after it
                 break
+            if group.is_prefilling:
+                if group.num_plannable:
+                    prefilling.append(group)
+                else:
+                    self._resume(group, draft)
+                continue
+            first = group.sequences[0]
+            if first.num_tokens == group.max_tokens or (group.is_stepwise and group.num_in_flight):
+                continue
+            if first.num_computed >= group.capacity and not self._grow(group, draft):
+                break
+            if group.is_stepwise:
+                self._plan_stepwise(group, draft)
+                continue
+            for sequence in group.sequences:  # add_decode in line: the loop is hot
+                seq_slots.append(sequence.seq_slot)
+                positions.append(sequence.num_computed)
+                decoding.append(sequence)
+                sequence.num_computed += 1
+                sequence.num_tokens += 1
+        return prefilling
+
+    def _grow(self, group: SequenceGroup, draft: Draft) -> bool:
+        """Give a group blocks for its next tokens, if need be those of newer groups; False: it was preempted itself."""
+        while (new_blocks := self.memory.grow(group)) is None:
+            if not self.memory.take_back(self._running.values()):
+                newest = next(reversed(self._running.values()))
+                self._preempt(newest)
+                if newest is group:
+                    return False
+        draft.new_blocks += new_blocks
+        return True
+
+    def _preempt(self, group: SequenceGroup) -> None:
+        """Take a group's slots and blocks: it waits, until its tokens are known and there is room for them."""
+        self._num_preempted += 1
+        del self._running[group.request]
+        self._preempted[group.request] = group
+        self.waiting.put_back(group.request)
+        group.num_scored = max(group.num_scored, group.sequences[0].num_computed)
+        group.is_running = group.is_settled = False
+        for sequence in group.sequences:
+            self.memory.release(sequence)
+        if self._pending:
+            self._pending[-1].preempted.append(group)
+        else:
+            self._settle(group)
+
+    def _settle(self, group: SequenceGroup) -> None:
+        """Note that nothing of a preempted group is on its way any more."""
+        group.settle()
+        if group.is_resumed:
+            group.sampled_at = group.sampled_at or self._committed_at
+
+    def _admit(self, draft: Draft, prefilling: list[SequenceGroup]) -> None:
+        """Let waiting requests enter, in their order, until one does not fit."""
+        while self.waiting:
+            request = self.waiting.first
+            group = self._preempted.get(request) or SequenceGroup.of(request)
+            if not group.is_settled:
+                return
+            new_sequences = self.memory.admit(group)
+            if new_sequences is None and self.memory.take_back(self._running.values()):
+                new_sequences = self.memory.admit(group)
+            if new_sequences is None:
+                return
             self.waiting.take(request)
-            admitted.append(self._start(request, needed))
-        return admitted
+            self._preempted.pop(request, None)
+            self._running[request] = group
+            request.times.scheduled = request.times.scheduled or time.monotonic()
+            draft.new_sequences.append(new_sequences)
+            if group.num_plannable:
+                prefilling.append(group)
 
-    def _start(self, request: Request, needed: list[int]) -> NewSequences:
-        """Give a request its slots and blocks; needed: per sequence, as `_blocks_needed` counts them."""
-        request.times.scheduled = time.monotonic()
-        sampling, words, prompt_len = request.sampling, request.words, len(request.prompt_ids)
-        block_ids = [self._take_blocks(count) for count in needed]
-        shared = block_ids[0][: self._blocks_for(prompt_len)]
-        slots = [self._free_slots.pop() for _ in needed]
-        beam_search = BeamSearch(request) if sampling.beam_width > 1 else None
-        group = SequenceGroup(request, prompt_len + sampling.max_new_tokens, beam_search)
-        group.is_stepwise = beam_search is not None or (words is not None and words.has_bad)
-        outputs = [Output() for _ in slots] if beam_search else request.outputs
-        for index, (slot, ids, output) in enumerate(zip(slots, block_ids, outputs, strict=True)):
-            own_ids = ids if index == 0 else self.blocks.share(shared) + ids
-            group.sequences.append(Sequence(group, slot, own_ids, output, prompt_len))
-        self._running[request] = group
-        banned = words.always_banned if words is not None else []
-        return NewSequences(slots, request.prompt_ids, sampling, request.end_ids, block_ids, banned)
+    def _plan_chunks(self, group: SequenceGroup, budget: int, draft: Draft) -> int:
+        """Plan at most `budget` of a group's known tokens; returns how many."""
+        num_planned = 0
+        is_prompt_computed = group.sequences[0].num_computed >= group.prompt_len
+        for sequence in group.sequences if is_prompt_computed else group.sequences[:1]:
+            length = min(sequence.num_tokens - 1 - sequence.num_computed, budget - num_planned)
+            if length > 0:
+                self._plan_chunk(sequence, length, draft)
+                num_planned += length
+        return num_planned
 
-    def _take_blocks(self, count: int) -> list[int]:
-        block_ids = self.blocks.allocate(count)
-        assert block_ids is not None, f"{count} blocks were free"
-        return block_ids
-
-    def _plan_chunk(self, group: SequenceGroup, budget: int, draft: _Draft) -> int:
-        """Plan the next piece of a prompt, at most `budget` tokens; returns how many."""
-        request, sampling, leader = group.request, group.request.sampling, group.sequences[0]
-        start = leader.num_computed
-        length = min(leader.num_tokens - start, budget)
-        leader.num_computed += length
-        is_last = leader.num_computed == leader.num_tokens
-        is_beam = group.beam_search is not None
-        sampled = [] if not is_last else [leader] if is_beam else group.sequences
+    def _plan_chunk(self, sequence: Sequence, length: int, draft: Draft) -> None:
+        """Plan the next `length` known tokens of a sequence. The last ones of a prompt sample its first token."""
+        group, request = sequence.group, sequence.group.request
+        sampling, is_beam = request.sampling, group.beam_search is not None
+        start = sequence.num_computed
+        end = sequence.num_computed = start + length
+        is_last = end == sequence.num_tokens - 1 and not group.is_resumed
+        sampled = [] if not is_last else [sequence] if is_beam else group.sequences
         wants_more = sampling.width > 1 or sampling.prompt_log_probs or sampling.next_token_logits
         if length == 1 and is_last and not wants_more:
-            draft.add_decode(leader, start)
+            draft.add_decode(sequence, start)
         else:
-            draft.chunks.append(Chunk(leader.seq_slot, start, length, [sequence.seq_slot for sequence in sampled]))
+            slots = [other.seq_slot for other in sampled]
+            scored_from = max(start, group.num_scored)
+            is_scored = sampling.prompt_log_probs and scored_from < min(end, group.prompt_len - 1)
+            draft.chunks.append(Chunk(sequence.seq_slot, start, length, slots, scored_from if is_scored else None))
             draft.pending.sequences += [None] if is_beam and is_last else sampled
-            if sampling.prompt_log_probs:
+            if is_scored:
                 draft.pending.scored_prompts.append(request)
             if is_last and sampling.next_token_logits:
                 draft.pending.first_logits.append(request)
         if is_last:
-            self._start_decoding(group, sampled, draft)
-        return length
+            group.is_prefilling = False
+            draft.pending.started.append(group)
+            for other in sampled:
+                draft.ban(other, [])
+            if group.is_stepwise:
+                draft.expect(group)
 
-    def _start_decoding(self, group: SequenceGroup, sampled: list[Sequence], draft: _Draft) -> None:
+    def _resume(self, group: SequenceGroup, draft: Draft) -> None:
+        """Plan the next token of each sequence of a group that has computed its known tokens again."""
         group.is_prefilling = False
-        draft.pending.started.append(group)
-        for sequence in sampled:
-            draft.ban(sequence, [])
+        if group.is_stepwise:
+            self._plan_stepwise(group, draft)
+            return
+        draft.expect(group)
         for sequence in group.sequences:
-            sequence.num_computed = sequence.num_tokens
+            draft.add_decode(sequence, sequence.num_computed)
+            sequence.num_computed += 1
             sequence.num_tokens += 1
-        self._expect(group, draft)
 
-    def _plan_stepwise(self, group: SequenceGroup, draft: _Draft) -> None:
+    def _plan_stepwise(self, group: SequenceGroup, draft: Draft) -> None:
         """Plan one more token of each sequence of a group that the host decides on token by token."""
+        sequences = group.sequences
         if group.beam_search is not None:
             beams = group.beams
             assert beams is not None, "a search without beams has ended"
-            slots = [sequence.seq_slot for sequence in group.sequences]
+            slots = [sequence.seq_slot for sequence in sequences]
             parents = [slots[parent] for parent in beams.parents]
-            sequences = group.sequences[: len(parents)]
+            sequences = sequences[: len(parents)]
             start = sequences[0].num_computed
             reorder = BeamReorder(slots[: len(parents)], parents, start, beams.token_ids, beams.scores)
             draft.beam_reorders.append(reorder)
-            outputs = [output.token_ids for _, output in group.beam_search.running]
-            advanced = group.sequences
-        else:
-            sequences = advanced = [s for s in group.sequences if s.num_tokens < group.max_tokens]
-            outputs = [sequence.output.token_ids for sequence in sequences]
-        for sequence, output_ids in zip(sequences, outputs, strict=True):
+        draft.expect(group)
+        for sequence in sequences:
             draft.add_decode(sequence, sequence.num_computed)
-            draft.ban(sequence, output_ids)
-        for sequence in advanced:
+            draft.ban(sequence, group.output_ids(sequence))
+        for sequence in group.sequences:
             sequence.num_computed += 1
             sequence.num_tokens += 1
-        if sequences:
-            self._expect(group, draft)
-
-    def _expect(self, group: SequenceGroup, draft: _Draft) -> None:
-        """Note that the draft samples for a group."""
-        if group.is_stepwise:
-            group.num_in_flight += 1
-            draft.pending.stepwise_groups.append(group)
-        if group.beam_search is not None:
-            draft.pending.beam_groups.append(group)
 
     def _append(self, sequences: list[Sequence | None], step: StepOutput, progress: Progress) -> list[Request]:
         """Give each sequence its token; returns the updated requests, in order."""
@@ -361,27 +358,33 @@ class Scheduler:
             self._leave(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
-        """Free a sequence's slot and blocks; its group leaves with the last one."""
+        """Free a sequence's slot and blocks, if it has them; its group leaves with the last one."""
         group = sequence.group
         group.sequences.remove(sequence)
-        self._free_slots.append(sequence.seq_slot)
-        self.blocks.free(sequence.block_ids)
-        if not group.sequences:
+        if group.is_running:
+            self.memory.release(sequence)
+        if group.sequences:
+            return
+        if group.is_running:
             del self._running[group.request]
-
-    def _blocks_needed(self, request: Request) -> list[int]:
-        """Blocks that each of a request's sequences takes for itself."""
-        # The last sampled token is never computed, so its keys and values need no place.
-        new_tokens = request.sampling.max_new_tokens - 1
-        first = self._blocks_for(len(request.prompt_ids) + new_tokens)
-        return [first] + [self._blocks_for(new_tokens)] * (request.sampling.width - 1)
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
+        else:
+            del self._preempted[group.request]
+            self.waiting.remove(group.request)
 
 
-def _banned(request: Request, output_ids: list[int]) -> list[int]:
-    """The tokens that would complete a bad word now, beyond those that hold one."""
-    if request.words is None or not request.words.has_bad:
-        return []
-    return request.words.banned(request.prompt_ids, output_ids)
+def _take_extras(pending: PendingOutput, step: StepOutput) -> None:
+    """Give requests what they asked for beyond tokens."""
+    for request, log_probs in zip(pending.scored_prompts, step.prompt_log_probs, strict=True):
+        if not request.is_finished:
+            request.prompt_log_probs += log_probs
+    for place, per_token in step.prompt_alternatives.items():
+        request = pending.scored_prompts[place]
+        if not request.is_finished:
+            request.prompt_alternatives += per_token
+    for request, logits in zip(pending.first_logits, step.next_token_logits, strict=True):
+        if not request.is_finished:
+            request.next_token_logits = logits
+    for row, alternatives in step.alternatives.items():
+        sequence = pending.sequences[row]
+        if sequence is not None and sequence.output.finish_reason is None:
+            sequence.output.alternatives.append(alternatives)

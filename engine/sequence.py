@@ -1,32 +1,39 @@
-"""A running request as the scheduler sees it: its sequences, and how far each is computed. Numbers only: no torch."""
+"""A request as the scheduler sees it: its sequences, and how far each is computed. Numbers only: no torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.beam import Beams, BeamSearch
 from engine.metrics import Progress
 from engine.request import Output, Request
+
+NO_SLOT = -1
 
 
 @dataclass(eq=False, slots=True)
 class Sequence:
     """One sample or beam. A step computes some of the tokens from `num_computed` to `num_tokens`.
 
-    num_tokens counts the prompt and every token that a plan samples, known by now or not.
+    num_tokens counts the prompt and every token that a plan samples, known by now or not, and at least one of them.
+    The blocks hold the tokens from `first_own` on. Those before it are a prompt's that another sequence of the group
+    computes: `shared_ids` are its blocks.
     """
 
     group: SequenceGroup
-    seq_slot: int
-    block_ids: list[int]
+    index: int  # of the sample or beam
     output: Output
     num_tokens: int
     num_computed: int = 0
+    seq_slot: int = NO_SLOT
+    block_ids: list[int] = field(default_factory=list)
+    shared_ids: list[int] = field(default_factory=list)
+    first_own: int = 0
 
 
 @dataclass(eq=False, slots=True)
 class SequenceGroup:
-    """The sequences of one request that have not ended; for beam search, all of them.
+    """The sequences of one request that have not ended; for beam search, all of them. All have as many tokens.
 
     The first sequence computes the prompt for the group. max_tokens: of a sequence, prompt and output together.
     """
@@ -34,12 +41,57 @@ class SequenceGroup:
     request: Request
     max_tokens: int
     beam_search: BeamSearch | None
+    is_stepwise: bool  # the host decides on each token (beams, bad words) before it plans the next one
     sequences: list[Sequence] = field(default_factory=list)
+    capacity: int = 0  # tokens that each sequence's blocks can hold at least
     beams: Beams | None = None  # the beams that the next step continues
+    is_running: bool = False  # it has slots and blocks
+    is_settled: bool = True  # without slots: all its tokens are known
     is_prefilling: bool = True
-    is_stepwise: bool = False  # the host decides on each token (beams, bad words) before it plans the next one
+    is_resumed: bool = False  # it computes tokens again that it had before it was preempted
+    num_scored: int = 0  # prompt tokens whose log-probabilities need no more steps
     num_in_flight: int = 0  # plans on their way that sample for it; counted where it is stepwise
-    sampled_at: float = 0.0  # when its last tokens came; kept where it is stepwise
+    sampled_at: float = 0.0  # when its last tokens came; kept where it is stepwise or preempted
+
+    @classmethod
+    def of(cls, request: Request) -> SequenceGroup:
+        """The group of a request that has not run."""
+        sampling, words, prompt_len = request.sampling, request.words, len(request.prompt_ids)
+        beam_search = BeamSearch(request) if sampling.beam_width > 1 else None
+        is_stepwise = beam_search is not None or (words is not None and words.has_bad)
+        group = cls(request, prompt_len + sampling.max_new_tokens, beam_search, is_stepwise)
+        outputs = [Output() for _ in range(sampling.width)] if beam_search else request.outputs
+        group.sequences = [Sequence(group, index, output, prompt_len + 1) for index, output in enumerate(outputs)]
+        return group
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_plannable(self) -> int:
+        """Known tokens that the next step may compute. All but the first sequence wait until the prompt is computed."""
+        first = self.sequences[0]
+        ready = self.sequences if first.num_computed >= self.prompt_len else [first]
+        return sum(sequence.num_tokens - 1 - sequence.num_computed for sequence in ready)
+
+    def output_ids(self, sequence: Sequence) -> list[int]:
+        """The tokens after the prompt that a sequence's slot holds; all of them are known."""
+        if self.beam_search is None:
+            return sequence.output.token_ids
+        beams = self.beam_search.running
+        return beams[sequence.index][1].token_ids if sequence.index < len(beams) else []
+
+    def settle(self) -> None:
+        """Let a group without slots, whose tokens are all known, be computed again from its first token on."""
+        num_known = len(self.output_ids(self.sequences[0]))
+        self.is_settled = self.is_prefilling = True
+        self.is_resumed = num_known > 0
+        for sequence in self.sequences:
+            sequence.num_tokens = self.prompt_len + max(num_known, 1)
+            sequence.num_computed = 0
+        if self.beams is not None:  # each slot gets a beam with its last token: it continues itself
+            self.beams = replace(self.beams, parents=list(range(len(self.beams.parents))))
 
 
 @dataclass(eq=False, slots=True)
@@ -50,8 +102,9 @@ class PendingOutput:
     beam_groups: list[SequenceGroup] = field(default_factory=list)
     scored_prompts: list[Request] = field(default_factory=list)
     first_logits: list[Request] = field(default_factory=list)
-    stepwise_groups: list[SequenceGroup] = field(default_factory=list)
+    skipping_groups: list[SequenceGroup] = field(default_factory=list)  # they may have got nothing from the last plan
     started: list[SequenceGroup] = field(default_factory=list)  # they get their first tokens
+    preempted: list[SequenceGroup] = field(default_factory=list)  # this is the last plan on its way that knows them
 
     def measure(self, now: float) -> tuple[Progress, int]:
         """The progress so far: who gets a first token, or one after plans that skipped it; and how many tokens.
@@ -63,9 +116,9 @@ class PendingOutput:
             request.times.first_token = now
         num_tokens = sum(request.sampling.n for request in started if request.sampling.beam_width == 1)
         progress = Progress(started)
-        for group in self.stepwise_groups:
+        for group in self.skipping_groups:
             if group.sampled_at and group.sequences and group.beam_search is None:
                 progress.gaps.append((now - group.sampled_at, len(group.sequences)))
                 num_tokens += len(group.sequences)
-            group.sampled_at = now
+            group.sampled_at = now if group.is_stepwise else 0.0
         return progress, num_tokens

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.metrics import Progress
-from engine.request import SHUTDOWN, Output, ParameterError, Request, SamplingParams
-from engine.scheduler import check_length
+from engine.request import SHUTDOWN, Output, ParameterError, Request, SamplingParams, check_length
 from engine.waiting import WaitingQueue
 
 _MAX_TOP_K = 1024  # the op clips silently (TopKSamplingLayer.cu)

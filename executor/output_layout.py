@@ -70,10 +70,9 @@ class OutputLayout:
             for chunk in plan.chunks:
                 request = state.requests[chunk.seq_slot]
                 params, prompt_len, end = request.params, request.prompt_len, chunk.start + chunk.length
-                if params.prompt_log_probs and chunk.start < prompt_len:
-                    count = min(end, prompt_len - 1) - chunk.start
-                    alternatives = params.num_prompt_log_probs
-                    scored.append(ScoredTokens(first, count, chunk.seq_slot, chunk.start, alternatives))
+                if (start := chunk.scored_from) is not None:
+                    count, alternatives = min(end, prompt_len - 1) - start, params.num_prompt_log_probs
+                    scored.append(ScoredTokens(first + start - chunk.start, count, chunk.seq_slot, start, alternatives))
                 if chunk.sampled_slots and params.next_token_logits and end == prompt_len:
                     logits_rows.append(num_rows + len(sampled))
                 first += chunk.length

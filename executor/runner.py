@@ -204,6 +204,7 @@ class TorchExecutor:
 
     def _update(self, plan: Plan) -> None:
         self.slots.start(plan.new_sequences)
+        self.slots.grow(plan.new_blocks)
         for reorder in plan.beam_reorders:
             self.slots.reorder(reorder)
 

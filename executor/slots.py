@@ -105,32 +105,51 @@ class SlotState:
         slots: list[int] = []
         parameters: list[list[float]] = []
         seeds: list[int] = []
-        prompts: list[np.ndarray] = []  # per slot, the first columns of token_ids
+        positions: list[int] = []
+        tokens: list[np.ndarray] = []  # per slot, the first columns of token_ids
         locs: list[np.ndarray] = []  # per slot, the first columns of kv_loc_table
         for new in new_sequences:
             banned, logit_bias = self._write_lists(new)
-            prompt_ids = np.array(new.prompt_ids, dtype=np.int64)
-            for number, (seq_slot, own_locs) in enumerate(zip(new.seq_slots, self._locs(new), strict=True)):
-                request = SlotRequest(new, new.sampling.for_sample(number), banned, logit_bias)
+            sample_ids = new.sample_ids or range(len(new.seq_slots))
+            for seq_slot, own_locs, own_tokens, sample_id in zip(
+                new.seq_slots, self._locs(new), _tokens(new), sample_ids, strict=True
+            ):
+                request = SlotRequest(new, new.sampling.for_sample(sample_id), banned, logit_bias)
                 self._describe(seq_slot, request)
                 slots.append(seq_slot)
                 parameters.append(_parameters(request))
                 seeds.append(as_int64(request.params.random_seed))
-                prompts.append(prompt_ids)
+                positions.append(new.num_computed if seq_slot == new.seq_slots[0] else request.prompt_len)
+                tokens.append(own_tokens)
                 locs.append(own_locs)
                 if self.device.type == "cpu":
                     self._set_run(seq_slot, own_locs)
-        parts = [self._placed(slots, prompts), self._placed(slots, locs), np.array([slots, seeds], dtype=np.int64)]
+        starts = [0] * len(slots)
+        parts = [self._placed(slots, starts, tokens), self._placed(slots, starts, locs)]
+        parts.append(np.array([slots, seeds, positions], dtype=np.int64))
         parts.append(np.array(parameters, dtype=np.float64).view(np.int64))
         on_device = self.tensor(np.concatenate([part.ravel() for part in parts])).split([part.size for part in parts])
-        (token_places, token_ids), (loc_places, kv_locs), (index, on_device_seeds) = (
-            values.view(2, -1) for values in on_device[:3]
-        )
+        (token_places, token_ids), (loc_places, kv_locs) = (values.view(2, -1) for values in on_device[:2])
+        index, on_device_seeds, on_device_positions = on_device[2].view(3, -1)
         self.token_ids.view(-1)[token_places] = token_ids
         self.kv_loc_table.view(-1)[loc_places] = kv_locs.int()
-        self.positions[index] = 0
+        self.positions[index] = on_device_positions
         self.seeds[index] = on_device_seeds
         self.parameters[index] = on_device[3].view(torch.float64).view(len(slots), -1)
+
+    def grow(self, new_blocks: Sequence[tuple[int, int, list[int]]]) -> None:
+        """Give slots more blocks: (slot, position, block ids), for the slot's tokens from that position on."""
+        if not new_blocks:
+            return
+        slots, starts, block_ids = zip(*new_blocks, strict=True)
+        locs = [
+            self._locs_of(ids)[: self.token_ids.shape[1] - start] for start, ids in zip(starts, block_ids, strict=True)
+        ]
+        places, kv_locs = self.tensor(self._placed(slots, starts, locs))
+        self.kv_loc_table.view(-1)[places] = kv_locs.int()
+        if self.device.type == "cpu":
+            for seq_slot, start, own_locs in zip(slots, starts, locs, strict=True):
+                self._extend_run(seq_slot, start, own_locs)
 
     def reorder(self, reorder: BeamReorder) -> None:
         """Let each beam continue the first `length` tokens of its parent, in place of its own, and with a new token.
@@ -205,18 +224,21 @@ class SlotState:
         """Per slot the KV locations of its tokens; all but the first slot read the prompt at the first one's."""
         all_locs: list[np.ndarray] = []
         for block_ids in new.block_ids:
-            blocks = np.asarray(block_ids, dtype=np.int64)[:, None] * self.block_size
-            own = (blocks + np.arange(self.block_size)).ravel()
+            own = self._locs_of(block_ids)
             if all_locs:
                 own = np.concatenate([all_locs[0][: len(new.prompt_ids)], own])
             all_locs.append(own[: self.token_ids.shape[1]])
         return all_locs
 
-    def _placed(self, slots: list[int], columns: list[np.ndarray]) -> np.ndarray:
-        """[2, values]: the places of each slot's first columns in a flat table of slots, and the values."""
+    def _locs_of(self, block_ids: list[int]) -> np.ndarray:
+        blocks = np.asarray(block_ids, dtype=np.int64)[:, None] * self.block_size
+        return (blocks + np.arange(self.block_size)).ravel()
+
+    def _placed(self, slots: Sequence[int], starts: Sequence[int], columns: list[np.ndarray]) -> np.ndarray:
+        """[2, values]: the places of each slot's columns from `starts` on in a flat table of slots, and the values."""
         lens = np.array([len(values) for values in columns])
-        starts = np.array(slots) * self.token_ids.shape[1] - (lens.cumsum() - lens)
-        return np.stack([np.repeat(starts, lens) + np.arange(lens.sum()), np.concatenate(columns)])
+        shifts = np.array(slots) * self.token_ids.shape[1] + np.array(starts) - (lens.cumsum() - lens)
+        return np.stack([np.repeat(shifts, lens) + np.arange(lens.sum()), np.concatenate(columns)])
 
     def _measure_run(self, seq_slot: int) -> None:
         """Runs of locations spare a copy on a CPU. A GPU's kernels read the table, and never a run."""
@@ -225,10 +247,23 @@ class SlotState:
         else:
             self._run_len[seq_slot] = 0
 
+    def _extend_run(self, seq_slot: int, start: int, locs: np.ndarray) -> None:
+        """Locations from `start` on are new: a run that reaches so far goes on there, or ends."""
+        if self._run_len[seq_slot] >= start:
+            expected = self._first_loc[seq_slot] + start + np.arange(len(locs))
+            breaks = np.flatnonzero(locs != expected)
+            self._run_len[seq_slot] = start + (breaks[0] if len(breaks) else len(locs))
+
     def _set_run(self, seq_slot: int, locs: np.ndarray) -> None:
         breaks = np.flatnonzero(np.diff(locs) != 1)
         self._run_len[seq_slot] = breaks[0] + 1 if len(breaks) else len(locs)
         self._first_loc[seq_slot] = locs[0] if len(locs) else 0
+
+
+def _tokens(new: NewSequences) -> list[np.ndarray]:
+    """Per slot its known tokens."""
+    outputs = new.output_ids or [[]] * len(new.seq_slots)
+    return [np.array([*new.prompt_ids, *output_ids], dtype=np.int64) for output_ids in outputs]
 
 
 def _parameters(request: SlotRequest) -> list[float]:

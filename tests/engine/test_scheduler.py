@@ -118,17 +118,30 @@ def test_end_id_ends_a_request_and_the_token_already_on_its_way_is_dropped() -> 
     assert s.blocks.num_free == s.blocks.num_blocks
 
 
-def test_a_request_waits_for_blocks_and_none_is_lost() -> None:
+def test_requests_take_blocks_as_they_grow_and_none_is_lost() -> None:
     s = scheduler(num_blocks=4)  # 16 tokens
-    first, second = request(6, 7), request(6, 7)  # 12 tokens = 3 blocks each
-    s.add(first)
-    s.add(second)
+    first, second, third = requests = [request(6, 7) for _ in range(3)]  # 2 blocks at first, 3 at last
+    for r in requests:
+        s.add(r)
     plan = s.schedule()
-    assert len(plan.new_sequences) == 1
+    assert [new.block_ids for new in plan.new_sequences] == [[[0, 1]], [[2, 3]]]
     s.commit(output(plan, 1))
+    while second in s._running:
+        s.commit(output(s.schedule(), 1))
+    assert (len(first.output_ids), len(second.output_ids)) == (4, 3)  # the step after 8 tokens is the first one's alone
+    assert list(s.waiting) == [second, third]
     run(s)
-    assert (len(first.output_ids), len(second.output_ids)) == (7, 7)
+    assert [len(r.output_ids) for r in requests] == [7, 7, 7]
     assert s.blocks.num_free == 4
+
+
+def test_a_part_of_the_blocks_stays_free_for_running_sequences() -> None:
+    """Half a block for each of them, when a request enters."""
+    s = scheduler(max_batch_size=40, max_step_tokens=1000, num_blocks=40)
+    for _ in range(40):
+        s.add(request(3, 20))
+    plan = s.schedule()
+    assert (len(plan.new_sequences), s.blocks.num_free) == (27, 13)
 
 
 def test_what_can_never_run_is_refused_with_the_numbers() -> None:
@@ -184,15 +197,15 @@ def test_samples_share_the_blocks_of_their_prompt_and_leave_one_by_one() -> None
     s.add(r)
     plan = s.schedule()
     assert chunks(plan) == [Chunk(0, 0, 10, [0, 1, 2])]
-    assert [len(ids) for ids in plan.new_sequences[0].block_ids] == [5, 2, 2]  # 18 tokens; 8 tokens of their own
-    assert s.blocks.num_free == 31
+    assert [len(ids) for ids in plan.new_sequences[0].block_ids] == [3, 1, 1]  # 10 tokens and one; one of their own
+    assert s.blocks.num_free == 35
     s.commit(output(plan, 1, END, 3))
     assert [o.finish_reason for o in r.outputs] == [None, END_ID, None]
-    assert s.blocks.num_free == 33
+    assert s.blocks.num_free == 36
     plan = s.schedule()
     assert chunks(plan) == [Chunk(0, 10, 1, [0]), Chunk(2, 10, 1, [2])]
     s.commit(output(plan, END, 4))  # the prompt's blocks are still read
-    assert s.blocks.num_free == 35
+    assert s.blocks.num_free == 36
     run(s)
     assert [len(o.token_ids) for o in r.outputs] == [2, 1, 9]
     assert s.blocks.num_free == 40
@@ -265,12 +278,15 @@ def test_a_plan_of_many_rows_is_small() -> None:
 
 def test_tokens_that_are_known_and_not_computed_are_one_chunk() -> None:
     """A sequence whose keys and values are lost computes its prompt and its output again, in as few steps."""
-    s = scheduler(max_step_tokens=8)
-    s.add(request(5, 9))
-    for _ in range(4):
-        s.commit(output(s.schedule(), 1))
-    (group,) = s._running.values()
-    (sequence,) = group.sequences
-    assert (sequence.num_computed, sequence.num_tokens) == (8, 9)
-    sequence.num_computed, group.is_prefilling = 0, True
-    assert [chunks(s.schedule()) for _ in range(2)] == [[Chunk(0, 0, 8)], [Chunk(0, 8, 1, [0])]]
+    s = scheduler(max_step_tokens=8, num_blocks=5)
+    first, second = request(4, 9), request(4, 9)  # 3 blocks each, at last
+    s.add(first)
+    s.add(second)
+    plans = run(s, token=7)
+    again = next(i for i, plan in enumerate(plans) if plan.new_sequences and i)
+    (new,) = plans[again].new_sequences
+    assert (new.prompt_ids, new.output_ids) == ([0, 1, 2, 3], [[7] * 5])
+    (slot,) = new.seq_slots
+    assert chunks(plans[again]) == [Chunk(slot, 0, 8)]  # the last token is left to the next step, which samples
+    assert chunks(plans[again + 1]) == [Chunk(slot, 8, 1, [slot])]
+    assert first.output_ids == second.output_ids == [7] * 9

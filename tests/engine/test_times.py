@@ -75,8 +75,8 @@ def output(plan: Plan) -> StepOutput:
     return StepOutput([1] * plan.num_sequences, [-0.5] * plan.num_sequences, candidates=[candidates] * searches)
 
 
-def scheduler(*requests: Request, max_batch_size: int = 8) -> Scheduler:
-    s = Scheduler(max_batch_size, 1000, 16, block_size=4, num_blocks=64)
+def scheduler(*requests: Request, max_batch_size: int = 8, num_blocks: int = 64) -> Scheduler:
+    s = Scheduler(max_batch_size, 1000, 16, block_size=4, num_blocks=num_blocks)
     for one in requests:
         s.add(one)
     return s
@@ -109,6 +109,22 @@ def test_a_request_that_skips_plans_has_longer_gaps(clock: Clock) -> None:
     assert gaps(found) == {1.0: 8, 2.0: 3}
     assert sum(progress.num_tokens for progress in found) == 13
     assert gaps(drive(scheduler(request(3, 9), stepwise(3, 4)), clock, ahead=0)) == {1.0: 11}
+
+
+@pytest.mark.parametrize("make", [request, stepwise])
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_preempted_request_has_one_long_gap(ahead: int, make: Callable[..., Request], clock: Clock) -> None:
+    first, second = request(4, 12), make(4, 12)
+    found = drive(scheduler(first, second, num_blocks=5), clock, ahead)
+    assert sum(progress.num_preempted for progress in found) == 1
+    assert sum(progress.num_tokens for progress in found) == 24
+    own = gaps(found)
+    assert sum(own.values()) == 22
+    (longest,) = [seconds for seconds in own if seconds > 2]
+    assert own[longest] == 1
+    # Every second from a first token to the last one is in a gap.
+    spans = [r.times.last_token - r.times.first_token for r in (first, second)]
+    assert sum(seconds * count for seconds, count in own.items()) == sum(spans)
 
 
 def test_times_of_requests_that_wait_and_run(clock: Clock) -> None:

@@ -39,6 +39,33 @@ def test_a_chunk_is_a_slice_where_its_locations_are_consecutive() -> None:
     assert slots.chunk(1, 0, 6, 3).kv_locs.tolist() == [8, 9, 10, 11, 12, 13, 14, 15, 36]
 
 
+def test_a_slot_grows_from_a_position_on_and_a_run_of_blocks_goes_on() -> None:
+    slots = SlotState(3, 18, 4, 20, CPU)
+    slots.start([NewSequences([0, 1], [5] * 6, SamplingParams(9, n=2, top_k=2), (), [[2, 3], [9]])])
+    slots.grow([(0, 8, [4]), (1, 10, [10, 7])])
+    assert slots.chunk(0, 0, 11, 1).kv_locs == slice(8, 20)
+    assert slots.kv_loc_table[1, :18].tolist() == [*range(8, 14), *range(36, 44), *range(28, 32)]
+    slots.grow([(0, 12, [5, 8, 9])])  # beyond the longest sequence there are no locations
+    assert slots.chunk(0, 0, 15, 1).kv_locs == slice(8, 24)
+    assert slots.chunk(0, 0, 17, 1).kv_locs.tolist() == [*range(8, 24), 32, 33]
+    slots.grow([(0, 12, [6])])  # blocks that were taken back and came again
+    assert slots.chunk(0, 0, 13, 1).kv_locs.tolist() == [*range(8, 20), 24, 25]
+
+
+def test_a_request_enters_again_with_its_tokens() -> None:
+    """All that depends on the length of its prompt stays as it was; each sample keeps its seed."""
+    slots = SlotState(4, 16, 4, 20, CPU)
+    sampling = SamplingParams(9, top_k=7, n=3, random_seed=40, min_length=5, top_p_decay=0.5)
+    new = NewSequences([3, 1], [5, 6], sampling, (9,), [[0, 1], [2]], [], [[7, 8, 9], [10, 11, 12]], [0, 2])
+    slots.start([new])
+    assert slots.token_ids[[3, 1], :5].tolist() == [[5, 6, 7, 8, 9], [5, 6, 10, 11, 12]]
+    assert slots.kv_loc_table[1, :6].tolist() == [0, 1, 8, 9, 10, 11]
+    assert slots.parameters[[3, 1], Parameter.PROMPT_LEN].tolist() == [2, 2]
+    assert slots.unbanned_from[[3, 1]].tolist() == [7, 7]
+    assert slots.seeds[[3, 1]].tolist() == [40, 42]
+    assert slots.positions[[3, 1]].tolist() == [0, 2]  # the second one has its prompt from the first
+
+
 def test_a_reorder_copies_indices_and_appends_tokens() -> None:
     slots = SlotState(3, 8, 2, 12, CPU)
     slots.start([NewSequences([0, 1, 2], [5, 6], SamplingParams(4, beam_width=3), (), [[0, 1], [4], [6]])])
@@ -46,7 +73,7 @@ def test_a_reorder_copies_indices_and_appends_tokens() -> None:
     slots.reorder(BeamReorder([0, 1], [1, 0], 3, [20, 21], [-0.5, -1.5]))
     assert slots.token_ids[:2, :4].tolist() == [[5, 6, 8, 20], [5, 6, 7, 21]]
     assert slots.kv_loc_table[:2, :4].tolist() == [[0, 1, 8, 3], [0, 1, 2, 9]]  # each writes to its own place
-    assert slots.positions[:3].tolist() == [3, 3, 0]
+    assert slots.positions[:3].tolist() == [3, 3, 2]  # the third one has its prompt from the first
     assert slots.beam_scores[:2].tolist() == [-0.5, -1.5]
 
 

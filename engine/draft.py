@@ -1,0 +1,62 @@
+"""A plan while it is made."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.plan import BeamReorder, Chunk, NewSequences, Plan
+from engine.sequence import PendingOutput, Sequence, SequenceGroup
+
+
+class Draft:
+    """Collects a step: its decode rows as lists, its chunks, and who gets the output."""
+
+    def __init__(self) -> None:
+        self.seq_slots: list[int] = []
+        self.positions: list[int] = []
+        self.chunks: list[Chunk] = []
+        self.new_sequences: list[NewSequences] = []
+        self.new_blocks: list[tuple[int, int, list[int]]] = []
+        self.beam_reorders: list[BeamReorder] = []
+        self.banned_ids: dict[int, list[int]] = {}
+        self.decoding: list[Sequence | None] = []
+        self.pending = PendingOutput([])  # its sequences: of the chunks, until the plan is finished
+
+    def add_decode(self, sequence: Sequence, position: int) -> None:
+        """Compute the sequence's token at the position, and sample the next one."""
+        self.seq_slots.append(sequence.seq_slot)
+        self.positions.append(position)
+        self.decoding.append(sequence if sequence.group.beam_search is None else None)
+
+    def ban(self, sequence: Sequence, output_ids: list[int]) -> None:
+        """Ban the tokens that would complete a bad word now, beyond those that hold one."""
+        request = sequence.group.request
+        if request.words is None or not request.words.has_bad:
+            return
+        if banned := request.words.banned(request.prompt_ids, output_ids):
+            self.banned_ids[sequence.seq_slot] = banned
+
+    def expect(self, group: SequenceGroup) -> None:
+        """Note that the step samples for a group, which may have got nothing from the step before."""
+        group.num_in_flight += 1
+        self.pending.skipping_groups.append(group)
+        if group.beam_search is not None:
+            self.pending.beam_groups.append(group)
+
+    def finish(self, slot_type: np.dtype) -> tuple[Plan, PendingOutput] | None:
+        """The plan and its output's owners; None where it computes nothing."""
+        if not self.seq_slots and not self.chunks:
+            return None
+        slots = np.array(self.seq_slots, dtype=slot_type)
+        positions = np.array(self.positions, dtype=np.int32)
+        self.pending.sequences[:0] = self.decoding
+        plan = Plan(
+            slots,
+            positions,
+            self.chunks,
+            self.new_sequences,
+            self.new_blocks,
+            self.beam_reorders,
+            self.banned_ids,
+        )
+        return plan, self.pending
