@@ -42,7 +42,7 @@ def quantize(weight: torch.Tensor, column_max: torch.Tensor, weight_format: str)
     weight_format: int8 or fp8.
     """
     dtype, largest, round_part = _FORMATS[weight_format]
-    scales = column_max.float() / largest
+    scales = column_max.float() / torch.full_like(column_max, largest, dtype=torch.float32)  # by a scalar, a GPU rounds
     values = torch.empty(weight.shape[::-1], dtype=dtype, device=weight.device)
     for part in _parts(weight):
         steps = scales[part].where(scales[part] > 0, 1)  # a column of zeros stays one

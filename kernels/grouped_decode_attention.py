@@ -124,17 +124,17 @@ if triton is not None:
         is_last = tl.atomic_add(counter, 1, sem="acq_rel") == num_splits - 1
         result = tl.zeros((group_rows, dims), tl.float32)
         if is_last:
-            g = tl.arange(0, group_rows)
-            is_row = g < group
+            n = tl.arange(0, group_rows)
+            is_row = n < group
             s = tl.arange(0, num_splits)
-            lines = partials + (s[:, None] * group + g[None, :]) * row_len  # [splits, group_rows]
+            lines = partials + (s[:, None] * group + n[None, :]) * row_len  # [splits, group_rows]
             maxima = tl.load(lines + head_dim, mask=is_row[None, :], other=0.0, cache_modifier=".cg")
             most = tl.max(maxima, 0)
             shares = tl.exp2(maxima - most[None, :])  # of an empty part 0: its maximum is -inf
             part_sums = tl.load(lines + head_dim + 1, mask=is_row[None, :], other=1.0, cache_modifier=".cg")
             total = tl.sum(shares * part_sums, 0)
             for number in range(num_splits):
-                line = partials + (number * group + g) * row_len
+                line = partials + (number * group + n) * row_len
                 most_here = tl.load(line + head_dim, mask=is_row, other=0.0, cache_modifier=".cg")
                 is_element = is_row[:, None] & (d < head_dim)[None, :]
                 values = tl.load(line[:, None] + d[None, :], mask=is_element, other=0.0, cache_modifier=".cg")
@@ -261,7 +261,6 @@ if triton is not None:
                 dims,
             )
             if is_last:
-                g = tl.arange(0, group_rows)
-                is_place = (g < group)[:, None] & is_dim[None, :]
-                result = (result * value_scale).to(out.dtype.element_ty)
-                tl.store(places + g[:, None] * head_dim, result, mask=is_place)
+                n = tl.arange(0, group_rows)
+                is_place = (n < group)[:, None] & is_dim[None, :]
+                tl.store(places + n[:, None] * head_dim, (result * value_scale).to(out.dtype.element_ty), mask=is_place)

@@ -21,6 +21,7 @@ try:
 
     from kernels.activation import activate, gated
     from kernels.dependent_launch import start_dependents, wait_for_predecessors
+    from kernels.widen import bits_to_fp32
 except ImportError:  # a CPU-only torch comes without it
     triton = None
 
@@ -102,7 +103,9 @@ def linear(
     )
     grid = (-(-num_out // block_n), splits, -(-rows // block_m))
     if block_m == 1:
-        _one_row[grid](*tensors, num_out, **constants)
+        weight_format = "int8" if weight.dtype == torch.int8 else "fp8" if weight.dtype == FP8 else "plain"
+        as_bytes = weight.view(torch.int8) if weight_format == "fp8" else weight
+        _one_row[grid](x, as_bytes, *tensors[2:], num_out, weight_format=weight_format, **constants)
     else:
         sizes = dict(split_len=split_len, splits=splits, block_m=block_m)
         _tile[grid](*tensors, partials, workspace, rows, num_out, **sizes, **constants)
@@ -228,6 +231,7 @@ if triton is not None:
         bias,
         out,
         num_out,
+        weight_format: tl.constexpr,
         num_in: tl.constexpr,
         has_scales: tl.constexpr,
         has_bias: tl.constexpr,
@@ -263,16 +267,18 @@ if triton is not None:
                 xs = tl.load(x + first + ks).to(tl.float32)
             else:
                 xs = tl.load(x + first + ks, mask=first + ks < num_in, other=0.0).to(tl.float32)
-            sums += w.to(tl.float32) * xs[None, :]
+            if weight_format == "fp8":
+                xs *= 1.2379400392853803e27  # 2^90: the products are far from what fp32 cannot hold
+            sums += bits_to_fp32(w, weight_format) * xs[None, :]
             w = next_w
             if is_gated:
-                up_sums += up.to(tl.float32) * xs[None, :]
+                up_sums += bits_to_fp32(up, weight_format) * xs[None, :]
                 if first + block_k < num_in:
                     up = _load(ups, outs, next_ks, num_out, num_in, is_even)
-        up_sum = tl.sum(up_sums, 1)
-        y = _finish(
-            tl.sum(sums, 1), up_sum, scales, bias, outs, num_out, has_scales, has_bias, activation, is_gated, False
-        )
+        own_sum, up_sum = tl.sum(sums, 1), tl.sum(up_sums, 1)
+        if weight_format == "fp8":  # 2^30: the rest of 2^120
+            own_sum, up_sum = own_sum * 1073741824.0, up_sum * 1073741824.0
+        y = _finish(own_sum, up_sum, scales, bias, outs, num_out, has_scales, has_bias, activation, is_gated, False)
         tl.store(out + outs, y.to(out.dtype.element_ty), mask=outs < num_out)
 
     @triton.jit
