@@ -93,7 +93,15 @@ class EngineConfig:
         "(BLOOM) its training length (2048 if unknown); such a model takes any length that fits in memory",
     )
     max_step_tokens: int = flag(0, "prompt tokens computed in one step; 0: 512 on a CPU, 8192 on a GPU")
+    max_mixed_tokens: int = flag(
+        0,
+        "prompt tokens computed in one step with other requests' next tokens, which wait for them; 0: 2048 on a GPU, "
+        "on a CPU as max_step_tokens",
+    )
     block_size: int = flag(16, "tokens in one block of the key-value cache")
+    no_prefix_cache: bool = flag(
+        False, "compute every prompt whole, also where an earlier request began with the same tokens"
+    )
     kv_cache_fraction: float = flag(0.9, "share of the memory left after loading that the key-value cache may take")
     enforce_eager: bool = flag(False, "launch the kernels of a decode step one by one, without CUDA graphs")
     step_timeout_s: float = flag(25.0, "seconds; a step that takes longer counts as a hung rank and ends the job")
@@ -104,6 +112,7 @@ class EngineConfig:
             ("max_queue_size", 1),
             ("max_seq_len", 0),
             ("max_step_tokens", 0),
+            ("max_mixed_tokens", 0),
             ("block_size", 1),
         ):
             if getattr(self, name) < least:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from engine.blocks import BlockAllocator
+from engine.blocks import BlockAllocator, block_keys
 from engine.plan import NewSequences
 from engine.request import Request
 from engine.sequence import NO_SLOT, Sequence, SequenceGroup
@@ -19,10 +19,17 @@ class SequenceMemory:
     A request enters only if half a block for each sequence that runs stays free (the watermark), so that those can
     grow for block_size / 2 steps. Where blocks are plenty, a sequence gets several at once, so that few plans carry
     new blocks; `take_back` takes those that are not needed yet.
+
+    With a prefix cache, full blocks of known tokens can be found by these tokens, and a request shares those that it
+    begins with. A prompt's are found from the step after the one that computes them, an output's once it has ended
+    or was preempted. At least the last known token is computed. A request for its prompt's log-probabilities computes
+    what they need.
     """
 
-    def __init__(self, num_slots: int, block_size: int, num_blocks: int) -> None:
+    def __init__(self, num_slots: int, block_size: int, num_blocks: int, has_prefix_cache: bool) -> None:
         self.num_slots = num_slots
+        self.has_prefix_cache = has_prefix_cache
+        self.num_queried = self.num_hit = 0  # prompt tokens that were looked for, and found; the reader sets them to 0
         self.block_size = block_size
         self.blocks = BlockAllocator(num_blocks)
         self._free_slots = list(reversed(range(num_slots)))
@@ -47,18 +54,13 @@ class SequenceMemory:
             return None
         num_tokens = min(sequences[0].num_tokens, group.max_tokens - 1)
         counts = [self._blocks_for(num_tokens - (group.prompt_len if i else 0)) for i in range(len(sequences))]
-        if sum(counts) + self.num_sequences // 2 > self.blocks.num_free:
+        found = self._find(group)
+        if sum(counts) - self.blocks.num_owned(found) + self.num_sequences // 2 > self.blocks.num_free:
             return None
+        self.blocks.share(found)
         for index, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
-            sequence.first_own = group.prompt_len if index else 0
-            has_tokens = index == 0 or bool(group.output_ids(sequence))
-            sequence.num_computed = sequence.first_own if has_tokens else sequence.num_tokens - 1
-            sequence.seq_slot = self._free_slots.pop()
-            room = self._blocks_for(group.max_tokens - 1 - sequence.first_own)
-            sequence.block_ids = self._allocated(self.blocks.allocate(count, room))
-            if index:
-                prompt_blocks = sequences[0].block_ids[: self._blocks_for(group.prompt_len)]
-                sequence.shared_ids = self.blocks.share(prompt_blocks)
+            self._place(sequence, count, [] if index else found)
+        self._count(group, len(found))
         self._measure(group)
         group.is_running = True
         words = request.words
@@ -71,6 +73,7 @@ class SequenceMemory:
             words.always_banned if words is not None else [],
             [group.output_ids(sequence)[:] for sequence in sequences] if group.is_resumed else [],
             [sequence.index for sequence in sequences],
+            len(found) * self.block_size,
         )
 
     def grow(self, group: SequenceGroup) -> list[tuple[int, int, list[int]]] | None:
@@ -87,11 +90,7 @@ class SequenceMemory:
         for sequence in full:
             end = self._end(sequence)
             count = min(1 + _LOOK_AHEAD, self._blocks_for(group.max_tokens - 1 - end)) if is_plenty else 1
-            if sequence.block_ids:
-                block_ids = self._allocated(self.blocks.extend(sequence.block_ids[-1], count))
-            else:
-                block_ids = self._allocated(self.blocks.allocate(count))
-            sequence.block_ids += block_ids
+            block_ids = self._allocate(sequence, count)
             grown.append((sequence.seq_slot, end, block_ids))
             self._has_spare |= count > 1
         self._measure(group)
@@ -112,8 +111,16 @@ class SequenceMemory:
             self._measure(group)
         return self.blocks.num_free > num_free
 
+    def keep_prompt(self, sequence: Sequence, start: int, end: int) -> None:
+        """Let the prompt's blocks among tokens [start, end) be found: a plan computes them."""
+        keys = sequence.group.prompt_keys
+        if keys and sequence.first_own == 0:
+            for index in range(start // self.block_size, min(end // self.block_size, len(keys))):
+                self.blocks.keep(sequence.block_ids[index], keys[index])
+
     def release(self, sequence: Sequence) -> None:
         """Free a sequence's slot and blocks."""
+        self._keep_output(sequence)
         self._free_slots.append(sequence.seq_slot)
         self.blocks.free(sequence.block_ids)
         self.blocks.free(sequence.shared_ids)
@@ -129,7 +136,72 @@ class SequenceMemory:
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    @staticmethod
-    def _allocated(block_ids: list[int] | None) -> list[int]:
+    def _find(self, group: SequenceGroup) -> list[int]:
+        """The blocks that hold a group's first tokens already."""
+        if not self.has_prefix_cache:
+            return []
+        first = group.sequences[0]
+        if group.prompt_keys is None:
+            group.prompt_keys = block_keys(group.request.prompt_ids, self.block_size)
+        keys, num_known = group.prompt_keys, group.prompt_len
+        if group.is_resumed:
+            num_known = first.num_tokens
+            keys = self._keys(first)
+        most = (num_known - 1) // self.block_size
+        if group.request.sampling.prompt_log_probs:
+            most = min(most, group.num_scored // self.block_size)
+        return self.blocks.find(keys[:most])
+
+    def _keys(self, sequence: Sequence) -> list[bytes]:
+        """Of all full blocks of a sequence's known tokens; of a beam's prompt: its other tokens change places."""
+        group = sequence.group
+        prompt_keys = group.prompt_keys or []
+        if group.beam_search is not None:
+            return prompt_keys
+        return block_keys([*group.request.prompt_ids, *sequence.output.token_ids], self.block_size, prompt_keys)
+
+    def _place(self, sequence: Sequence, count: int, found: list[int]) -> None:
+        """Give a sequence of a group that enters a slot and `count` blocks, of which it has the first ones."""
+        group = sequence.group
+        first = group.sequences[0]
+        sequence.seq_slot = self._free_slots.pop()
+        sequence.block_ids = found[:]
+        sequence.first_own = 0 if sequence is first else group.prompt_len
+        room = self._blocks_for(group.max_tokens - 1 - sequence.first_own) - len(found)
+        self._allocate(sequence, count - len(found), room)
+        sequence.num_computed = len(found) * self.block_size
+        if sequence is not first:
+            sequence.shared_ids = self.blocks.share(first.block_ids[: self._blocks_for(group.prompt_len)])
+            # A slot without a beam has no tokens to compute.
+            sequence.num_computed = group.prompt_len if group.output_ids(sequence) else sequence.num_tokens - 1
+
+    def _allocate(self, sequence: Sequence, count: int, room: int = 0) -> list[int]:
+        """Give a sequence `count` more blocks, as many as are free at least; returns them."""
+        if sequence.block_ids:
+            block_ids = self.blocks.extend(sequence.block_ids[-1], count, room)
+        else:
+            block_ids = self.blocks.allocate(count, room)
         assert block_ids is not None, "as many blocks were free"
+        sequence.block_ids += block_ids
         return block_ids
+
+    def _keep_output(self, sequence: Sequence) -> None:
+        """Let the blocks of a sequence that leaves be found."""
+        group = sequence.group
+        if not self.has_prefix_cache or group.beam_search is not None or sequence.first_own % self.block_size:
+            return  # blocks that begin inside of another sequence's
+        num_known = group.prompt_len + len(sequence.output.token_ids)
+        num_full = min(sequence.num_computed, num_known) // self.block_size
+        first = group.prompt_len // self.block_size
+        if num_full <= first:
+            return
+        num_shared = sequence.first_own // self.block_size
+        for index, key in enumerate(self._keys(sequence)[first:num_full], first):
+            self.blocks.keep(sequence.block_ids[index - num_shared], key)
+
+    def _count(self, group: SequenceGroup, num_found: int) -> None:
+        """Count a request's look for its prompt when it enters first, if it may use what it finds."""
+        is_first = group.request.times.scheduled == 0
+        if self.has_prefix_cache and is_first and not group.request.sampling.prompt_log_probs:
+            self.num_queried += group.prompt_len
+            self.num_hit += num_found * self.block_size

@@ -19,7 +19,8 @@ class Progress:
 
     started: requests that got their first token; num_tokens: new tokens, without those of beams, which are known at
     a request's end; gaps: (seconds since their last token, number of sequences); finished: requests that ended;
-    num_preempted: requests that lost their slots and blocks for a time, since the last output.
+    num_preempted: requests that lost their slots and blocks for a time, since the last output; num_queried, num_hit:
+    prompt tokens that were looked for in the prefix cache since then, and found.
     """
 
     started: list[Request] = field(default_factory=list)
@@ -27,6 +28,8 @@ class Progress:
     gaps: list[tuple[float, int]] = field(default_factory=list)
     finished: list[Request] = field(default_factory=list)
     num_preempted: int = 0
+    num_queried: int = 0
+    num_hit: int = 0
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import numpy as np
 
 from engine.beam import Candidate
 from engine.blocks import BlockAllocator
+from engine.budget import share_budget
 from engine.draft import Draft
 from engine.memory import SequenceMemory
 from engine.metrics import Progress
@@ -40,21 +41,31 @@ class Scheduler:
     enter, whether that client asked for one prompt or for a thousand.
 
     Each step decodes every running sequence, and spends the rest of `max_step_tokens` on prompts, in chunks where they
-    are long.
+    are long; if it decodes any, at most `max_mixed_tokens` (0: no such limit). Prompts share it so that short ones do
+    not wait for long ones, and long ones go on (engine.budget has the bounds).
     """
 
     has_token_log_probs = True
 
     def __init__(
-        self, max_batch_size: int, max_seq_len: int, max_step_tokens: int, block_size: int, num_blocks: int
+        self,
+        max_batch_size: int,
+        max_seq_len: int,
+        max_step_tokens: int,
+        block_size: int,
+        num_blocks: int,
+        has_prefix_cache: bool = True,
+        max_mixed_tokens: int = 0,
     ) -> None:
         self.max_batch_size = max_batch_size
         self.max_seq_len = max_seq_len
         self.max_step_tokens = max(max_step_tokens, max_batch_size)
-        self.memory = SequenceMemory(max_batch_size, block_size, num_blocks)
+        self.max_mixed_tokens = max_mixed_tokens or self.max_step_tokens
+        self.memory = SequenceMemory(max_batch_size, block_size, num_blocks, has_prefix_cache)
         self.waiting = WaitingQueue()  # the preempted requests are its first ones
         self._running: dict[Request, SequenceGroup] = {}  # in the order in which they entered first
         self._preempted: dict[Request, SequenceGroup] = {}
+        self._next: SequenceGroup | None = None  # of the first waiting request, when it did not fit
         self._slot_type = np.min_scalar_type(max_batch_size)  # slots travel in as few bytes as they need
         self._pending: deque[PendingOutput] = deque()  # per plan on its way
         self._committed_at = 0.0
@@ -103,8 +114,11 @@ class Scheduler:
         prefilling = self._plan_decodes(draft)
         self._admit(draft, prefilling)
         budget = self.max_step_tokens - len(draft.seq_slots)
-        for group in prefilling:
-            budget -= self._plan_chunks(group, budget, draft)
+        if draft.seq_slots:
+            budget = min(budget, self.max_mixed_tokens)
+        shares = share_budget([group.num_plannable for group in prefilling], budget)
+        for group, share in zip(prefilling, shares, strict=True):
+            self._plan_chunks(group, share, draft)
         finished = draft.finish(self._slot_type)
         if finished is None:
             return None
@@ -119,6 +133,8 @@ class Scheduler:
         now = self._committed_at = time.monotonic()
         progress, num_others = pending.measure(now)
         progress.num_preempted, self._num_preempted = self._num_preempted, 0
+        progress.num_queried, progress.num_hit = self.memory.num_queried, self.memory.num_hit
+        self.memory.num_queried = self.memory.num_hit = 0
         for group in pending.skipping_groups:
             group.num_in_flight -= 1
         _take_extras(pending, step)
@@ -225,7 +241,9 @@ class Scheduler:
         """Let waiting requests enter, in their order, until one does not fit."""
         while self.waiting:
             request = self.waiting.first
-            group = self._preempted.get(request) or SequenceGroup.of(request)
+            group = self._preempted.get(request) or self._next
+            if group is None or group.request is not request:
+                group = self._next = SequenceGroup.of(request)
             if not group.is_settled:
                 return
             new_sequences = self.memory.admit(group)
@@ -235,22 +253,20 @@ class Scheduler:
                 return
             self.waiting.take(request)
             self._preempted.pop(request, None)
+            self._next = None
             self._running[request] = group
             request.times.scheduled = request.times.scheduled or time.monotonic()
             draft.new_sequences.append(new_sequences)
             if group.num_plannable:
                 prefilling.append(group)
 
-    def _plan_chunks(self, group: SequenceGroup, budget: int, draft: Draft) -> int:
-        """Plan at most `budget` of a group's known tokens; returns how many."""
-        num_planned = 0
+    def _plan_chunks(self, group: SequenceGroup, count: int, draft: Draft) -> None:
+        """Plan `count` of the tokens that a group's `num_plannable` counts."""
         is_prompt_computed = group.sequences[0].num_computed >= group.prompt_len
         for sequence in group.sequences if is_prompt_computed else group.sequences[:1]:
-            length = min(sequence.num_tokens - 1 - sequence.num_computed, budget - num_planned)
-            if length > 0:
+            if length := min(sequence.num_tokens - 1 - sequence.num_computed, count):
                 self._plan_chunk(sequence, length, draft)
-                num_planned += length
-        return num_planned
+                count -= length
 
     def _plan_chunk(self, sequence: Sequence, length: int, draft: Draft) -> None:
         """Plan the next `length` known tokens of a sequence. The last ones of a prompt sample its first token."""
@@ -258,6 +274,7 @@ class Scheduler:
         sampling, is_beam = request.sampling, group.beam_search is not None
         start = sequence.num_computed
         end = sequence.num_computed = start + length
+        self.memory.keep_prompt(sequence, start, end)
         is_last = end == sequence.num_tokens - 1 and not group.is_resumed
         sampled = [] if not is_last else [sequence] if is_beam else group.sequences
         wants_more = sampling.width > 1 or sampling.prompt_log_probs or sampling.next_token_logits

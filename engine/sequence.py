@@ -43,6 +43,7 @@ class SequenceGroup:
     beam_search: BeamSearch | None
     is_stepwise: bool  # the host decides on each token (beams, bad words) before it plans the next one
     sequences: list[Sequence] = field(default_factory=list)
+    prompt_keys: list[bytes] | None = None  # of the prompt's full blocks (engine.blocks), once they were looked for
     capacity: int = 0  # tokens that each sequence's blocks can hold at least
     beams: Beams | None = None  # the beams that the next step continues
     is_running: bool = False  # it has slots and blocks

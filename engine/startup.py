@@ -23,6 +23,8 @@ def make_engine(
             executor.max_step_tokens,
             engine_config.block_size,
             executor.num_blocks,
+            not engine_config.no_prefix_cache,
+            executor.max_mixed_tokens,
         )
     else:
         scheduler = StaticScheduler(engine_config.max_batch_size, executor.max_seq_len, model_config.end_id)

@@ -45,7 +45,7 @@ class FasterTransformerExecutor:
 
     num_ahead = 0
     num_blocks = 0
-    max_step_tokens = 0
+    max_step_tokens = max_mixed_tokens = 0
 
     def __init__(
         self,

@@ -34,12 +34,6 @@ REFUSALS = ("invalid", "busy", "stopping", "error")
 _FRONT_ENDS = ("triton", "openai")  # a counter that begins at 0 shows its first increase
 
 _LABELS = ("model_name", "engine")
-_CONSTANTS = {  # what dashboards ask for and this engine never does
-    "num_preemptions": "Requests that lost their place in the batch (never: each gets all that it can need).",
-    "prompt_tokens_cached": "Prompt tokens found in a prefix cache (there is none).",
-    "prefix_cache_queries": "Tokens looked up in a prefix cache (there is none).",
-    "prefix_cache_hits": "Tokens found in a prefix cache (there is none).",
-}
 
 
 class Histogram:
@@ -78,6 +72,7 @@ class ServerMetrics:
         self._labels = (model_name, "0")
         self._load: Callable[[], Load] = lambda: Load(0, 0, 0.0)
         self._num_prompt_tokens = self._num_generation_tokens = 0
+        self._num_preemptions = self._num_queried = self._num_hit = 0
         self._num_finished = dict.fromkeys(_REASON_LABELS, 0)
         self._num_restarts = 0
         self._num_refused = Counter({(name, reason): 0 for name in _FRONT_ENDS for reason in REFUSALS})
@@ -124,6 +119,9 @@ class ServerMetrics:
     def count_progress(self, progress: Progress) -> None:
         """As engine.metrics.Observer has it."""
         self._num_generation_tokens += progress.num_tokens
+        self._num_preemptions += progress.num_preempted
+        self._num_queried += progress.num_queried
+        self._num_hit += progress.num_hit
         for seconds, count in progress.gaps:
             self._gaps.observe(seconds, count)
         for request in progress.started:
@@ -174,10 +172,15 @@ class ServerMetrics:
             gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=_LABELS)
             gauge.add_metric(self._labels, value)
             yield gauge
-        yield self._counter("prompt_tokens", "Prompt tokens computed.", self._num_prompt_tokens)
-        yield self._counter("generation_tokens", "Tokens generated.", self._num_generation_tokens)
-        for name, text in _CONSTANTS.items():
-            yield self._counter(name, text, 0)
+        for name, text, value in (
+            ("prompt_tokens", "Prompt tokens, computed or found in the prefix cache.", self._num_prompt_tokens),
+            ("prompt_tokens_cached", "Prompt tokens found in the prefix cache.", self._num_hit),
+            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", self._num_queried),
+            ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", self._num_hit),
+            ("generation_tokens", "Tokens generated.", self._num_generation_tokens),
+            ("num_preemptions", "Times that a request lost its blocks and was computed again.", self._num_preemptions),
+        ):
+            yield self._counter(name, text, value)
         labels = (*_LABELS, "finished_reason")
         success = CounterMetricFamily("vllm:request_success", "Requests that ended.", labels=labels)
         for reason, count in self._num_finished.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -10,15 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from transformers import GPT2LMHeadModel
 
-from engine.request import SamplingParams
-from executor.penalties import ban, current_top_p, penalize
-from executor.sampler import sample
 from tests.support.engines import make_engine
 from tests.support.ranks import run_engine
-from tests.support.rows import Row, sampling_rows
+from tests.support.ties import is_tie, texts
 from tests.support.traffic import make_request, random_items, results, run_alone, run_crowd, vocabulary
 
 COUNT = 500
@@ -87,36 +82,6 @@ def test_each_request_is_what_it_is_alone(
         assert np.allclose(one["next_token_logits"], other["next_token_logits"], atol=1e-4)
 
 
-def is_tie(model: GPT2LMHeadModel, item: dict[str, Any], alone: dict[str, Any], crowd: dict[str, Any]) -> bool:
-    """Whether rounding decides between the two: both of the first tokens that differ come of Hugging Face's logits in
-    fp64, moved by as much as fp32 sums move with the number of rows (3e-6 of the largest).
-
-    Request 199 is such a case: the 8th and 9th of its logits differ by 8e-7 of their size, and its nucleus ends there.
-    """
-    if item["sampling"].get("beam_width", 1) > 1 or item["stop"] or item["bad"]:
-        return False
-    params = SamplingParams(**item["sampling"])
-    exact = copy.deepcopy(model).double()
-    for sample_index, (ours, theirs) in enumerate(zip(alone["outputs"], crowd["outputs"], strict=True)):
-        pairs = enumerate(zip(ours["token_ids"], theirs["token_ids"], strict=False))
-        place = next((k for k, (a, b) in pairs if a != b), None)
-        if place is None:
-            continue
-        history = torch.tensor([item["prompt_ids"] + ours["token_ids"][:place]])
-        with torch.inference_mode():
-            logits = exact(history).logits[0, -1]
-        end_ids = () if item["end_id"] is None else (item["end_id"],)
-        row = Row(params.for_sample(sample_index), end_ids, len(item["prompt_ids"]), history.shape[1])
-        generator = torch.Generator().manual_seed(0)
-        noise = 3e-6 * logits.abs().max() * torch.randn(200, len(logits), generator=generator)
-        rows = sampling_rows([row] * 200, history)
-        moved = ban(penalize((logits + noise).float(), rows), rows)
-        tokens = sample(moved, rows, current_top_p(rows))
-        if not {ours["token_ids"][place], theirs["token_ids"][place]} <= set(tokens.tolist()):
-            return False
-    return True
-
-
 def test_a_tie_is_told_from_a_defect(items: list[dict[str, Any]], gpt2_source: tuple[Path, GPT2LMHeadModel]) -> None:
     known = [185, 119, 57, 85, 2, 27, 2, 269, 165, 29, 88, 80]
 
@@ -126,10 +91,6 @@ def test_a_tie_is_told_from_a_defect(items: list[dict[str, Any]], gpt2_source: t
     assert is_tie(gpt2_source[1], items[199], ending(85), ending(87))
     for wrong in (79, 0, 217):
         assert not is_tie(gpt2_source[1], items[199], ending(85), ending(wrong))
-
-
-def texts(result: dict[str, Any]) -> list[Any]:
-    return [(output["token_ids"], output["finish_reason"]) for output in result["outputs"]]
 
 
 def flat(values: list[Any]) -> list[float]:

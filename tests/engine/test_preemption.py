@@ -31,8 +31,8 @@ def random_request(rng: random.Random, **sampling: Any) -> Request:
         sampling |= {"beam_width": rng.randint(2, 4)}
     elif kind == "scored":
         sampling |= {"prompt_log_probs": True}
-    params = SamplingParams(rng.randint(1, 40), random_seed=rng.randrange(1000), **sampling)
-    prompt_ids = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 10))]
+    params = SamplingParams(rng.randint(1, 31), random_seed=rng.randrange(1000), **sampling)
+    prompt_ids = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, rng.choice([10, 30])))]
     end_ids = (rng.randrange(VOCAB_SIZE),) if rng.random() < 0.3 else ()
     return Request(prompt_ids, params, end_ids, words=BadWords() if kind == "bad words" else None)
 
@@ -56,7 +56,7 @@ def test_requests_that_are_preempted_have_the_results_of_their_solo_runs(ahead: 
     rng = random.Random(num_blocks)
     s = scheduler(num_blocks, max_batch_size=16)
     requests = [random_request(rng) for _ in range(80)]
-    assert run(s, PaperDevice(4), requests, ahead) > 20
+    assert run(s, PaperDevice(4), requests, ahead) > 10
     assert s.blocks.num_free == num_blocks
     for request in requests:
         alone = copy(request)
@@ -80,7 +80,7 @@ def test_requests_end_in_any_state_and_free_everything(ahead: int) -> None:
         plan = s.schedule()
         if plan is not None:
             launched.append(device.execute(plan))
-        if rng.random() < 0.3 and (unfinished := s.unfinished()):
+        if rng.random() < (0.5 if s._preempted else 0.1) and (unfinished := s.unfinished()):
             victim = rng.choice(unfinished)
             group = s._running.get(victim) or s._preempted.get(victim)
             cancelled_in.add(None if group is None else (group.is_running, group.is_settled, group.is_prefilling))

@@ -37,7 +37,7 @@ def chunks(plan: Plan) -> list[Chunk]:
 
 
 def scheduler(max_batch_size: int = 4, max_step_tokens: int = 16, num_blocks: int = 64) -> Scheduler:
-    return Scheduler(max_batch_size, 1000, max_step_tokens, block_size=4, num_blocks=num_blocks)
+    return Scheduler(max_batch_size, 1000, max_step_tokens, block_size=4, num_blocks=num_blocks, has_prefix_cache=False)
 
 
 def run(s: Scheduler, ahead: int = 0, token: int = 1, most: int = 10_000) -> list[Plan]:

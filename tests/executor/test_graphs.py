@@ -24,6 +24,7 @@ from executor.runner import StepResult
 from tests.support import hugging_face_models
 from tests.support.checkpoints import make_bloom
 from tests.support.engines import NEW_TOKENS, finish, hf_greedy, make_engine, prompts, request
+from tests.support.soak import Counter
 from tests.support.traffic import make_request, random_items, results, run_crowd, vocabulary
 
 REPLAYED: list[tuple[str, int]] = []  # kinds and sizes
@@ -105,11 +106,14 @@ def test_random_requests_are_what_they_are_without(
     converted: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """Beams, samples, penalties, words and all that may be told of tokens, in steps shared with plain rows and run
-    ahead; prompts of one token, and last pieces of one."""
+    ahead; prompts of one token, and last pieces of one. And with so few blocks that requests are preempted, and with
+    prompts of which all but one token is found."""
     items = random_items(60, seed=11)
     for index, item in enumerate(items):
         if index % 3 == 0:
             item["prompt_ids"] = item["prompt_ids"][:1] if index % 2 else (item["prompt_ids"] * 49)[:49]
+        if 30 <= index < 40:
+            item["prompt_ids"] = list(range(17))
         item["sampling"] |= {"prompt_log_probs": index % 4 == 1, "next_token_logits": index % 5 == 2}
     found = []
     for has_graphs in (False, True):
@@ -117,11 +121,14 @@ def test_random_requests_are_what_they_are_without(
             request.getfixturevalue("graphs")
             # A GPU's results are copied before the next step writes over them.
             monkeypatch.setattr(runner, "StepResult", lambda values, layout: StepResult(values.clone(), layout))
-        engine = make_engine(converted(1), max_batch_size=16, max_step_tokens=24, block_size=4)
+        limits = {"num_blocks": 52} if has_graphs else {"no_prefix_cache": True}
+        engine = make_engine(converted(1), max_batch_size=16, max_step_tokens=24, block_size=4, **limits)
         engine.executor.num_ahead = int(has_graphs)
+        engine.observer = counter = Counter()
         requests = [make_request(item, vocabulary()) for item in items]
         run_crowd(engine, requests)
         found.append([results(one) for one in requests])
+        assert (counter.num_preempted > 2, counter.num_hit > 32) == (has_graphs, has_graphs), vars(counter)
     for without, with_graphs in zip(*found, strict=True):
         assert_close(without, with_graphs)
 

@@ -17,6 +17,7 @@ from engine.request import Request, SamplingParams
 from tests.support.checkpoints import make_gpt2
 from tests.support.engines import NEW_TOKENS, SEEDED, make_engine, prompts
 from tests.support.ranks import first_outputs, greedy_items, run_engine, run_logits
+from tests.support.soak import soak_items
 from tests.support.traffic import random_items
 
 NUM_GPUS = torch.cuda.device_count()
@@ -108,16 +109,21 @@ def test_logits_are_near_fp32(
         assert error < limit
 
 
+@pytest.mark.parametrize("num_blocks", [0, 52], ids=["plenty", "few"])
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2)], ids=lambda n: str(n))
 def test_random_requests_are_in_a_crowd_what_they_are_alone(
-    tp: int, pp: int, gpt2_source: tuple[Path, GPT2LMHeadModel], tmp_path: Path
+    tp: int, pp: int, num_blocks: int, gpt2_source: tuple[Path, GPT2LMHeadModel], tmp_path: Path
 ) -> None:
-    """Every mix of parameters, as in tests/engine/test_isolation.py, with NCCL and with steps that are run ahead."""
+    """Every mix of parameters, as in tests/engine/test_isolation.py, with NCCL and with steps that are run ahead.
+
+    With few blocks, some are preempted (tests/engine/test_soak.py), and beginnings of prompts are found.
+    """
     skip_without(tp * pp)
-    items = random_items(150, seed=2)
+    items = soak_items(150, seed=2) if num_blocks else random_items(150, seed=2)
     folder = convert(gpt2_source[0], tmp_path / "ft_models", tp, "fp32")
     flags = [*FP32, "--max-batch-size", "24"]
-    found = [run_engine(folder, items, tp, pp, *flags, "--alone"), run_engine(folder, items, tp, pp, *flags)]
+    found = [run_engine(folder, items, tp, pp, *flags, "--alone")]
+    found.append(run_engine(folder, items, tp, pp, *flags, "--num-blocks", str(num_blocks)))
     texts = [
         [[(output["token_ids"], output["finish_reason"]) for output in result["outputs"]] for result in results]
         for results in found

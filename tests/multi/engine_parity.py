@@ -18,6 +18,7 @@ from engine.watchdog import Watchdog
 from engine.world import World
 from executor.startup import WeightFolder, connect, load, pick_backend
 from tests.support.engines import step_logits
+from tests.support.soak import Counts, run
 from tests.support.traffic import VOCAB_SIZE, make_request, results, run_alone, run_crowd, vocabulary
 from weights.model_config import ModelConfig
 
@@ -37,6 +38,19 @@ def generate(world: World, items: list[dict[str, Any]], *argv: str) -> list[dict
     if flags.engine == "torch":
         assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
     return [results(request) for request in requests]
+
+
+def soak(world: World, items: list[dict[str, Any]], *argv: str) -> tuple[list[dict[str, Any]], Counts] | None:
+    """tests.support.soak.run of the items, on rank 0."""
+    _, limits, model_config, executor = _load(world, argv)
+    if world.rank > 0:
+        follow(world, executor, Watchdog(), limits.step_timeout_s)
+        return None
+    engine = make_engine(executor, model_config, limits, world, Watchdog())
+    found = run(engine, items)
+    engine.stop(10)
+    engine.run()
+    return found
 
 
 def logits(world: World, prompts: list[list[int]], *argv: str) -> np.ndarray | None:
@@ -62,6 +76,7 @@ def _load(world: World, argv: tuple[str, ...]) -> tuple[argparse.Namespace, Engi
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--alone", action="store_true", help="one request after the other instead")
     parser.add_argument("--max-batch-size", type=int, default=5)
+    parser.add_argument("--num-blocks", type=int, default=0)
     flags = parser.parse_args(argv)
     parallel = ParallelConfig(flags.tp, flags.pp, world.rank)
     limits = EngineConfig(
@@ -80,4 +95,5 @@ def _load(world: World, argv: tuple[str, ...]) -> tuple[argparse.Namespace, Engi
     backend = pick_backend(limits, model_config, flags.lib_path, world.local_rank, flags.pp)
     executor = load(weights, limits, parallel, world, connect(world, parallel, backend), backend)
     executor.prepare()
+    executor.num_blocks = flags.num_blocks or executor.num_blocks
     return flags, limits, model_config, executor

@@ -91,8 +91,10 @@ def test_our_dashboard_shows_what_it_promises() -> None:
         "vllm:num_requests_running",
         "vllm:num_requests_waiting",
         "vllm:kv_cache_usage_perc",
+        "vllm:prefix_cache_hits_total",
+        "vllm:num_preemptions_total",
         "gpt_server_triton_restarts_total",
     } <= shown
     board = json.loads(DASHBOARD.read_text())
     places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in board["panels"]]
-    assert len(set(places)) == len({panel["id"] for panel in board["panels"]}) == len(places) == 12
+    assert len(set(places)) == len({panel["id"] for panel in board["panels"]}) == len(places) == 14

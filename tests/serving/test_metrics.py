@@ -12,9 +12,11 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 
 from engine.metrics import Progress
 from engine.request import Request, SamplingParams
+from engine.scheduler import Scheduler
 from serving.metrics import ServerMetrics
 from tests.support import scrape
 from tests.support.engines import finish, make_engine
+from tests.support.paper_device import PaperDevice
 
 # Of vLLM's v1/metrics/loggers.py. Ours may have further buckets between them.
 TIMES = [0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680]
@@ -62,7 +64,7 @@ def test_known_requests_give_known_numbers(converted: Callable[[int], Path]) -> 
     engine.submit(cancelled[1])
     found = samples(metrics)
     assert (found["num_requests_running"], found["num_requests_waiting"]) == (1, 1)
-    assert found["kv_cache_usage_perc"] == pytest.approx(-(-(3 + 199) // 4) / engine.scheduler.blocks.num_blocks)
+    assert found["kv_cache_usage_perc"] == pytest.approx(5 / engine.scheduler.blocks.num_blocks)  # 1, then 4 at once
     for request in [*cancelled, cancelled[0], requests[0]]:
         engine.cancel(request)
     finish(engine, [])
@@ -98,6 +100,26 @@ def test_known_requests_give_known_numbers(converted: Callable[[int], Path]) -> 
     assert found["request_prompt_tokens_bucket{le=5.0}"] == 4  # 5 itself is in
     assert found["request_prompt_tokens_bucket{le=2.0}"] == 1
     assert found["num_requests_running"] == found["num_requests_waiting"] == found["kv_cache_usage_perc"] == 0
+
+
+def test_the_prefix_cache_and_preemptions_are_counted() -> None:
+    metrics = ServerMetrics("m", 256)
+    scheduler = Scheduler(8, 100, 64, block_size=4, num_blocks=9)
+    device = PaperDevice(4)
+    names = ("prefix_cache_queries", "prefix_cache_hits", "prompt_tokens_cached", "num_preemptions", "prompt_tokens")
+
+    def count(*requests: Request) -> list[float]:
+        for request in requests:
+            scheduler.add(request)
+        while (plan := scheduler.schedule()) is not None:
+            metrics.count_progress(scheduler.commit(device.execute(plan)))
+        found = samples(metrics)
+        return [found[f"{name}_total"] for name in names]
+
+    assert count() == [0, 0, 0, 0, 0]
+    assert count(Request([1] * 10, SamplingParams(2))) == [10, 0, 0, 0, 10]
+    assert count(Request([1] * 13, SamplingParams(2))) == [23, 8, 8, 0, 23]
+    assert count(*(Request([i] * 12, SamplingParams(10)) for i in (2, 3))) == [47, 8, 8, 1, 47]
 
 
 def test_times_add_up_and_are_the_requests_own(converted: Callable[[int], Path]) -> None:

@@ -47,7 +47,8 @@ def demo_greedy(prompt: str, new_tokens: int) -> str:
     return tokenizer.decode(hf_greedy(model, tokenizer.encode(prompt), new_tokens))
 
 
-def make_engine(folder: Path, **limits: object) -> Engine:
+def make_engine(folder: Path, *, num_blocks: int = 0, **limits: object) -> Engine:
+    """num_blocks: of the key-value cache; 0: as many as there is memory for."""
     world = World()
     weights = WeightFolder.read(folder)
     settings = EngineConfig(**{"device": "cpu", **limits})
@@ -55,6 +56,7 @@ def make_engine(folder: Path, **limits: object) -> Engine:
     parallel = ParallelConfig()
     executor = load(weights, settings, parallel, world, connect(world, parallel, backend), backend)
     executor.prepare()
+    executor.num_blocks = num_blocks or executor.num_blocks
     return startup.make_engine(executor, weights.config, settings, world, Watchdog())
 
 

@@ -157,6 +157,11 @@ def run_engine(folder: Path, items: list[dict[str, Any]], tp: int, pp: int, *fla
     return _engine_parity("generate", folder, items, tp, pp, *flags)
 
 
+def run_soak(folder: Path, items: list[dict[str, Any]], tp: int, pp: int, *flags: str) -> Any:
+    """tests.support.soak.run of its items on tp × pp ranks."""
+    return _engine_parity("soak", folder, items, tp, pp, *flags)
+
+
 def run_logits(folder: Path, prompts: list[list[int]], tp: int, pp: int, *flags: str) -> np.ndarray:
     """[prompts, vocab] fp32: the next token's logits on tp × pp ranks."""
     return _engine_parity("logits", folder, prompts, tp, pp, *flags)
