@@ -36,7 +36,7 @@ from engine.startup import make_engine
 from engine.watchdog import Watchdog
 from engine.world import Mail, World, check_size
 from executor.startup import Backend, WeightFolder, connect, load, pick_backend
-from helpers import ProgressLine, find_checkpoint, model_key, one_line, setup_logging, weight_bytes
+from helpers import ProgressLine, find_checkpoint, model_key, one_line, setup_logging, use_one_arena, weight_bytes
 from serving.chat import ChatTemplate
 from serving.load_tokenizer import load_tokenizer
 from serving.startup import FrontEnd, FrontEndFlags
@@ -83,6 +83,7 @@ class ModelFlags(ConversionFlags):
 def main() -> int:
     """Run one rank; returns its exit code."""
     started = time.monotonic()
+    use_one_arena()
     model_flags, engine_config, front_end_flags = parse_flags()
     on_stop_signals(end_start_up)
     if model_flags.check:

@@ -74,14 +74,26 @@ class GpuMatmul:
         return linear.linear(x, self._weight, bias, self._workspace, activation, self._scales, out)
 
 
+def padded_rows(rows: int) -> int:
+    """The number of rows that a CPU multiplies in place of `rows`: at most an eighth more, and exact below 16.
+
+    oneDNN compiles a program for each number of rows and shape of weights, and keeps it. It takes 1 to 3 ms, and 0.5
+    MB. So the numbers must be few: 64 up to 512, a CPU's longest step.
+    """
+    step = min(1 << max(0, rows.bit_length() - 4), 16)
+    return -(-rows // step) * step
+
+
 class CpuMatmul:
-    """What CPU formats share: activations that the product does not apply itself, and `out`."""
+    """What CPU formats share: few numbers of rows, activations that the product does not apply itself, and `out`."""
 
     def __call__(
         self, x: torch.Tensor, bias: torch.Tensor | None, activation: str = "none", out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """[rows, in] → [rows, out]"""
-        y = self.multiply(x, bias, activation)
+        rows = len(x)
+        padding = padded_rows(rows) - rows
+        y = self.multiply(F.pad(x, (0, 0, 0, padding)) if padding else x, bias, activation)[:rows]
         return y if out is None else out.copy_(y)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:

@@ -16,7 +16,7 @@ from engine.request import SamplingParams
 from executor.attention import Attention
 from executor.kv_cache import CacheShape, KVCache
 from executor.layers import Linear, LMHead, RowParallelLinear, VocabEmbedding
-from executor.matmul import PackedMatmul, PlainMatmul, can_pack, make_matmul
+from executor.matmul import PackedMatmul, PlainMatmul, can_pack, make_matmul, padded_rows
 from executor.model import GPT, StepInput
 from executor.slots import SlotState
 from kernels.activation import ACTIVATIONS
@@ -93,6 +93,14 @@ def test_the_factory_packs_where_one_dnn_can() -> None:
         expected = PackedMatmul if can_pack(dtype, CPU) else PlainMatmul
         assert type(make_matmul(torch.zeros(4, 3, dtype=dtype))) is expected
     assert not can_pack(torch.float16, CPU) and not can_pack(torch.float32, torch.device("cuda"))
+
+
+def test_a_cpu_multiplies_few_numbers_of_rows() -> None:
+    """oneDNN keeps 0.5 MB for each, for ever."""
+    padded = [padded_rows(rows) for rows in range(1, 513)]
+    assert padded[:18] == [*range(1, 17), 18, 18] and padded[299] == 304
+    assert all(rows <= more <= 1.125 * rows for rows, more in enumerate(padded, 1))
+    assert len(set(padded)) == 64
 
 
 def test_row_parallel_shards_add_up_with_the_bias_once() -> None:
