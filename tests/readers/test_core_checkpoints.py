@@ -13,8 +13,10 @@ import pytest
 import torch
 import transformers
 import yaml
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from convert import convert
+from executor.rope import rotary_inv_freq
 from readers import SourceOptions, open_reader
 from readers.gpt2 import GPT2Reader
 from readers.megatron_bridge import BridgeReader
@@ -37,6 +39,8 @@ LLAMA = ModernGPT("llama", kv_heads=4)
 INTERPOLATED = ModernGPT("llama", kv_heads=2, factor=4.0, base=10000.0)
 AROUND_ZERO = ModernGPT("llama", kv_heads=4, around_zero=True)
 QWEN2 = ModernGPT("qwen2", kv_heads=4)
+QWEN3 = ModernGPT("qwen3", kv_heads=4, around_zero=True)
+YARN = ModernGPT("qwen2", kv_heads=4, factor=4.0, yarn=20)
 WIDE_HEADS = ModernGPT("llama", kv_heads=2, head_dim=16, hidden_size=64)
 SLOW = pytest.mark.slow("3 s each; the models with most to go wrong stay")
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -55,15 +59,20 @@ MODELS = {
     "nemo-interpolated": (write_nemo2, INTERPOLATED),
     "nemo-around-zero": (write_nemo2, AROUND_ZERO),
     "nemo-qwen2": (write_nemo2, QWEN2),
+    "nemo-qwen3": (write_nemo2, QWEN3),
+    "nemo-yarn": (write_nemo2, YARN),
     "nemo-wide-heads": (write_nemo2, WIDE_HEADS),
     "bridge-gpt": (write_bridge, TINY),
     "bridge-nemotron": (write_bridge, NEMOTRON),
     "bridge-llama": (write_bridge, LLAMA),
+    "bridge-qwen3": (write_bridge, QWEN3),
+    "bridge-yarn": (write_bridge, YARN),
     "bridge-nested-llama": (nested, LLAMA),
+    "bridge-nested-yarn": (nested, YARN),
     "bridge-nested-nemotron": (nested, NEMOTRON),
     "bridge-nested-gpt": (nested, EXACT),
 }
-FAST = ("nemo-nemotron", "nemo-llama", "nemo-qwen2", "bridge-gpt", "bridge-nested-llama")
+FAST = ("nemo-nemotron", "nemo-llama", "nemo-qwen3", "bridge-gpt", "bridge-yarn", "bridge-nested-llama")
 
 
 def error(logits: np.ndarray, model: Any) -> float:
@@ -151,6 +160,7 @@ def test_a_printed_run_config(tmp_path: Path) -> None:
         hidden_size=2048,
         inter_size=8192,
         num_layer=16,
+        qk_layernorm=False,
         layernorm_eps=1e-5,
         normalization_type="rmsnorm",
         activation_type="swiglu",
@@ -240,6 +250,31 @@ def test_logits_with_llama_3s_scaling(tmp_path: Path) -> None:
     source = write_nemo2(tmp_path / "source", model, config_class="llama.Llama31Config", **settings)
     logits = run_logits(convert(source, tmp_path / "ft", 1, "fp32"), PROMPTS, 1, 1)
     assert error(logits, model) < 1e-5 < 1e-3 < error(logits, LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rope"),
+    [
+        (dict(yarn_mscale=1.0, yarn_mscale_all_dim=0.0), dict(truncate=False)),
+        (dict(yarn_mscale=0.7, yarn_mscale_all_dim=1.0), dict(truncate=False, mscale=0.7, mscale_all_dim=1.0)),
+        (dict(yarn_correction_range_round_to_int=True, yarn_beta_fast=None, yarn_beta_slow=None), {}),
+        (dict(yarn_beta_fast=16, yarn_beta_slow=2), dict(truncate=False, beta_fast=16, beta_slow=2)),
+    ],
+    ids=str,
+)
+def test_yarns_settings(settings: dict[str, Any], rope: dict[str, Any], tmp_path: Path) -> None:
+    """The frequencies and the factor of Hugging Face's yarn with the same settings."""
+    yarn = dict(rope_type="yarn", rope_theta=500000.0, factor=4.0, original_max_position_embeddings=8192) | rope
+    hf = transformers.LlamaConfig(head_dim=64, max_position_embeddings=131072, rope_parameters=yarn)
+    expected, factor = ROPE_INIT_FUNCTIONS["yarn"](hf, "cpu")
+    scaling = dict(yarn_rotary_scaling_factor=4.0, yarn_original_max_position_embeddings=8192)
+    model = yaml.safe_load(PRINTED) | dict(position_embedding_type="yarn", scale_factor=None) | scaling | settings
+    (tmp_path / "run_config.yaml").write_text(yaml.safe_dump({"model": model}))
+    reader = open_reader(tmp_path, SourceOptions(), tmp_path)
+    assert isinstance(reader, BridgeReader)
+    config = ModelConfig(vocab_size=320, start_id=1, end_id=2, **reader.shape())
+    torch.testing.assert_close(rotary_inv_freq(config), expected, rtol=2e-6, atol=0)
+    assert config.rotary_attention_factor == pytest.approx(factor)
 
 
 @pytest.mark.parametrize(
