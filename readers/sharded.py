@@ -157,8 +157,9 @@ class ShardedReader:
         if shape.get("has_positional_encoding", True):
             shape["max_pos_seq_len"] = self._rows("wpe", shape)
         tokenizer = self.tokenizer
-        start_id, end_id = tokenizer.start_id, tokenizer.end_id
-        if max(len(tokenizer.tokenizer) - 1, start_id, end_id) >= vocab_size:
+        end_ids = tokenizer.end_ids(vocab_size)
+        start_id = end_ids[0] if tokenizer.start_id is None else tokenizer.start_id
+        if max(len(tokenizer.tokenizer) - 1, start_id, *end_ids) >= vocab_size:
             raise ValueError(
                 f"{tokenizer.name}: {len(tokenizer.tokenizer)} tokens; the embedding has {vocab_size} rows only"
             )
@@ -166,7 +167,8 @@ class ShardedReader:
             model_name=model_name,
             vocab_size=vocab_size,
             start_id=start_id,
-            end_id=end_id,
+            end_id=end_ids[0],
+            end_ids=end_ids,
             weight_data_type=weight_data_type,
             tensor_para_size=tp,
             **shape,

@@ -1,9 +1,7 @@
-"""NeMo 2's and Megatron-Bridge's folders: logits and tokens of the reference, the files that are found, tokenizers."""
+"""NeMo 2's and Megatron-Bridge's folders: logits and tokens of the reference, the files that are found."""
 
 from __future__ import annotations
 
-import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,10 +20,10 @@ from readers.gpt2 import GPT2Reader
 from readers.megatron_bridge import BridgeReader
 from readers.shards import Trained
 from tests.support.checkpoints import make_gpt2
-from tests.support.core_checkpoints import NEMO_CLASSES, write_bridge, write_nemo2
+from tests.support.core_checkpoints import write_bridge, write_nemo2
 from tests.support.folders import weight_files
 from tests.support.modern_checkpoints import ModernGPT
-from tests.support.nemo_checkpoints import TinyGPT, write_bpe, write_nemo
+from tests.support.nemo_checkpoints import TinyGPT, write_nemo
 from tests.support.ranks import first_outputs, greedy_items, run_engine, run_logits
 from weights.model_config import ModelConfig
 
@@ -331,63 +329,3 @@ def test_exported_folders_beside_the_weights_are_passed_over(tmp_path: Path) -> 
     folder = convert(source, tmp_path / "ft", 2, "fp32")
     assert weight_files(folder) == TINY.files(2)
     assert "hf/model.safetensors" not in "".join(path.read_text() for path in folder.glob("*.json"))
-
-
-# --- tokenizers ---
-
-
-def ids_of(folder: Path) -> list[int]:
-    return transformers.AutoTokenizer.from_pretrained(folder).encode("the tea")
-
-
-@pytest.mark.parametrize("write", [write_nemo2, write_bridge])
-def test_the_checkpoints_tokenizer(write: Callable[..., Path], tmp_path: Path) -> None:
-    folder = convert(write(tmp_path / "source", TINY), tmp_path / "ft", 1, "fp32")
-    write_bpe(tmp_path / "bpe", TINY.num_tokens)
-    options = SourceOptions(tokenizer=tmp_path / "bpe")
-    other = convert(tmp_path / "source", tmp_path / "other", 1, "fp32", options=options)
-    assert ids_of(folder) == ids_of(other)
-    config = ModelConfig.read(folder / "config.ini")
-    assert (config.end_id, config.vocab_size) == (302, 320)
-
-
-def edit_yaml(path: Path, **values: Any) -> None:
-    content = yaml.safe_load(path.read_text())
-    path.write_text(yaml.safe_dump(content | values))
-
-
-@pytest.mark.parametrize("tokenizer", [None, {"pretrained_model_name": "/training/nemo_tokenizer"}])
-def test_nemo_2s_tokenizer_under_another_path(tokenizer: Any, tmp_path: Path) -> None:
-    source = write_nemo2(tmp_path / "source", TINY)
-    if tokenizer is not None:
-        tokenizer |= {"_target_": "nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer"}
-    edit_yaml(source / "context/model.yaml", tokenizer=tokenizer)
-    assert ids_of(convert(source, tmp_path / "ft", 1, "fp32"))
-
-
-def test_nemo_2s_special_tokens_and_bpe_files(tmp_path: Path) -> None:
-    source = write_nemo2(tmp_path / "source", TINY)
-    shutil.rmtree(source / "context/nemo_tokenizer")
-    vocab, merges = write_bpe(source / "context", TINY.num_tokens)
-    artifact = dict(_target_="nemo.lightning.io.artifact.file.DirOrStringArtifact", attr="gpt2", skip=True)
-    tokenizer = dict(
-        _target_="nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer",
-        pretrained_model_name=artifact,
-        vocab_file=vocab,
-        merges_file=merges,
-        eos_token="<end>",
-        additional_special_tokens=["<turn>"],
-    )
-    edit_yaml(source / "context/model.yaml", tokenizer=tokenizer)
-    folder = convert(source, tmp_path / "ft", 1, "fp32")
-    assert ModelConfig.read(folder / "config.ini").end_id == 303
-    assert transformers.AutoTokenizer.from_pretrained(folder).encode("<turn><end>") == [304, 303]
-
-
-def test_the_source_is_known_by_its_files(tmp_path: Path) -> None:
-    """A conversion is made anew when a file of the checkpoint has changed, its tokenizer's too."""
-    source = write_nemo2(tmp_path / "source", TINY)
-    convert(source, tmp_path / "ft", 1, "fp32")
-    manifest = next(path for path in (tmp_path / "ft/1-gpu").glob("*.json") if "model.yaml" in path.read_text())
-    text = manifest.read_text()
-    assert re.search(r"tokenizer\.json", text) and ".distcp" in text and NEMO_CLASSES not in text

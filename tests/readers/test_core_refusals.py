@@ -273,6 +273,15 @@ FILES: dict[str, tuple[str, Edit, str]] = {
         tokenizer("nemo", _target_="x.SentencePieceTokenizer"),
         f"{MODEL}: tokenizer: model_path is not set; --tokenizer names the file",
     ),
+    "end tokens": (
+        "nemo",
+        all_of(
+            lambda folder: (folder / "context/artifacts").mkdir(),
+            write("context/artifacts/generation_config.json", '{"eos_token_id": [1, 320]}'),
+        ),
+        "SOURCE/context/artifacts/generation_config.json: eos_token_id is [1, 320]; it must be one of the 320 token "
+        "ids",
+    ),
     "no run_config.yaml": (
         "bridge",
         remove("iter_0000500/run_config.yaml"),
