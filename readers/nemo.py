@@ -75,8 +75,7 @@ class NemoReader(ShardedReader):
         self._source = source
         self._options = options
         self._scratch = scratch
-        if options.num_heads is not None:
-            raise ValueError(f"{source}: --num-heads is for Megatron-LM's checkpoints without arguments only")
+        options.refuse_num_heads(source)
         self.files = [source] if source.is_file() else self._used_files()
         if options.tokenizer is not None:
             self.files += tokens.find_files(options.tokenizer)

@@ -46,8 +46,7 @@ class Nemo2Reader(CoreReader):
         """Raises ValueError where files are missing, and for an adapter."""
         self.source = source
         self._options = options
-        if options.num_heads is not None:
-            raise ValueError(f"{source}: --num-heads is for Megatron-LM's checkpoints without arguments only")
+        options.refuse_num_heads(source)
         if not (source / _MODEL).is_file():
             raise ValueError(f"{source}: {_MODEL} is missing; io.json lacks the defaults of its classes")
         if not (source / "weights").is_dir():

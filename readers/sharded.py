@@ -55,6 +55,11 @@ class SourceOptions:
         if self.num_heads is not None and self.num_heads < 0:
             raise ValueError(f"num_heads is {self.num_heads}; it must be 0 or more")
 
+    def refuse_num_heads(self, source: Path) -> None:
+        """Raise ValueError for --num-heads, where the checkpoint itself says it."""
+        if self.num_heads is not None:
+            raise ValueError(f"{source}: --num-heads is for Megatron-LM's checkpoints without arguments only")
+
     def describe(self) -> dict[str, Any]:
         """For the manifest: other options make another folder."""
         return {"tokenizer": None if self.tokenizer is None else str(self.tokenizer), "num_heads": self.num_heads}
