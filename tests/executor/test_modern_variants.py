@@ -71,6 +71,8 @@ SOURCES = {
     "megatron-around-zero": Source(AROUND_ZERO, "megatron"),
     "qwen2": Source(QWEN2, "core"),
     "megatron-qwen2": Source(QWEN2, "megatron"),
+    "qwen3": Source(ModernGPT("qwen3", kv_heads=4), "core"),
+    "megatron-qwen3": Source(ModernGPT("qwen3", kv_heads=2), "megatron"),
     # kv_channels other than an even share of the hidden size: all heads together are wider, or narrower.
     "wide-heads": Source(ModernGPT("llama", kv_heads=2, head_dim=16, hidden_size=64), "core"),
     "wide-heads-each-with-keys": Source(ModernGPT("nemotron", kv_heads=8, head_dim=16, hidden_size=64), "legacy"),
