@@ -19,7 +19,8 @@ from executor.collectives import Comm
 from executor.runner import TorchExecutor, computation_dtype
 from weights.model_config import ModelConfig
 
-ENGINE_FLAGS = ("device", "data_type", "quantization", "int8_mode", "kv_cache_dtype")  # fields of EngineConfig
+# Fields of EngineConfig.
+ENGINE_FLAGS = ("device", "data_type", "quantization", "int8_mode", "kv_cache_dtype", "max_mixed_tokens")
 _TIMEOUT_S = 600.0
 _T = TypeVar("_T")
 
@@ -44,6 +45,7 @@ def for_each_shape(
         max_batch_size=max_batch_size,
         max_seq_len=max_seq_len,
         step_timeout_s=_TIMEOUT_S,
+        no_prefix_cache=True,  # rounds have the same prompts
         **{name: getattr(flags, name) for name in ENGINE_FLAGS},
     )
     for shape in flags.shapes:

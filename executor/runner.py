@@ -78,7 +78,7 @@ class TorchExecutor:
             self.model = GPT(comm, reader, device, progress, engine_config.weight_format)
         self.max_seq_len = engine_config.max_seq_len or reader.config.max_pos_seq_len
         self.max_step_tokens = engine_config.max_step_tokens or (512 if device.type == "cpu" else 8192)
-        self.max_mixed_tokens = engine_config.max_mixed_tokens or (0 if device.type == "cpu" else 2048)
+        self.max_mixed_tokens = engine_config.max_mixed_tokens
         self.num_blocks = 0
         # Of kernels.decode_attention and kernels.choose_tokens, on a GPU.
         self._workspace: torch.Tensor | None = None

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 SPLIT_COUNTERS = 4096  # output tiles that may be split; a launch has fewer
 # The most rows for a plan, by the weight's kind. Beyond, cuBLAS is as quick; for int8, widened weights and cuBLAS; for
-# fp8, rounded rows and a product of fp8 with fp8: at 33 rows 0.6 × the time of a tile.
-_FEW_ROWS = {"plain": 32, "int8": 256, "fp8": 16}
+# fp8, rounded rows and a product of fp8 with fp8, which cuBLAS does not have for fewer rows at every shape.
+_FEW_ROWS = {"plain": 32, "int8": 256, "fp8": 32}
 _MOST_SPLITS = 4
 _VOCABULARY = 32768  # outputs of an LM head
 _LARGE = 32 << 20  # elements of W from which cuBLAS is as quick for more than 16 rows
