@@ -81,7 +81,11 @@ def measure(flags: argparse.Namespace, formats: dict[str, str], texts: list[list
     prompts = tokenize(flags, config)
     longest = max(map(len, prompts)) + flags.output_len
     limits = EngineConfig(
-        max_batch_size=max(*flags.batches, len(prompts)), max_seq_len=longest, max_step_tokens=4096, **formats
+        max_batch_size=max(*flags.batches, len(prompts)),
+        max_seq_len=longest,
+        max_step_tokens=4096,
+        no_prefix_cache=True,  # rounds repeat their prompts
+        **formats,
     )
     before = used_mb(device)
     executor = TorchExecutor(reader, limits, Comm(world, ParallelConfig(), device), device)
