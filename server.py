@@ -36,7 +36,7 @@ from engine.startup import make_engine
 from engine.watchdog import Watchdog
 from engine.world import Mail, World, check_size
 from executor.startup import Backend, WeightFolder, connect, load, pick_backend
-from helpers import ProgressLine, find_checkpoint, model_key, one_line, setup_logging, weight_bytes
+from helpers import ProgressLine, find_checkpoint, model_key, one_line, setup_logging, use_one_arena, weight_bytes
 from serving.chat import ChatTemplate
 from serving.load_tokenizer import load_tokenizer
 from serving.startup import FrontEnd, FrontEndFlags
@@ -83,6 +83,7 @@ class ModelFlags(ConversionFlags):
 def main() -> int:
     """Run one rank; returns its exit code."""
     started = time.monotonic()
+    use_one_arena()
     model_flags, engine_config, front_end_flags = parse_flags()
     on_stop_signals(end_start_up)
     if model_flags.check:
@@ -149,7 +150,9 @@ def _serve(
     """Start up together, then run rank 0's loop or follow it. Start-up errors end all ranks with code 1."""
     start = _Start(model_flags, engine_config, front_end_flags, world)
     meetings = (start.connect, start.prepare)  # collective: an error on one rank must end the others, which wait for it
+    times = []
     for stage in (start.check, start.find_weights, start.pick_backend, start.connect, start.load, start.prepare):
+        began = time.monotonic()
         error = _attempt(stage, model_flags.verbose)
         if error is not None and stage in meetings and world.size > 1:
             _LOG.error("%s", error)
@@ -160,7 +163,9 @@ def _serve(
             if world.rank == 0:
                 _LOG.error("%s", error)
             return 1
+        times.append(f"{stage.__name__} {time.monotonic() - began:.1f} s")
     if world.rank == 0:
+        _LOG.info("start-up took: %s", ", ".join(times).replace("_", " "))
         return _lead(start, front_end_flags, started)
     on_stop_signals(SecondSignal(lambda number: None))  # this rank ends when rank 0 says so
     watchdog = Watchdog()

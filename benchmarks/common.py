@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,7 @@ class BenchmarkFlags:
     output_len: int = flag(64, "tokens to generate")
     repeats: int = flag(3, "times that each figure is taken")
     only: str = flag("", "only rows whose name has this text")
+    folder: str = flag("", "where files are made, for a while; by default the system's temporary folder")
 
 
 def model_config(shape: str, tp: int, max_pos_seq_len: int = 1024) -> ModelConfig:
@@ -77,7 +79,10 @@ def model_config(shape: str, tp: int, max_pos_seq_len: int = 1024) -> ModelConfi
 
 
 class RandomReader:
-    """Stands in for ShardReader: weights drawn on the device, normal with deviation 0.02, no file behind them."""
+    """Stands in for ShardReader: weights drawn on the device, normal with deviation 0.02, no file behind them.
+
+    A weight is the same each time that it is read: quantized weights are compared with it.
+    """
 
     def __init__(self, config: ModelConfig, tp_rank: int, dtype: torch.dtype, device: torch.device) -> None:
         self.config = config
@@ -89,16 +94,18 @@ class RandomReader:
         """Whether the model has this weight; the head is the embedding."""
         return spec.name != "lm_head.weight"
 
-    def read(self, spec: WeightSpec) -> torch.Tensor:
-        """This rank's shard; norms' weights are 1."""
+    def read(self, spec: WeightSpec, rows: slice = slice(None)) -> torch.Tensor:
+        """This rank's shard, or rows of it; norms' weights are 1."""
+        return self.map(spec)[rows]
+
+    def map(self, spec: WeightSpec, tp_rank: int | None = None) -> torch.Tensor:
+        """As `read`, also another rank's; no file is behind it."""
         shape = spec.shard_shape(self.config.tensor_para_size)
         if "norm.weight" in spec.name:
             return torch.ones(shape, dtype=self.dtype, device=self.device)
-        return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(std=0.02)
-
-    def map(self, spec: WeightSpec, tp_rank: int | None = None) -> torch.Tensor:
-        """As `read`: no file is behind it."""
-        return self.read(spec)
+        rank = 0 if spec.split_axis is None else self.tp_rank if tp_rank is None else tp_rank
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{spec.name}.{rank}".encode()))
+        return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(std=0.02, generator=generator)
 
 
 def claim_device(world: World, wish: str, threads: int) -> torch.device:
@@ -116,10 +123,17 @@ def claim_device(world: World, wish: str, threads: int) -> torch.device:
     return torch.device("cpu")
 
 
-def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes that one decode step must read: all weights but the embedding lookups; the tied head counts once."""
+def weight_bytes(config: ModelConfig, dtype: torch.dtype, weight_format: str = "none") -> int:
+    """Bytes that one decode step must read: all weights but the embedding lookups; the tied head counts once.
+
+    weight_format: of the layers' matrices, as in EngineConfig; int8 and fp8 take a byte for each weight.
+    """
     specs = [spec for spec in weight_specs(config) if spec.name not in ("wpe", "lm_head.weight")]
-    return sum(spec.num_elements(1) for spec in specs) * dtype.itemsize
+    layer_matrices = sum(spec.num_elements(1) for spec in specs if spec.is_matrix and spec.name.startswith("layers."))
+    matrix_bytes = dtype.itemsize if weight_format == "none" else 1
+    return (
+        sum(spec.num_elements(1) for spec in specs) - layer_matrices
+    ) * dtype.itemsize + layer_matrices * matrix_bytes
 
 
 def hardware(device: torch.device) -> str:

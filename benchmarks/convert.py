@@ -51,7 +51,7 @@ print(json.dumps({"seconds": round(seconds, 2), "peak_mib": round(peak), "bytes"
 
 def main() -> None:
     flags = parse_flags()
-    folder = Path(tempfile.mkdtemp(prefix="convert-", dir=flags.folder))
+    folder = Path(tempfile.mkdtemp(prefix="convert-", dir=flags.folder or None))
     try:
         largest = make_source(folder / "source", flags.architecture, flags.shape, flags.source_data_type)
         size = sum(path.stat().st_size for path in (folder / "source").iterdir())
@@ -78,11 +78,10 @@ def main() -> None:
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", choices=("gpt2", "opt"), default="opt")
-    add_flags(parser, BenchmarkFlags, "source", ("shape", "repeats"), shape="350M", repeats=2)
+    add_flags(parser, BenchmarkFlags, "source", ("shape", "repeats", "folder"), shape="350M", repeats=2)
     parser.add_argument("--source-data-type", choices=list(DATA_TYPES), default="fp32")
     parser.add_argument("--data-types", nargs="+", choices=list(DATA_TYPES), default=["fp16", "bf16"])
     parser.add_argument("--tps", nargs="+", type=int, default=[1, 8], help="tensor parallel sizes (default: 1 8)")
-    parser.add_argument("--folder", type=Path, help="where source and results go (default: the system's temporary one)")
     return parser.parse_args()
 
 

@@ -2,6 +2,7 @@
 """Decode and prompt latency of the torch engine on random weights, per shape and batch.
 
     python benchmarks/latency.py --shapes 124M --batches 1 8 --compare hf ctranslate2
+    python benchmarks/latency.py --shapes 6.7B 20B --batches 1 8 --quantization fp8 --kv-cache-dtype fp8
     mpirun -n 2 python benchmarks/latency.py --shapes 20B --batches 1 --tp 2
 
 Reports the time to the first token, the time per output token after it, the share of the measured bandwidth
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import BenchmarkFlags, model_config, report, weight_bytes
 from benchmarks.peers import PEERS
-from benchmarks.shapes import for_each_shape, run_to_end
+from benchmarks.shapes import ENGINE_FLAGS, for_each_shape, format_name, run_to_end, weight_format
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.flags import add_flags
@@ -44,7 +45,7 @@ def main() -> None:
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, ModelFlags, "ranks", ("tp", "pp"))
-    add_flags(parser, EngineConfig, "engine", ("device", "data_type", "int8_mode"))
+    add_flags(parser, EngineConfig, "engine", ENGINE_FLAGS)
     add_flags(parser, BenchmarkFlags, "load", ("shapes", "threads", "batches", "input_len", "output_len", "repeats"))
     parser.add_argument("--bandwidth-gbs", type=float, default=0.0, help="the memory's measured read bandwidth")
     parser.add_argument("--compare", nargs="+", choices=tuple(PEERS), default=(), help="peers to time, too (one rank)")
@@ -56,7 +57,7 @@ def measure(
 ) -> list[dict[str, float]]:
     """A row for every batch size of one shape."""
     rows = []
-    peers = {name: PEERS[name](config, device, dtype, flags.int8_mode) for name in flags.compare}
+    peers = {name: PEERS[name](config, device, dtype, weight_format(flags) == "int8") for name in flags.compare}
     prompts = np.random.default_rng(0).integers(0, config.vocab_size, (max(flags.batches), flags.input_len))
     for batch in flags.batches:
         ours: list[tuple[float, float]] = []
@@ -95,7 +96,7 @@ def _time_engine(engine: Engine, prompts: np.ndarray, output_len: int) -> tuple[
 def show(
     flags: argparse.Namespace, shape: str, rows: list[dict[str, float]], device: torch.device, dtype: torch.dtype
 ) -> None:
-    name = "int8" if flags.int8_mode else str(dtype).removeprefix("torch.")
+    name = format_name(flags, dtype)
     print(f"{shape} {name} tp {flags.tp} pp {flags.pp}, {flags.input_len} in, {flags.output_len} out, greedy")
     peers = "".join(f"{f'{peer} tok/s':>18} {'ratio':>6}" for peer in flags.compare)
     print(f"{'batch':>6} {'first ms':>9} {'token ms':>9} {'tok/s':>9} {'floor':>6}{peers}")
@@ -103,7 +104,7 @@ def show(
     for row in rows:
         floor = "-"
         if flags.bandwidth_gbs:
-            floor_ms = weight_bytes(config, dtype) / flags.tp / flags.bandwidth_gbs / 1e6
+            floor_ms = weight_bytes(config, dtype, weight_format(flags)) / flags.tp / flags.bandwidth_gbs / 1e6
             row["share_of_bandwidth"] = floor_ms / row["token_ms"]
             floor = f"{row['share_of_bandwidth']:.2f}"
         times = f"{row['first_token_ms']:>9.2f} {row['token_ms']:>9.3f} {row['tokens_per_s']:>9.1f}"

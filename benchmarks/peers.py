@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Generate = Callable[[np.ndarray, int], None]
 
 
-def hugging_face(config: ModelConfig, device: torch.device, dtype: torch.dtype, int8_mode: int) -> Generate:
+def hugging_face(config: ModelConfig, device: torch.device, dtype: torch.dtype, is_int8: bool) -> Generate:
     """transformers' generate, of a GPT-2."""
     from transformers import GPT2LMHeadModel
 
@@ -35,15 +35,15 @@ def hugging_face(config: ModelConfig, device: torch.device, dtype: torch.dtype, 
     return generate
 
 
-def ctranslate2(config: ModelConfig, device: torch.device, dtype: torch.dtype, int8_mode: int) -> Generate:
-    """CTranslate2's Generator, of a GPT-2 that its own converter made; int8 where int8_mode is not 0.
+def ctranslate2(config: ModelConfig, device: torch.device, dtype: torch.dtype, is_int8: bool) -> Generate:
+    """CTranslate2's Generator, of a GPT-2 that its own converter made; its weights in int8 where is_int8.
 
     Its int8 rounds the activations, too. Needs the package ctranslate2.
     """
     from ctranslate2 import Generator
     from ctranslate2.converters import TransformersConverter
 
-    kind = "int8" if int8_mode else str(dtype).removeprefix("torch.")
+    kind = "int8" if is_int8 else str(dtype).removeprefix("torch.")
     with tempfile.TemporaryDirectory() as folder:
         source, converted = Path(folder, "source"), Path(folder, "converted")
         _save(config, source)

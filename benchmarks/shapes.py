@@ -19,6 +19,8 @@ from executor.collectives import Comm
 from executor.runner import TorchExecutor, computation_dtype
 from weights.model_config import ModelConfig
 
+# Fields of EngineConfig.
+ENGINE_FLAGS = ("device", "data_type", "quantization", "int8_mode", "kv_cache_dtype", "max_mixed_tokens")
 _TIMEOUT_S = 600.0
 _T = TypeVar("_T")
 
@@ -32,7 +34,7 @@ def for_each_shape(
 ) -> None:
     """Make each shape's engine on all ranks. On rank 0 measure it, end it, and show what was measured.
 
-    flags: shapes, device, threads, data_type, int8_mode, tp, pp.
+    flags: shapes, device, threads, tp, pp, and those of ENGINE_FLAGS.
     """
     world = World()
     device = claim_device(world, flags.device, flags.threads)
@@ -40,7 +42,11 @@ def for_each_shape(
     comm = Comm(world, ParallelConfig(flags.tp, flags.pp, world.rank), device)
     watchdog = Watchdog()
     limits = EngineConfig(
-        max_batch_size=max_batch_size, max_seq_len=max_seq_len, step_timeout_s=_TIMEOUT_S, int8_mode=flags.int8_mode
+        max_batch_size=max_batch_size,
+        max_seq_len=max_seq_len,
+        step_timeout_s=_TIMEOUT_S,
+        no_prefix_cache=True,  # rounds have the same prompts
+        **{name: getattr(flags, name) for name in ENGINE_FLAGS},
     )
     for shape in flags.shapes:
         config = model_config(shape, flags.tp)
@@ -59,6 +65,18 @@ def for_each_shape(
         executor.close()
         del executor  # its memory is the next one's
     comm.close()
+
+
+def weight_format(flags: argparse.Namespace) -> str:
+    """none, int8 or fp8."""
+    return EngineConfig(quantization=flags.quantization, int8_mode=flags.int8_mode).weight_format
+
+
+def format_name(flags: argparse.Namespace, dtype: torch.dtype) -> str:
+    """The number format of the weights, and that of the cache where it is another."""
+    weights = weight_format(flags)
+    name = str(dtype).removeprefix("torch.") if weights == "none" else weights
+    return name if flags.kv_cache_dtype == "auto" else f"{name}, {flags.kv_cache_dtype} cache"
 
 
 def run_to_end(engine: Engine, requests: Sequence[Request]) -> None:

@@ -91,7 +91,11 @@ def main() -> None:
             config = ModelConfig.read(converted / "config.ini")
             reader = ShardReader(converted, config, 0, dtype)
         limits = EngineConfig(
-            max_batch_size=8, speculative="ngram", speculative_tokens=flags.speculative_tokens, step_timeout_s=600
+            max_batch_size=8,
+            speculative="ngram",
+            speculative_tokens=flags.speculative_tokens,
+            step_timeout_s=600,
+            no_prefix_cache=True,  # rounds have the same prompts
         )
         executor = TorchExecutor(reader, limits, Comm(World(), ParallelConfig(), device), device)
         executor.prepare()

@@ -2,6 +2,7 @@
 """Output tokens per second of a mix of requests that come at once, at the engine's interface, per kind of sampling.
 
     python benchmarks/throughput.py --shapes 1.3B 6.7B --sampling greedy top_p top_k penalties
+    python benchmarks/throughput.py --shapes 20B --sampling greedy --quantization fp8 --kv-cache-dtype fp8
 
 The mix: 256 requests with prompts of 16 to 512 random tokens and outputs of 16 to 256, uniform, no early stop. The last
 column is the ratio to the first kind. One round before the measured ones warms up.
@@ -24,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import BenchmarkFlags, report
-from benchmarks.shapes import for_each_shape, run_to_end
+from benchmarks.shapes import ENGINE_FLAGS, for_each_shape, format_name, run_to_end
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.flags import add_flags
@@ -51,7 +52,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--sampling", nargs="+", choices=list(SAMPLING), default=list(SAMPLING), help="kinds to time")
     parser.add_argument("--requests", type=int, default=256, help="requests of the mix (default: 256)")
     add_flags(parser, ModelFlags, "ranks", ("tp", "pp"))
-    add_flags(parser, EngineConfig, "engine", ("device", "data_type", "int8_mode"))
+    add_flags(parser, EngineConfig, "engine", ENGINE_FLAGS)
     add_flags(parser, BenchmarkFlags, "load", ("shapes", "threads", "repeats"), repeats=1)
     return parser.parse_args()
 
@@ -90,7 +91,7 @@ def _rate(
 def show(
     flags: argparse.Namespace, shape: str, rates: dict[str, float], device: torch.device, dtype: torch.dtype
 ) -> None:
-    name = str(dtype).removeprefix("torch.")
+    name = format_name(flags, dtype)
     print(f"{shape} {name} tp {flags.tp} pp {flags.pp}, {flags.requests} requests")
     first = next(iter(rates.values()))
     for kind, rate in rates.items():

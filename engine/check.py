@@ -38,13 +38,14 @@ from engine.world import Mail, is_surplus
 _TOTAL_S = 45.0  # of all checks; with the imports before and the end after, less than a minute
 _MARGIN_S = 5.0
 _ANSWER_S = 10.0  # for a rank to answer in one check
+_PAIRS_S = 25.0  # for a rank to measure its pairs or name the one that fails, which may wait for NCCL twice
 _SEE_FILE_S = 3.0  # network file systems show a new file late
 
 
 class Pairs(Protocol):
     """All-reduces between this rank and one other at a time."""
 
-    kind: str  # MPI or NCCL
+    kind: str  # MPI, NCCL or gloo
     num_bytes: int  # of the array that two ranks sum
 
     def seconds(self, rank: int) -> float: ...  # of one all-reduce; raises RuntimeError
@@ -192,7 +193,7 @@ class _Checkup:
                 except RuntimeError as error:
                     found[other] = " ".join(str(error).split())
                     break
-        answers = self._gather("all-reduce", found)
+        answers = self._gather("all-reduce", found, limit_s=_PAIRS_S)
         if self.mail.rank == 0:
             result = judge_rates(answers, self.hosts, pairs.kind, pairs.num_bytes)
             self.show(result)
@@ -208,13 +209,15 @@ class _Checkup:
         self.summarize()
         return int(code)
 
-    def _gather(self, name: str, value: Any, find_host: Callable[[int], str] = lambda rank: "") -> list[Any]:
+    def _gather(
+        self, name: str, value: Any, find_host: Callable[[int], str] = lambda rank: "", limit_s: float = _ANSWER_S
+    ) -> list[Any]:
         """Rank 0: every rank's value, in rank order; other ranks: nothing. find_host: while `hosts` is unknown."""
         tag = next(self._tags)
         if self.mail.rank != 0:
             self.mail.post(value, 0, tag)
             return []
-        limit_s = min(_ANSWER_S, self._left_s)
+        limit_s = min(limit_s, self._left_s)
         answers = {0: value, **self.mail.collect(range(1, self.mail.size), tag, limit_s)}
         ranks = range(self.mail.size)
         missing = [rank for rank in ranks if rank not in answers]

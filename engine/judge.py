@@ -123,15 +123,17 @@ def judge_library(errors: Sequence[str | None], hosts: Sequence[str]) -> Result:
 
 
 def pair_rounds(hosts: Sequence[str]) -> list[list[tuple[int, int]]]:
-    """Rounds of pairs of ranks: neighbours on each host, then the first ranks of every two hosts.
+    """Rounds of pairs of ranks: neighbours on each host, then the first ranks of hosts that are 1, 2, 4, … apart.
 
-    The pairs of a round have no rank in common, so that they can run at once.
+    The pairs of a round have no rank in common, so that they can run at once. Few rounds suffice for many hosts.
     """
     by_host: dict[str, list[int]] = {}
     for rank, host in enumerate(hosts):
         by_host.setdefault(host, []).append(rank)
     within = [pair for ranks in by_host.values() for pair in itertools.pairwise(ranks)]
-    between = list(itertools.combinations([ranks[0] for ranks in by_host.values()], 2))
+    firsts = [ranks[0] for ranks in by_host.values()]
+    distances = [1 << k for k in range((len(firsts) - 1).bit_length())]
+    between = [pair for distance in distances for pair in zip(firsts, firsts[distance:], strict=False)]
     rounds: list[list[tuple[int, int]]] = []
     for pairs in (within, between):
         first = len(rounds)

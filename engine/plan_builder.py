@@ -7,6 +7,9 @@ import numpy as np
 from engine.plan import BeamReorder, Chunk, NewSequences, Plan
 from engine.sequence import Drafted, PendingOutput, Sequence, SequenceGroup
 
+# With more decode rows the longest sequences come first: the attention of the last one to start is the shortest.
+_MOST_UNSORTED_ROWS = 32
+
 
 class PlanBuilder:
     """Collects a step: its decode rows as lists, its chunks, and who gets the output."""
@@ -61,6 +64,10 @@ class PlanBuilder:
             return None
         slots = np.array(self.seq_slots, dtype=slot_type)
         positions = np.array(self.positions, dtype=np.int32)
+        if len(slots) > _MOST_UNSORTED_ROWS and not self.beam_reorders:  # a search's rows keep their order
+            order = np.argsort(-positions, kind="stable")  # samples of one request stay neighbours
+            slots, positions = slots[order], positions[order]
+            self.decoding = [self.decoding[row] for row in order.tolist()]
         self.pending.sequences[:0] = self.decoding
         for drafted in self.pending.drafted:
             drafted.first_row += len(self.decoding)

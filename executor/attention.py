@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from engine.config import ParallelConfig
-from executor.kv_cache import LayerCache, PrefillChunk
+from executor.kv_cache import PrefillChunk
 from executor.rope import rotary_cos_sin, rotary_inv_freq
 from kernels.decode_attention import DecodeMetadata, decode_attention
 from kernels.heads import CosSin, HeadLayout, rotated_heads
+from kernels.layer_cache import LayerCache
 from kernels.prompt_attention import PromptMetadata, prompt_attention
 from kernels.ragged_attention import RaggedRows, ragged_attention, ragged_rows
 from kernels.store_kv import store_kv
@@ -95,18 +96,18 @@ class Attention:
 
         qkv: [tokens, width of query_key_value's shard] → [tokens, heads_local · head_dim].
         """
-        layout, slopes, (keys, values) = self.layout, self.slopes, cache
+        layout, slopes = self.layout, self.slopes
         num_decodes, parts = 0, []
         if step.decodes is not None:
             num_decodes = len(step.decodes.slots)
             own = _rows(step.cos_sin, slice(num_decodes))
-            parts.append(decode_attention(qkv[:num_decodes], layout, keys, values, step.decodes, slopes, own))
+            parts.append(decode_attention(qkv[:num_decodes], layout, cache, step.decodes, slopes, own))
         if step.kv_locs is not None:
             rest = qkv[num_decodes:]
             own = _rows(step.cos_sin, slice(num_decodes, None))
             if step.prompts is not None:
-                store_kv(rest, layout, keys, values, step.kv_locs, own)
-                parts.append(prompt_attention(rest, layout, keys, values, step.prompts, slopes, own))
+                store_kv(rest, layout, cache, step.kv_locs, own)
+                parts.append(prompt_attention(rest, layout, cache, step.prompts, slopes, own))
             else:
                 query, key, value = rotated_heads(rest, layout, own)
                 cache.write(key, value, step.kv_locs)
@@ -124,7 +125,7 @@ class Attention:
             parts.append(ragged_attention(query[: step.ragged.num_rows], cache.keys, cache.values, step.ragged))
         for chunk, mask in zip(step.chunks, step.masks, strict=True):
             rows = slice(chunk.first_row, chunk.first_row + chunk.length)
-            parts.append(_attend_chunk(query[rows], cache.keys[chunk.kv_locs], cache.values[chunk.kv_locs], mask))
+            parts.append(_attend_chunk(query[rows], *cache.read(chunk.kv_locs, query.dtype), mask))
         return [part.flatten(1) for part in parts]
 
     def _score_mask(self, chunk: PrefillChunk) -> torch.Tensor | None:

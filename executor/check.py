@@ -9,7 +9,7 @@ import torch
 
 from engine.check import Machine
 from engine.judge import Device
-from executor.collectives import NcclPairs
+from executor.collectives import TorchPairs
 from executor.fastertransformer import load_library
 from executor.runner import host_memory
 from executor.startup import pick_device
@@ -20,7 +20,7 @@ def this_machine(wish: str, lib_path: Path, wants_library: bool) -> Machine:
     return Machine(
         device=lambda local_rank: find_device(wish, local_rank),
         library=lambda: try_library(lib_path, wants_library),
-        gpu_pairs=NcclPairs,
+        gpu_pairs=TorchPairs,
     )
 
 

@@ -150,21 +150,35 @@ class _NcclGroups:
         self._dist.destroy_process_group()
 
 
-class NcclPairs:
-    """All-reduces of two GPUs at a time over NCCL, to measure them (engine.check); a communicator for each pair."""
+class TorchPairs:
+    """All-reduces of two ranks at a time, to measure them (engine.check): NCCL's on GPUs, or gloo's on CPUs.
 
-    kind = "NCCL"
+    Each pair has a communicator of its own. One rank and its partner may fail while the others go on.
+    """
+
     num_bytes = 64 << 20
-    _TIMEOUT_S = 10.0  # the first one makes the communicator
 
-    def __init__(self, rank: int, hosts: Sequence[str], tell: Callable[[Any], Any]) -> None:
-        """On every rank. hosts: the ranks'; tell: gives rank 0's value to all ranks."""
+    def __init__(
+        self,
+        rank: int,
+        hosts: Sequence[str],
+        tell: Callable[[Any], Any],
+        backend: str = "nccl",
+        timeout_s: float = 10.0,
+    ) -> None:
+        """On every rank. hosts: the ranks'; tell: gives rank 0's value to all ranks; timeout_s: of each pair."""
         import torch.distributed as dist
 
+        self.kind = {"nccl": "NCCL"}.get(backend, backend)
         self._dist = dist
         self._rank = rank
         self._size = len(hosts)
-        self._device = torch.device("cuda", hosts[:rank].count(hosts[rank]))
+        self._backend = backend
+        self._timeout_s = timeout_s  # the first all-reduce makes the communicator
+        # Where torch's own limit ends first, NCCL's watchdog ends the process, and nobody is told.
+        self._torch_timeout = timedelta(seconds=4 * timeout_s)
+        is_gpu = backend == "nccl"
+        self._device = torch.device("cuda", hosts[:rank].count(hosts[rank])) if is_gpu else torch.device("cpu")
         self._store: dist.TCPStore | None = None
         self._host = "127.0.0.1" if len(set(hosts)) == 1 else hosts[0]
         if rank == 0:
@@ -184,20 +198,23 @@ class NcclPairs:
 
         thread = threading.Thread(target=measure, daemon=True)  # NCCL itself would wait for ever
         thread.start()
-        thread.join(self._TIMEOUT_S)
-        remedy = "look at NCCL_SOCKET_IFNAME and at what NCCL_DEBUG=INFO prints"
+        thread.join(self._timeout_s)
+        remedy = f"look at {self._backend.upper()}_SOCKET_IFNAME"
+        if self._backend == "nccl":
+            remedy += " and at what NCCL_DEBUG=INFO prints"
         if not found:
-            raise RuntimeError(f"no answer over NCCL within {self._TIMEOUT_S:g} s: {remedy}")
+            raise RuntimeError(f"no answer over {self.kind} within {self._timeout_s:g} s: {remedy}")
         if isinstance(found[0], Exception):
-            raise RuntimeError(f"NCCL fails ({str(found[0]).strip().splitlines()[0][:200]}): {remedy}")
+            raise RuntimeError(f"{self.kind} fails ({str(found[0]).strip().splitlines()[0][:200]}): {remedy}")
         return found[0]
 
     def _measure(self, rank: int) -> float:
-        dist, timeout = self._dist, timedelta(seconds=self._TIMEOUT_S)
-        torch.cuda.set_device(self._device)  # of this thread
+        dist, timeout = self._dist, self._torch_timeout
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # of this thread
         if not self._is_joined:
             store = self._store or dist.TCPStore(self._host, self._port, self._size, is_master=False, timeout=timeout)
-            dist.init_process_group("nccl", store=store, rank=self._rank, world_size=self._size, timeout=timeout)
+            dist.init_process_group(self._backend, store=store, rank=self._rank, world_size=self._size, timeout=timeout)
             self._is_joined = True
         group = dist.new_group(sorted((self._rank, rank)), timeout=timeout, use_local_synchronization=True)
         tensor = torch.ones(self.num_bytes // 4, device=self._device)
@@ -205,7 +222,7 @@ class NcclPairs:
         for _ in range(6):
             started = time.monotonic()
             dist.all_reduce(tensor, group=group)
-            torch.cuda.synchronize(self._device)
+            float(tensor[0])  # a GPU's launch returns at once
             best = min(best, time.monotonic() - started)
         return best
 

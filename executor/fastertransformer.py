@@ -57,14 +57,14 @@ class FasterTransformerExecutor:
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """Load the library and the weights. MPI must be initialized: the op takes its rank from MPI_COMM_WORLD."""
-        if engine_config.int8_mode == 1 and backend.dtype == torch.float32:
-            raise ValueError("int8_mode is 1; FasterTransformer's int8 needs data_type fp16 or bf16")
+        int8_mode = int(engine_config.weight_format == "int8")
+        if int8_mode and backend.dtype == torch.float32:
+            raise ValueError("quantization is int8; FasterTransformer's int8 needs data_type fp16 or bf16")
         load_library(backend.lib_path)
         self.config = config
         self.device = backend.device
         self.max_seq_len = engine_config.max_seq_len or config.max_pos_seq_len
         reader = ShardReader(folder, config, parallel.tp_rank, backend.dtype)
-        int8_mode = engine_config.int8_mode
         self._weights = read_weights(reader, parallel, int8_mode, backend.device, progress)
         self._arguments = _constructor_arguments(config, parallel, int8_mode)
 

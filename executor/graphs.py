@@ -17,6 +17,7 @@ from executor.kv_cache import KVCache
 from executor.model import GPT, StepInput
 from executor.slots import SlotState
 from kernels import choose_tokens
+from kernels.compile_ahead import compile_ahead
 from kernels.decode_attention import DecodeMetadata
 
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -55,14 +56,19 @@ def capture(name: str, sizes: Sequence[int], step: Callable[[int], torch.Tensor]
 
     Raises RuntimeError with the name where one cannot be made.
     """
+    _LOG.info("making %d CUDA graphs of %s", len(sizes), name)
     started = time.monotonic()
     graphs: Graphs = {}
     stream, pool = torch.cuda.Stream(), None
     stream.wait_stream(torch.cuda.current_stream())
     try:
         with torch.cuda.stream(stream):
+            with compile_ahead(device):
+                for size in sizes:
+                    step(size)
+            compiled = time.monotonic()
             for size in reversed(sizes):  # the largest first: the others fit into its memory
-                step(size)  # compiles, and makes what must not be made while capturing
+                step(size)  # makes what must not be made while capturing
                 torch.cuda.synchronize(device)
                 graph = torch.cuda.CUDAGraph()
                 # thread_local: NCCL's own thread asks for its events meanwhile.
@@ -74,7 +80,8 @@ def capture(name: str, sizes: Sequence[int], step: Callable[[int], torch.Tensor]
         cause = error.__context__ or error  # ending a capture that failed fails again
         raise RuntimeError(f"the CUDA graphs of {name} cannot be made: {cause}") from error
     torch.cuda.current_stream().wait_stream(stream)
-    _LOG.info("%d CUDA graphs of %s captured in %.1f s", len(graphs), name, time.monotonic() - started)
+    seconds = compiled - started, time.monotonic() - compiled
+    _LOG.info("%d CUDA graphs of %s: compiled in %.1f s, captured in %.1f s", len(graphs), name, *seconds)
     return graphs
 
 

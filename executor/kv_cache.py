@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+
+from kernels.layer_cache import LayerCache
 
 
 @dataclass(frozen=True)
@@ -26,16 +29,26 @@ class PrefillChunk:
         return self.kv_len - self.length
 
 
-class LayerCache(NamedTuple):
-    """Keys and values of one layer. A storage format adds its fields here; signatures stay."""
+class CacheShape(NamedTuple):
+    """What a cache of any number of blocks looks like on this rank."""
 
-    keys: torch.Tensor  # [num_blocks · block_size + 1, kv_heads_local, head_dim]
-    values: torch.Tensor  # as keys
+    num_layers: int  # of the stage
+    block_size: int
+    kv_heads_local: int
+    head_dim: int
+    dtype: torch.dtype  # of the stored numbers
 
-    def write(self, key: torch.Tensor, value: torch.Tensor, kv_locs: torch.Tensor) -> None:
-        """Store new tokens: key and value [tokens, kv_heads_local, head_dim], at kv_locs [tokens] int64."""
-        self.keys[kv_locs] = key
-        self.values[kv_locs] = value
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of one block over all layers of the stage."""
+        return 2 * self.num_layers * self.block_size * self.kv_heads_local * self.head_dim * self.dtype.itemsize
+
+
+class KVScales(NamedTuple):
+    """The scales of one layer of an fp8 cache, as LayerCache has them: [kv_heads_local] fp32 each."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
 
 
 class KVCache:
@@ -46,29 +59,20 @@ class KVCache:
     """
 
     def __init__(
-        self,
-        num_layers: int,
-        num_blocks: int,
-        block_size: int,
-        kv_heads_local: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, shape: CacheShape, num_blocks: int, device: torch.device, scales: Sequence[KVScales] | None = None
     ) -> None:
-        self.num_locs = num_blocks * block_size + 1
+        """scales: of an fp8 cache, one pair a layer."""
+        self.num_locs = num_blocks * shape.block_size + 1
+        heads, head_dim, dtype = shape.kv_heads_local, shape.head_dim, shape.dtype
 
         def allocate() -> torch.Tensor:
             if device.type == "cpu":
-                return torch.empty(kv_heads_local, self.num_locs, head_dim, dtype=dtype).transpose(0, 1)
-            return torch.empty(self.num_locs, kv_heads_local, head_dim, dtype=dtype, device=device)
+                return torch.empty(heads, self.num_locs, head_dim, dtype=dtype).transpose(0, 1)
+            return torch.empty(self.num_locs, heads, head_dim, dtype=dtype, device=device)
 
-        self.layers = [LayerCache(allocate(), allocate()) for _ in range(num_layers)]
-        self.block_size = block_size
+        self.layers = [
+            LayerCache(allocate(), allocate(), *(scales[layer] if scales else ())) for layer in range(shape.num_layers)
+        ]
+        self.dtype = dtype
+        self.block_size = shape.block_size
         self.device = device
-
-    @staticmethod
-    def bytes_per_block(
-        num_layers: int, block_size: int, kv_heads_local: int, head_dim: int, dtype: torch.dtype
-    ) -> int:
-        """Bytes of one block over all layers of the stage."""
-        return 2 * num_layers * block_size * kv_heads_local * head_dim * dtype.itemsize

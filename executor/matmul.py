@@ -11,9 +11,10 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from executor.quantization import Int8Matrix
+from executor.quantization import QuantizedMatrix
 from kernels import linear
 from kernels.activation import ACTIVATIONS
+from kernels.fp8 import FP8
 
 # oneDNN picks the packed layout for this number of rows. Measured at 1 to 128 rows, 64 is within noise of the best.
 _PACK_ROWS = 64
@@ -35,13 +36,14 @@ class Matmul(Protocol):
         ...
 
 
-def make_matmul(weight: torch.Tensor | Int8Matrix) -> Matmul:
+def make_matmul(weight: torch.Tensor | QuantizedMatrix) -> Matmul:
     """The fastest Matmul for a weight [in, out] on the device that holds it."""
-    if isinstance(weight, Int8Matrix):
+    if isinstance(weight, QuantizedMatrix):
         if weight.values.device.type == "cuda":
             return GpuMatmul(weight.values, weight.scales)
         # Without VNNI, oneDNN adds pairs of products in 16 bits, which overflow.
-        return Int8CpuMatmul(weight) if torch.cpu._is_vnni_supported() else Int8WideningMatmul(weight)
+        is_int8_safe = weight.values.dtype != FP8 and torch.cpu._is_vnni_supported()
+        return Int8CpuMatmul(weight) if is_int8_safe else WideningMatmul(weight)
     if weight.device.type == "cuda":
         return GpuMatmul(weight.t().contiguous())
     return PackedMatmul(weight) if can_pack(weight.dtype, weight.device) else PlainMatmul(weight)
@@ -60,7 +62,7 @@ class GpuMatmul:
     """Weights on a GPU: kernels.linear chooses its own kernels or cuBLAS."""
 
     def __init__(self, weight: torch.Tensor, scales: torch.Tensor | None = None) -> None:
-        """weight: [out, in]; int8 with scales [out] fp32."""
+        """weight: [out, in]; int8 or fp8 with scales [out] fp32."""
         self._weight = weight
         self._scales = scales
         self._workspace = linear.make_workspace(weight.device)
@@ -72,14 +74,26 @@ class GpuMatmul:
         return linear.linear(x, self._weight, bias, self._workspace, activation, self._scales, out)
 
 
+def padded_rows(rows: int) -> int:
+    """The number of rows that a CPU multiplies in place of `rows`: at most an eighth more, and exact below 16.
+
+    oneDNN compiles a program for each number of rows and shape of weights, and keeps it. It takes 1 to 3 ms, and 0.5
+    MB. So the numbers must be few: 64 up to 512, a CPU's longest step.
+    """
+    step = min(1 << max(0, rows.bit_length() - 4), 16)
+    return -(-rows // step) * step
+
+
 class CpuMatmul:
-    """What CPU formats share: activations that the product does not apply itself, and `out`."""
+    """What CPU formats share: few numbers of rows, activations that the product does not apply itself, and `out`."""
 
     def __call__(
         self, x: torch.Tensor, bias: torch.Tensor | None, activation: str = "none", out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """[rows, in] → [rows, out]"""
-        y = self.multiply(x, bias, activation)
+        rows = len(x)
+        padding = padded_rows(rows) - rows
+        y = self.multiply(F.pad(x, (0, 0, 0, padding)) if padding else x, bias, activation)[:rows]
         return y if out is None else out.copy_(y)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
@@ -126,7 +140,7 @@ class Int8CpuMatmul(CpuMatmul):
     against 2.6e-7; 2e-6 in a row with one value 100 times the others).
     """
 
-    def __init__(self, matrix: Int8Matrix) -> None:
+    def __init__(self, matrix: QuantizedMatrix) -> None:
         num_out = len(matrix.scales)
         self._scales = matrix.scales
         self._packed = torch.ops.onednn.qlinear_prepack(matrix.values, None)
@@ -162,10 +176,10 @@ def _digits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return as_bytes[..., :count].flip(-1).permute(2, 0, 1).contiguous(), largest / top
 
 
-class Int8WideningMatmul(CpuMatmul):
-    """int8 weights, widened to x's dtype at every call: for CPUs without a safe int8 product (no VNNI)."""
+class WideningMatmul(CpuMatmul):
+    """Weights widened to x's dtype at every call: fp8, and int8 on CPUs without a safe int8 product (no VNNI)."""
 
-    def __init__(self, matrix: Int8Matrix) -> None:
+    def __init__(self, matrix: QuantizedMatrix) -> None:
         self._matrix = matrix
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

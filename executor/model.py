@@ -8,24 +8,27 @@ tokens with logits to compute.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from engine.config import ParallelConfig
 from executor.attention import Attention, AttentionStep
 from executor.collectives import Comm
-from executor.kv_cache import KVCache, LayerCache, PrefillChunk
+from executor.kv_cache import KVCache, PrefillChunk
 from executor.layers import Linear, LMHead, Norm, RowParallelLinear, VocabEmbedding
 from executor.matmul import make_matmul
-from executor.quantization import Int8Matrix, Quantizer
+from executor.quantization import QuantizedMatrix, read_quantized
 from kernels.decode_attention import DecodeMetadata
 from kernels.head_norm import HeadNorms, head_norm
+from kernels.layer_cache import LayerCache
 from kernels.prompt_attention import PromptMetadata
 from kernels.ragged_attention import RaggedRows
 from weights.model_config import ModelConfig
+from weights.read_ahead import FileRange
 from weights.reader import ShardReader
 from weights.table import WeightSpec, layer_specs, outer_specs
 
@@ -58,6 +61,31 @@ class StepInput:
     chunks: Sequence[PrefillChunk] = ()  # the other rows
 
 
+def read_order(reader: ShardReader, parallel: ParallelConfig) -> Iterator[FileRange]:
+    """What a rank's GPT reads, in its order, for `ShardReader.read_ahead`; without the few and small weights.
+
+    Raises ValueError at a missing file or a wrong size.
+    """
+    config = reader.config
+    outer = {spec.name: spec for spec in outer_specs(config)}
+    vocab = _vocab_local(config, parallel)
+    if parallel.is_first_stage:
+        yield reader.locate(outer["wte"], vocab)
+    for layer in parallel.layers(config.num_layer):
+        for spec in layer_specs(config, layer):
+            yield reader.locate(spec)
+    if parallel.is_last_stage:
+        is_tied = not reader.has(outer["lm_head.weight"])
+        if not (is_tied and parallel.is_first_stage):
+            yield reader.locate(outer["wte" if is_tied else "lm_head.weight"], vocab)
+
+
+def _vocab_local(config: ModelConfig, parallel: ParallelConfig) -> slice:
+    """The tokens of this rank's part of the vocabulary; on the last ranks it may reach past the end."""
+    count = -(-config.vocab_size // parallel.tp)
+    return slice(parallel.tp_rank * count, (parallel.tp_rank + 1) * count)
+
+
 class GPT:
     """A pipeline stage: token ids (first stage) or hidden states → hidden states; and logits (last stage)."""
 
@@ -67,9 +95,12 @@ class GPT:
         reader: ShardReader,
         device: torch.device,
         progress: Callable[[], None],
-        int8_mode: int = 0,
+        weight_format: str = "none",
     ) -> None:
-        """Read this rank's weights; int8_mode 1 quantizes the layers' matrices. Calls `progress` after each part."""
+        """Read this rank's weights. Calls `progress` after each part.
+
+        weight_format: of the layers' matrices: none (the computation's dtype), int8 or fp8.
+        """
         config = reader.config
         check_supported(config)
         self.config = config
@@ -80,27 +111,19 @@ class GPT:
         parallel = comm.parallel
         outer = {spec.name: spec for spec in outer_specs(config)}
         self.attention = Attention(config, parallel, reader.dtype, device)
-        vocab_local = -(-config.vocab_size // parallel.tp)
-        first_id = parallel.tp_rank * vocab_local
+        vocab = _vocab_local(config, parallel)
         wte = None
         if parallel.is_first_stage:
-            wte = self._vocab_rows(outer["wte"], first_id, vocab_local)
+            wte = self._vocab_rows(outer["wte"], vocab)
             has_positions, has_layernorm = config.has_positional_encoding, config.has_pre_decoder_layernorm
             position_rows = self._load(outer["wpe"]) if has_positions else None  # [max_pos_seq_len, hidden]
-            self.embedding = VocabEmbedding(wte, position_rows, first_id, comm)
+            self.embedding = VocabEmbedding(wte, position_rows, vocab.start, comm)
             self.pre_decoder_layernorm = self._norm(outer, "pre_decoder_layernorm") if has_layernorm else None
             progress()
         self.layers = []
-        quantizer = Quantizer(reader, device) if int8_mode else None
         for layer in parallel.layers(config.num_layer):
-            weights = {
-                spec.name.split(".", 2)[2]: quantizer.read(spec) if quantizer and spec.is_matrix else self._load(spec)
-                for spec in layer_specs(config, layer)
-            }
-            self.layers.append(Layer(config, comm, weights, self.attention))
+            self.layers.append(self._layer(layer, weight_format))
             progress()
-        if quantizer is not None:
-            quantizer.report()
         if parallel.is_last_stage:
             has_layernorm = config.has_post_decoder_layernorm
             self.final_layernorm = self._norm(outer, "final_layernorm") if has_layernorm else None
@@ -108,9 +131,9 @@ class GPT:
             if is_tied and wte is not None:
                 rows = wte
             else:
-                rows = self._vocab_rows(outer["wte" if is_tied else "lm_head.weight"], first_id, vocab_local)
+                rows = self._vocab_rows(outer["wte" if is_tied else "lm_head.weight"], vocab)
             spec = outer.get("lm_head.bias")
-            bias = None if spec is None else self._vocab_rows(spec, first_id, vocab_local)
+            bias = None if spec is None else self._vocab_rows(spec, vocab)
             self.lm_head = LMHead(make_matmul(rows.t()), bias, config.vocab_size, comm)
             progress()
 
@@ -123,19 +146,37 @@ class GPT:
     def _load(self, spec: WeightSpec) -> torch.Tensor:
         return self._reader.read(spec).to(self.device)
 
+    def _layer(self, layer: int, weight_format: str) -> Layer:
+        weights: dict[str, torch.Tensor | QuantizedMatrix] = {}
+        for spec in layer_specs(self.config, layer):
+            name = spec.name.split(".", 2)[2]
+            if spec.is_matrix and weight_format != "none":
+                weights[name] = read_quantized(self._reader, spec, weight_format, self.device)
+            else:
+                weights[name] = self._load(spec)
+        return Layer(self.config, self.comm, weights, self.attention)
+
+    def unquantized_layers(self) -> Iterator[Layer]:
+        """The stage's layers in the computation's dtype, each read when it is asked for: for `forward`."""
+        for layer in self.comm.parallel.layers(self.config.num_layer):
+            yield self._layer(layer, "none")
+
     def _norm(self, outer: dict[str, WeightSpec], name: str) -> Norm:
         weight, bias = outer[f"{name}.weight"], outer.get(f"{name}.bias")
         return Norm(self._load(weight), self._load(bias) if bias else None, self.config.layernorm_eps)
 
-    def _vocab_rows(self, spec: WeightSpec, first_id: int, count: int) -> torch.Tensor:
-        """Rows [first_id, first_id + count) of a vocabulary's table or bias; rows past its end are zeros."""
-        rows = self._reader.map(spec)[first_id : first_id + count].to(self.dtype)
+    def _vocab_rows(self, spec: WeightSpec, vocab: slice) -> torch.Tensor:
+        """This rank's rows of a vocabulary's table or bias; rows past its end are zeros."""
+        rows, count = self._reader.read(spec, vocab), vocab.stop - vocab.start
         if rows.shape[0] < count:
             rows = F.pad(rows, (*(0, 0) * (rows.ndim - 1), 0, count - rows.shape[0]))
         return rows.to(self.device)
 
-    def forward(self, step: StepInput, cache: KVCache) -> torch.Tensor | None:
-        """Run this stage. Returns hidden states [tokens, hidden] on the last stage, None on the others."""
+    def forward(self, step: StepInput, cache: KVCache, layers: Iterable[Layer] | None = None) -> torch.Tensor | None:
+        """Run this stage. Returns hidden states [tokens, hidden] on the last stage, None on the others.
+
+        layers: instead of the loaded ones.
+        """
         parallel = self.comm.parallel
         num_tokens = step.positions.shape[0]
         if parallel.is_first_stage:
@@ -149,7 +190,7 @@ class GPT:
             step.positions, step.kv_locs, step.decodes, step.prompts, step.ragged, step.chunks
         )
         hidden = None
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+        for layer, layer_cache in zip(layers or self.layers, cache.layers, strict=True):
             residual, hidden = layer.forward(residual, hidden, attention_step, layer_cache)
         if hidden is not None:
             residual = residual + hidden
@@ -172,16 +213,16 @@ class Layer:
     """
 
     def __init__(
-        self, config: ModelConfig, comm: Comm, weights: dict[str, torch.Tensor | Int8Matrix], attention: Attention
+        self, config: ModelConfig, comm: Comm, weights: dict[str, torch.Tensor | QuantizedMatrix], attention: Attention
     ) -> None:
-        """weights: by their names within a layer, as `layer_specs` has them; the matrices may be int8."""
+        """weights: by their names within a layer, as `layer_specs` has them; the matrices may be quantized."""
         self.is_post_layernorm = config.layernorm_type == "post_layernorm"
         self.is_residual_normed = config.apply_residual_connection_post_layernorm
         self.is_parallel = config.use_parallel_residual
 
         def vector(name: str) -> torch.Tensor | None:
             value = weights.get(name)
-            assert not isinstance(value, Int8Matrix), name  # only matrices are int8
+            assert not isinstance(value, QuantizedMatrix), name  # only matrices are
             return value
 
         def norm(name: str) -> Norm:
@@ -191,7 +232,7 @@ class Layer:
 
         def linear(name: str, kind: Callable[..., Linear]) -> Linear:
             weight, bias = weights.pop(f"{name}.weight"), vector(f"{name}.bias")
-            matmul = make_matmul(weight if isinstance(weight, Int8Matrix) else weight.flatten(1))
+            matmul = make_matmul(weight if isinstance(weight, QuantizedMatrix) else weight.flatten(1))
             return kind(matmul, None if bias is None else bias.flatten())
 
         self.input_layernorm = norm("input_layernorm")

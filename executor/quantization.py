@@ -1,60 +1,65 @@
-"""Weight-only int8: quantizes the layers' matrices while they are read. executor/matmul.py multiplies by them.
+"""Weights of one byte: quantizes the layers' matrices while they are read. executor/matmul.py multiplies by them.
 
-Stateless per matrix: this module knows no layer and talks to no other rank.
+Stateless: this module knows no layer and talks to no other rank. Each output column has a scale, in fp32:
 
-The scheme is FasterTransformer's symmetric_quantize_last_axis_of_batched_matrix (cutlass_preprocessors.cc,
-symmetric_quantize): for each output column, scale = max|w| / 128; w / scale is rounded to the nearest integer, halves
-away from zero, and clamped to [-128, 127]. It differs in two ways. The values of the file are quantized directly,
-without rounding to the computation's dtype first, and scales stay fp32. Where ranks share a column, the scale comes
-from the largest value of the whole column, not of one rank's part, so every tp computes with the same weights.
+- int8 is FasterTransformer's symmetric_quantize_last_axis_of_batched_matrix (cutlass_preprocessors.cc,
+  symmetric_quantize): scale = max|w| / 128; w / scale is rounded to the nearest integer, halves away from zero, and
+  clamped to [-128, 127].
+- fp8 is e4m3: scale = max|w| / 448, so the largest value becomes e4m3's largest; w / scale is rounded to the nearest
+  number, halves to even.
+
+The values of the file are quantized directly, without rounding to the computation's dtype first. Where ranks share a
+column, the scale comes from the largest value of the whole column, not of one rank's part, so every tp computes with
+the same weights.
 """
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import torch
 
+from kernels.fp8 import FP8, FP8_MAX, to_fp8
 from weights.reader import ShardReader
 from weights.table import WeightSpec
 
-_LOG = logging.getLogger("engine")
-
 
 @dataclass(frozen=True)
-class Int8Matrix:
-    """A matrix [in, out] as integers, [out, in] for reading along a column; scales [out] fp32."""
+class QuantizedMatrix:
+    """A matrix [in, out] as int8 or fp8, [out, in] for reading along a column; scales [out] fp32."""
 
     values: torch.Tensor
     scales: torch.Tensor
 
     def dequantize(self) -> torch.Tensor:
         """[in, out] fp32"""
-        return (self.values * self.scales[:, None]).t()
+        return (self.values.float() * self.scales[:, None]).t()
 
 
-def quantize(weight: torch.Tensor, column_max: torch.Tensor) -> Int8Matrix:
-    """weight: [in, out] of any float dtype, or rows of it; column_max: [out], the largest |w| of each column."""
-    scales = column_max.float() / 128
-    values = torch.empty(weight.shape[::-1], dtype=torch.int8, device=weight.device)
+def quantize(weight: torch.Tensor, column_max: torch.Tensor, weight_format: str) -> QuantizedMatrix:
+    """weight: [in, out] of any float dtype, or rows of it; column_max: [out], the largest |w| of each column.
+
+    weight_format: int8 or fp8.
+    """
+    dtype, largest, round_part = _FORMATS[weight_format]
+    scales = column_max.float() / torch.full_like(column_max, largest, dtype=torch.float32)  # by a scalar, a GPU rounds
+    values = torch.empty(weight.shape[::-1], dtype=dtype, device=weight.device)
     for part in _parts(weight):
-        integers = weight[:, part].float() / scales[part].where(scales[part] > 0, 1)  # a column of zeros stays one
-        nearest = integers.trunc()
-        nearest += integers.sub_(nearest).mul_(2).trunc_()  # halves away from zero, which torch.round does not
-        values[part] = nearest.clamp_(-128, 127).t()
-    return Int8Matrix(values, scales)
+        steps = scales[part].where(scales[part] > 0, 1)  # a column of zeros stays one
+        values[part] = round_part(weight[:, part], steps).t()
+    return QuantizedMatrix(values, scales)
 
 
-def relative_error(matrix: Int8Matrix, weight: torch.Tensor) -> float:
-    """‖w − w'‖ / ‖w‖ of a matrix and its original [in, out]; 0 where all is 0."""
-    lost = whole = 0.0
-    for part in _parts(weight):
-        original = weight[:, part].float()
-        difference = Int8Matrix(matrix.values[part], matrix.scales[part]).dequantize() - original
-        lost += float(difference.square_().sum())
-        whole += float(original.square().sum())
-    return (lost / whole) ** 0.5 if whole else 0.0
+def _round_to_integers(weight: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """weight / steps as int8's integers, fp32: halves away from zero, which torch.round does not."""
+    integers = weight.float() / steps
+    nearest = integers.trunc()
+    nearest += integers.sub_(nearest).mul_(2).trunc_()
+    return nearest.clamp_(-128, 127)
+
+
+# dtype, what a column's largest |w| becomes, and the rounding.
+_FORMATS = {"int8": (torch.int8, 128.0, _round_to_integers), "fp8": (FP8, FP8_MAX, to_fp8)}
 
 
 def _parts(weight: torch.Tensor) -> list[slice]:
@@ -64,40 +69,25 @@ def _parts(weight: torch.Tensor) -> list[slice]:
     return [slice(first, first + count) for first in range(0, weight.shape[1], count)]
 
 
-class Quantizer:
-    """Reads matrices as int8, a few columns at a time in fp32, and records the relative error of each."""
+def read_quantized(reader: ShardReader, spec: WeightSpec, weight_format: str, device: torch.device) -> QuantizedMatrix:
+    """This rank's shard, quantized on the device; axes after the first are one. Raises ValueError on a wrong file.
 
-    def __init__(self, reader: ShardReader, device: torch.device) -> None:
-        self.reader = reader
-        self.device = device
-        self.errors: list[float] = []  # of `relative_error`, one a matrix
+    Only this matrix is on the device in the file's dtype, and a few columns at a time in fp32. A column split over
+    ranks needs the other ranks' largest values, which come from those ranks' files. That reads 5/12 of the layers tp
+    times, from the page cache where ranks share a host. A collective instead would make loading collective: a rank that
+    cannot read its files could not report that alone.
+    """
 
-    def read(self, spec: WeightSpec) -> Int8Matrix:
-        """This rank's shard, quantized on the device; axes after the first are one. Raises ValueError on a wrong file.
+    def shard(rank: int) -> torch.Tensor:
+        return reader.map(spec, rank).flatten(1).to(device)
 
-        A column split over ranks needs the other ranks' largest values, which come from those ranks' files. That reads
-        5/12 of the layers tp times, from the page cache where ranks share a host. A collective instead would make
-        loading collective: a rank that cannot read its files could not report that alone.
-        """
-        weight = self._map(spec, self.reader.tp_rank)
-        column_max = _column_max(weight)
-        if spec.split_axis == 0:
-            for rank in range(self.reader.config.tensor_para_size):
-                if rank != self.reader.tp_rank:
-                    column_max = torch.maximum(column_max, _column_max(self._map(spec, rank)))
-        matrix = quantize(weight, column_max)
-        self.errors.append(relative_error(matrix, weight))
-        return matrix
-
-    def _map(self, spec: WeightSpec, rank: int) -> torch.Tensor:
-        return self.reader.map(spec, rank).flatten(1).to(self.device)
-
-    def report(self) -> None:
-        """Log the number of matrices and their relative errors."""
-        mean, largest = sum(self.errors) / len(self.errors), max(self.errors)
-        _LOG.info(
-            "int8: %d matrices quantized, relative error %.2e at most, %.2e mean", len(self.errors), largest, mean
-        )
+    weight = shard(reader.tp_rank)
+    column_max = _column_max(weight)
+    if spec.split_axis == 0:
+        for rank in range(reader.config.tensor_para_size):
+            if rank != reader.tp_rank:
+                column_max = torch.maximum(column_max, _column_max(shard(rank)))
+    return quantize(weight, column_max, weight_format)
 
 
 def _column_max(weight: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +17,16 @@ from engine.plan import Plan, StepOutput
 from executor import graphs, prompt_graphs
 from executor.collectives import Comm
 from executor.graphs import DecodeGraphs, max_rows
-from executor.kv_cache import KVCache, PrefillChunk
+from executor.kv_cache import CacheShape, KVCache, PrefillChunk
 from executor.model import GPT, StepInput
 from executor.output_layout import OutputLayout
+from executor.probe import calibrate
 from executor.prompt_graphs import PromptGraphs
 from executor.slots import SlotState
 from executor.token_choice import choose, gather
 from kernels import choose_tokens, runs_on
 from kernels.decode_attention import DecodeMetadata, make_workspace
+from kernels.fp8 import FP8
 from kernels.prompt_attention import PromptMetadata, make_tiles
 from kernels.ragged_attention import MIN_ROWS, can_batch
 from weights.reader import TORCH_DTYPES, ShardReader
@@ -76,10 +77,10 @@ class TorchExecutor:
         # On a GPU the next step is launched before the last one's tokens are read.
         self.num_ahead = 1 if device.type == "cuda" else 0
         with torch.inference_mode():
-            self.model = GPT(comm, reader, device, progress, engine_config.int8_mode)
+            self.model = GPT(comm, reader, device, progress, engine_config.weight_format)
         self.max_seq_len = engine_config.max_seq_len or reader.config.max_pos_seq_len
         self.max_step_tokens = engine_config.max_step_tokens or (512 if device.type == "cpu" else 8192)
-        self.max_mixed_tokens = engine_config.max_mixed_tokens or (0 if device.type == "cpu" else 2048)
+        self.max_mixed_tokens = engine_config.max_mixed_tokens
         self.max_draft_rows = _MAX_DRAFT_ROWS[device.type]
         self.num_blocks = 0
         # Of kernels.decode_attention and kernels.choose_tokens, on a GPU.
@@ -93,13 +94,15 @@ class TorchExecutor:
         config, limits, comm = self.model.config, self._limits, self.comm
         num_slots, max_seq_len = limits.max_batch_size, self.max_seq_len
         draft_rows = self.max_draft_rows if limits.speculative != "none" else 0
-        shape: dict[str, Any] = dict(
+        shape = CacheShape(
             num_layers=len(comm.parallel.layers(config.num_layer)),
             block_size=limits.block_size,
             kv_heads_local=config.kv_heads_local(comm.parallel.tp),
             head_dim=config.size_per_head,
-            dtype=self.model.dtype,
+            dtype=FP8 if limits.kv_cache_dtype == "fp8" else self.model.dtype,
         )
+        with torch.inference_mode():
+            scales = calibrate(self.model, limits.weight_format, shape, max_seq_len)
         most = num_slots * -(-max_seq_len // limits.block_size)
         memory = _memory_left(self.device, self._local_size) - SlotState.num_bytes(num_slots, max_seq_len)
         has_kernels = runs_on(self.device)  # then decode rows go through them, and steps of them through graphs
@@ -107,10 +110,10 @@ class TorchExecutor:
             memory -= graphs.num_bytes(num_slots, draft_rows, config.vocab_size, max_seq_len, self.model.dtype)
             memory -= prompt_graphs.num_bytes(config, self.max_step_tokens, self.model.dtype)
         most_bytes = max(0, memory) * limits.kv_cache_fraction
-        self.num_blocks = comm.min_over_ranks(min(most, int(most_bytes / KVCache.bytes_per_block(**shape))))
+        self.num_blocks = comm.min_over_ranks(min(most, int(most_bytes / shape.bytes_per_block)))
         if self.num_blocks < 1:
             raise RuntimeError(f"no memory is left on {self.device} for a key-value cache; use more ranks")
-        self.cache = KVCache(num_blocks=self.num_blocks, device=self.device, **shape)
+        self.cache = KVCache(shape, self.num_blocks, self.device, scales)
         self.slots = SlotState(num_slots, max_seq_len, limits.block_size, self.num_blocks, self.device)
         if has_kernels:
             heads_local = config.head_num // comm.parallel.tp
@@ -238,7 +241,7 @@ class TorchExecutor:
                 prompts = PromptMetadata(table, state.tensor(make_tiles(pieces[num_decodes:])))
         else:
             row = 0
-            if num_decodes >= MIN_ROWS and can_batch(self.model.dtype, self.device):
+            if num_decodes >= MIN_ROWS and can_batch(self.cache.dtype, self.device):
                 row = num_decodes
                 ragged = self.model.attention.ragged_rows(table, decode_slots, decode_positions, self.cache.num_locs)
             for slot, start, length in pieces[row:]:
@@ -260,6 +263,7 @@ class TorchExecutor:
 def _memory_left(device: torch.device, local_size: int) -> int:
     """Bytes that this rank may still take: the GPU's free memory, or its share of half the host's."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading took and gave back
         return torch.cuda.mem_get_info(device)[0]
     return host_memory() // 2 // local_size
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,8 +15,9 @@ import torch
 from engine.config import EngineConfig, ParallelConfig
 from engine.world import World
 from executor.collectives import Comm
-from executor.model import GPT, check_supported
+from executor.model import GPT, check_supported, read_order
 from executor.runner import TorchExecutor, computation_dtype
+from kernels.fp8 import has_fp8
 from weights.model_config import ModelConfig
 from weights.reader import ShardReader
 
@@ -60,7 +62,7 @@ def pick_backend(
     dtype = computation_dtype(engine_config.data_type, device)
     engine, reason = engine_config.engine, "chosen by --engine"
     if engine == "auto":
-        missing = _why_not_fastertransformer(model_config, lib_path, device, pp) or _no_speculation(engine_config)
+        missing = _why_not_fastertransformer(engine_config, model_config, lib_path, device, pp)
         engine = "torch" if missing else "fastertransformer"
         reason = missing or f"{lib_path} is there"
     positions = model_config.max_pos_seq_len
@@ -71,9 +73,10 @@ def pick_backend(
         raise ValueError(f"max_seq_len is {longest}; the model's sliding_window is {window}, and no more is computed")
     if engine == "torch":
         check_supported(model_config)
+        _check_fp8(engine_config, device)
     elif not lib_path.is_file():
         raise ValueError(f"lib_path is {lib_path}, and there is no such file")
-    elif lacking := _what_fastertransformer_lacks(model_config, pp) or _no_speculation(engine_config):
+    elif lacking := _what_fastertransformer_lacks(engine_config, model_config, pp):
         raise ValueError(lacking)
     elif (model_config.activation_type, model_config.gelu_form) == ("gelu", "erf"):
         _LOG.warning("gelu_form is erf, and FasterTransformer computes the tanh form: results differ slightly")
@@ -116,8 +119,9 @@ def load(
     Raises ValueError or RuntimeError for bad weights, possibly on one rank only: the ranks must agree on success before
     the executor's `prepare`, which is collective.
     """
+    num_cores = claim_cores(world.local_size)  # for a GPU's ranks too: several threads read their weights
     if backend.device.type == "cpu":
-        torch.set_num_threads(claim_cores(world.local_size))
+        torch.set_num_threads(num_cores)
     if comm is None:
         from executor.fastertransformer import FasterTransformerExecutor
 
@@ -128,9 +132,12 @@ def load(
         _LOG.info(
             "pp %d does not divide %d layers: the stages have %s", parallel.pp, num_layer, ", ".join(map(str, sizes))
         )
-    reader = ShardReader(weights.path, weights.config, parallel.tp_rank, backend.dtype)
+    reader = ShardReader(weights.path, weights.config, parallel.tp_rank, backend.dtype, backend.device)
     counter = _Counter(GPT.num_load_steps(weights.config, comm), progress)
-    return TorchExecutor(reader, engine_config, comm, backend.device, world.local_size, counter)
+    # A CPU computes with the mapped files themselves, or packs them, which takes longer than to read them.
+    is_read_ahead = backend.device.type == "cuda"
+    with reader.read_ahead(read_order(reader, parallel)) if is_read_ahead else nullcontext():
+        return TorchExecutor(reader, engine_config, comm, backend.device, world.local_size, counter)
 
 
 class _Counter:
@@ -177,24 +184,38 @@ def _positive(variable: str) -> int:
     return int(value) if value.isdigit() else 0
 
 
-def _why_not_fastertransformer(config: ModelConfig, lib_path: Path, device: torch.device, pp: int) -> str | None:
+def _check_fp8(engine_config: EngineConfig, device: torch.device) -> None:
+    """Raise RuntimeError with the setting's and the GPU's name where fp8 is asked for and the GPU lacks it."""
+    for name in ("quantization", "kv_cache_dtype"):
+        if getattr(engine_config, name) == "fp8" and not has_fp8(device):
+            major, minor = torch.cuda.get_device_capability(device)
+            raise RuntimeError(
+                f"{name} is fp8, which needs compute capability 8.9 or later; "
+                f"{torch.cuda.get_device_name(device)} has {major}.{minor}"
+            )
+
+
+def _why_not_fastertransformer(
+    engine_config: EngineConfig, config: ModelConfig, lib_path: Path, device: torch.device, pp: int
+) -> str | None:
     if not lib_path.is_file():
         return f"no FasterTransformer library at {lib_path}"
     if device.type != "cuda":
         return "FasterTransformer needs a GPU"
     if config.size_per_head not in _FT_HEAD_SIZES:
         return f"FasterTransformer has no kernel for size_per_head {config.size_per_head}"
-    return _what_fastertransformer_lacks(config, pp)
+    return _what_fastertransformer_lacks(engine_config, config, pp)
 
 
-def _no_speculation(engine_config: EngineConfig) -> str | None:
-    if engine_config.speculative == "none":
-        return None
-    return f"speculative is {engine_config.speculative}; the fastertransformer engine computes none only"
-
-
-def _what_fastertransformer_lacks(config: ModelConfig, pp: int) -> str | None:
+def _what_fastertransformer_lacks(engine_config: EngineConfig, config: ModelConfig, pp: int) -> str | None:
     """The reason why its op, or our driver of it, cannot run this model, with the key's name; None: it can."""
+    for name, refused, computed in (
+        ("quantization", "fp8", "none and int8"),
+        ("kv_cache_dtype", "fp8", "auto"),
+        ("speculative", "ngram", "none"),
+    ):
+        if getattr(engine_config, name) == refused:
+            return f"{name} is {refused}; FasterTransformer's GPT computes {computed} only"
     if config.apply_residual_connection_post_layernorm:
         return "apply_residual_connection_post_layernorm is True; FasterTransformer computes False only"
     for key, known in (

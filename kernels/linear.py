@@ -1,4 +1,4 @@
-"""y = act(x · Wᵀ + b) for the few rows of a decode step; W in x's dtype, or in int8 with a scale per output.
+"""y = act(x · Wᵀ + b) for the few rows of a decode step; W in x's dtype, or in int8 or fp8 with a scale per output.
 
 The time of such a product is the time to read W. cuBLAS reads a small W at 11 to 60 % of the memory's rate, these
 kernels at 56 to 109 % of 4.3 TB/s (one row, H200). Stateless.
@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels import dependent_launch, int8_widen, runs_on
+from kernels import dependent_launch, runs_on, widen
 from kernels.activation import ACTIVATIONS
+from kernels.fp8 import FP8
 from kernels.linear_plans import SPLIT_COUNTERS, plan
+from kernels.quantize_rows import quantize_rows
 
 try:
     import triton
@@ -19,6 +21,7 @@ try:
 
     from kernels.activation import activate, gated
     from kernels.dependent_launch import start_dependents, wait_for_predecessors
+    from kernels.widen import bits_to_fp32
 except ImportError:  # a CPU-only torch comes without it
     triton = None
 
@@ -42,8 +45,8 @@ def reference(
     scales: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The same in plain torch, on any device; int8 weights are widened to x's dtype first."""
-    wide = weight if scales is None else int8_widen.reference(weight, scales, x.dtype)
+    """The same in plain torch, on any device; weights with scales are widened to x's dtype first, x is not rounded."""
+    wide = weight if scales is None else widen.reference(weight, scales, x.dtype)
     y = ACTIVATIONS[activation](F.linear(x, wide, bias))
     return y if out is None else out.copy_(y)
 
@@ -57,18 +60,23 @@ def linear(
     scales: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """act(x · Wᵀ + b): x [rows, in], weight [out, in] of x's dtype or int8, bias [out] as x → [rows, out] as x.
+    """act(x · Wᵀ + b): x [rows, in], weight [out, in] of x's dtype, int8 or fp8, bias [out] as x → [rows, out] as x.
 
-    activation: a name of ACTIVATIONS; swiglu returns [rows, out / 2]. scales: [out] fp32, of int8 weights. out: where
-    the result goes, [rows, out] fp32 or as x. workspace: of `make_workspace`, on x's device; two calls at once must not
-    share one. Raises ValueError where shapes or dtypes do not fit. Sums are in fp32 and their order is fixed. Without
-    Triton or a GPU, for fp32 and for many rows it calls the reference.
+    activation: a name of ACTIVATIONS; swiglu returns [rows, out / 2]. scales: [out] fp32, of int8 or fp8 weights. out:
+    where the result goes, [rows, out] fp32 or as x. workspace: of `make_workspace`, on x's device; two calls at once
+    must not share one. Raises ValueError where shapes or dtypes do not fit. Sums are in fp32 and their order is fixed.
+    Without Triton or a GPU, for fp32 and for many rows it calls the reference.
+
+    Rounding of weights with scales. Few rows (`plan`): none; the integers or fp8 numbers are multiplied, and the scale
+    multiplies the sum. Many rows of bf16 with fp8 weights (`_can_multiply_fp8`): x is rounded to fp8 too, with a scale
+    per row, so that the product runs at fp8's rate. All else: a weight times its scale is rounded to x's dtype.
     """
     _check(x, weight, bias, scales)
     tiles = None
     if runs_on(x.device) and x.dtype in (torch.bfloat16, torch.float16):
         num_out, num_in = weight.shape
-        tiles = plan(len(x), num_out, num_in, scales is not None, activation == "swiglu")
+        kind = "plain" if scales is None else "fp8" if weight.dtype == FP8 else "int8"
+        tiles = plan(len(x), num_out, num_in, kind, activation == "swiglu")
     if tiles is None:
         return _many_rows(x, weight, bias, activation, scales, out)
     x, is_gated = x.contiguous(), activation == "swiglu"
@@ -95,7 +103,9 @@ def linear(
     )
     grid = (-(-num_out // block_n), splits, -(-rows // block_m))
     if block_m == 1:
-        _one_row[grid](*tensors, num_out, **constants)
+        weight_format = "int8" if weight.dtype == torch.int8 else "fp8" if weight.dtype == FP8 else "plain"
+        as_bytes = weight.view(torch.int8) if weight_format == "fp8" else weight
+        _one_row[grid](x, as_bytes, *tensors[2:], num_out, weight_format=weight_format, **constants)
     else:
         sizes = dict(split_len=split_len, splits=splits, block_m=block_m)
         _tile[grid](*tensors, partials, workspace, rows, num_out, **sizes, **constants)
@@ -111,7 +121,10 @@ def _many_rows(
     out: torch.Tensor | None,
 ) -> torch.Tensor:
     """`reference`, and what cuBLAS does besides: GELU or ReLU after a product, 16-bit factors with fp32 results."""
-    wide = weight if scales is None else int8_widen.int8_widen(weight, scales, x.dtype)
+    if scales is not None and _can_multiply_fp8(x, weight):
+        y = ACTIVATIONS[activation](_multiply_fp8(x, weight, scales, bias))
+        return y if out is None else out.copy_(y)
+    wide = weight if scales is None else widen.widen(weight, scales, x.dtype)
     if x.device.type == "cuda" and x.dtype != torch.float32:
         if bias is not None and activation in _CUBLAS_GELU and out is None:
             return torch._addmm_activation(bias, x, wide.t(), use_gelu=_CUBLAS_GELU[activation])
@@ -121,12 +134,29 @@ def _many_rows(
     return reference(x, wide, bias, activation, out=out)
 
 
+def _can_multiply_fp8(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether torch multiplies fp8 with fp8 here. It gives bf16, and takes sizes that 16 divides."""
+    is_fit = all(size % 16 == 0 for size in weight.shape) and len(x) > 0
+    return runs_on(x.device) and weight.dtype == FP8 and x.dtype == torch.bfloat16 and is_fit
+
+
+def _multiply_fp8(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x · Wᵀ + b, x rounded to fp8; the tensor cores' own sums of fp8 products, which are less exact than fp32."""
+    values, row_scales = quantize_rows(x)
+    return torch._scaled_mm(
+        values, weight.t(), row_scales, scales[None], bias=bias, out_dtype=x.dtype, use_fast_accum=True
+    )
+
+
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scales: torch.Tensor | None) -> None:
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"x is {list(x.shape)} and weight {list(weight.shape)}; they must be [rows, in] and [out, in]")
-    dtype = x.dtype if scales is None else torch.int8
-    if weight.dtype != dtype or not weight.is_contiguous():
-        raise ValueError(f"weight is {weight.dtype} with strides {weight.stride()}; it must be {dtype} and contiguous")
+    dtypes = (x.dtype,) if scales is None else widen.QUANTIZED
+    if weight.dtype not in dtypes or not weight.is_contiguous():
+        names = " or ".join(map(str, dtypes))
+        raise ValueError(f"weight is {weight.dtype} with strides {weight.stride()}; it must be {names} and contiguous")
     if scales is not None and (scales.shape != weight.shape[:1] or scales.dtype != torch.float32):
         raise ValueError(f"scales are {scales.dtype} {list(scales.shape)}; they must be fp32 [{weight.shape[0]}]")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
@@ -141,7 +171,7 @@ if triton is not None:
         places = weight + outs[:, None].to(tl.int64) * num_in + ks[None, :]
         if is_even:
             return tl.load(places)
-        return tl.load(places, mask=(outs[:, None] < num_out) & (ks[None, :] < num_in), other=0)
+        return tl.load(places, mask=(outs[:, None] < num_out) & (ks[None, :] < num_in), other=0.0)
 
     @triton.jit
     def _scaled(
@@ -201,6 +231,7 @@ if triton is not None:
         bias,
         out,
         num_out,
+        weight_format: tl.constexpr,
         num_in: tl.constexpr,
         has_scales: tl.constexpr,
         has_bias: tl.constexpr,
@@ -236,16 +267,18 @@ if triton is not None:
                 xs = tl.load(x + first + ks).to(tl.float32)
             else:
                 xs = tl.load(x + first + ks, mask=first + ks < num_in, other=0.0).to(tl.float32)
-            sums += w.to(tl.float32) * xs[None, :]
+            if weight_format == "fp8":
+                xs *= 1.2379400392853803e27  # 2^90: the products are far from what fp32 cannot hold
+            sums += bits_to_fp32(w, weight_format) * xs[None, :]
             w = next_w
             if is_gated:
-                up_sums += up.to(tl.float32) * xs[None, :]
+                up_sums += bits_to_fp32(up, weight_format) * xs[None, :]
                 if first + block_k < num_in:
                     up = _load(ups, outs, next_ks, num_out, num_in, is_even)
-        up_sum = tl.sum(up_sums, 1)
-        y = _finish(
-            tl.sum(sums, 1), up_sum, scales, bias, outs, num_out, has_scales, has_bias, activation, is_gated, False
-        )
+        own_sum, up_sum = tl.sum(sums, 1), tl.sum(up_sums, 1)
+        if weight_format == "fp8":  # 2^30: the rest of 2^120
+            own_sum, up_sum = own_sum * 1073741824.0, up_sum * 1073741824.0
+        y = _finish(own_sum, up_sum, scales, bias, outs, num_out, has_scales, has_bias, activation, is_gated, False)
         tl.store(out + outs, y.to(out.dtype.element_ty), mask=outs < num_out)
 
     @triton.jit
@@ -272,7 +305,7 @@ if triton is not None:
         block_k: tl.constexpr,
         pdl: tl.constexpr,
     ):
-        """A tile of yᵀ = W · xᵀ: with W on the left, int8 is widened on its way into the matrix units.
+        """A tile of yᵀ = W · xᵀ: with W on the left, int8 and fp8 are widened on their way into the matrix units.
 
         The programs of a tile's splits store partial sums; the last to finish adds them, always in the same order.
         """

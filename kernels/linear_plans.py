@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 SPLIT_COUNTERS = 4096  # output tiles that may be split; a launch has fewer
-_FEW_ROWS = 32  # beyond, cuBLAS is as quick
-_FEW_INT8_ROWS = 256  # beyond, on an H200, widening the weights and cuBLAS are quicker
+# The most rows for a plan, by the weight's kind. Beyond, cuBLAS is as quick; for int8, widened weights and cuBLAS; for
+# fp8, rounded rows and a product of fp8 with fp8, which cuBLAS does not have for fewer rows at every shape.
+_FEW_ROWS = {"plain": 32, "int8": 256, "fp8": 32}
 _MOST_SPLITS = 4
 _VOCABULARY = 32768  # outputs of an LM head
 _LARGE = 32 << 20  # elements of W from which cuBLAS is as quick for more than 16 rows
@@ -26,14 +27,17 @@ class TilePlan(NamedTuple):
     stages: int  # of the pipeline
 
 
-def plan(rows: int, num_out: int, num_in: int, is_int8: bool, is_gated: bool) -> TilePlan | None:
-    """The plan for x [rows, num_in] and weight [num_out, num_in], as measured on an H200; None: cuBLAS."""
-    if not 0 < rows <= (_FEW_INT8_ROWS if is_int8 else _FEW_ROWS):
+def plan(rows: int, num_out: int, num_in: int, kind: str, is_gated: bool) -> TilePlan | None:
+    """The plan for x [rows, num_in] and weight [num_out, num_in], as measured on an H200; None: cuBLAS.
+
+    kind: of the weight, a key of _FEW_ROWS. fp8 has int8's plans for few rows.
+    """
+    if not 0 < rows <= _FEW_ROWS[kind]:
         return None
     if rows == 1:
-        return _plan_one_row(num_out, num_in)
-    if is_int8:
-        return _plan_int8(rows, num_out, num_in, is_gated)
+        return _plan_one_row(num_out, num_in, kind)
+    if kind != "plain":
+        return _plan_bytes(rows, num_out, num_in, is_gated)
     block_m = 16 if rows <= 16 else 32
     if is_gated:  # two tiles of W each
         block_n, stages = (32, 4) if num_out // 64 <= _MOST_GATED_PROGRAMS else (64, 3)
@@ -54,8 +58,10 @@ def plan(rows: int, num_out: int, num_in: int, is_int8: bool, is_gated: bool) ->
     return TilePlan(block_m, 64, 128, min(splits, max(1, num_in // least)), 4, stages)
 
 
-def _plan_one_row(num_out: int, num_in: int) -> TilePlan:
-    if num_out >= _VOCABULARY:
+def _plan_one_row(num_out: int, num_in: int, kind: str) -> TilePlan:
+    if kind != "plain":
+        block_n, block_k, warps = 2, 2048, 4
+    elif num_out >= _VOCABULARY:
         block_n, block_k, warps = (4, 1024, 4) if num_in <= 2048 else (2, 2048, 4)
     elif num_in >= 16384 or (num_in == 2048 and num_out == 6144):
         block_n, block_k, warps = 4, 1024, 4
@@ -71,8 +77,10 @@ def _plan_one_row(num_out: int, num_in: int) -> TilePlan:
     return TilePlan(1, block_n, block_k, 1, warps, 1)
 
 
-def _plan_int8(rows: int, num_out: int, num_in: int, is_gated: bool) -> TilePlan:
-    """`wanted` programs keep the H200's 132 multiprocessors busy; with fewer tiles the in axis is split."""
+def _plan_bytes(rows: int, num_out: int, num_in: int, is_gated: bool) -> TilePlan:
+    """For weights of one byte. `wanted` programs keep the H200's 132 multiprocessors busy; with fewer tiles the in axis
+    is split.
+    """
     if rows <= 16:
         block_m, block_n, block_k, warps, stages, wanted = 16, 32, 256, 2, 3, 512
     elif rows <= 32:

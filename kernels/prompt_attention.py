@@ -14,6 +14,7 @@ import torch
 
 from kernels import dependent_launch, runs_on
 from kernels.heads import CosSin, HeadLayout, rotated_heads
+from kernels.layer_cache import LayerCache
 
 try:
     import triton
@@ -57,8 +58,7 @@ def make_tiles(pieces: Iterable[tuple[int, int, int]], count: int | None = None)
 def reference(
     qkv: torch.Tensor,
     layout: HeadLayout,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    cache: LayerCache,
     prompts: PromptMetadata,
     slopes: torch.Tensor | None = None,
     cos_sin: CosSin | None = None,
@@ -68,8 +68,8 @@ def reference(
     out = torch.zeros_like(query)
     for row, count, slot, position in prompts.tiles.tolist():
         kv_locs = prompts.table[slot, : position + count].long()
-        k = keys[kv_locs].float().repeat_interleave(layout.group, 1)  # [kv_len, heads, head_dim]
-        v = values[kv_locs].float().repeat_interleave(layout.group, 1)
+        kept = cache.read(kv_locs, torch.float32)
+        k, v = (part.float().repeat_interleave(layout.group, 1) for part in kept)  # [kv_len, heads, head_dim]
         scores = torch.einsum("qhd,khd->hqk", query[row : row + count].float(), k) * layout.head_dim**-0.5
         places = torch.arange(position + count, device=qkv.device)
         distances = places - places[position:, None]  # [count, kv_len]
@@ -83,22 +83,22 @@ def reference(
 def prompt_attention(
     qkv: torch.Tensor,
     layout: HeadLayout,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    cache: LayerCache,
     prompts: PromptMetadata,
     slopes: torch.Tensor | None = None,
     cos_sin: CosSin | None = None,
 ) -> torch.Tensor:
     """softmax(q · kᵀ / √head_dim + slope · (key's position − query's)) · v over keys up to the query's own.
 
-    qkv: [rows, width] contiguous rows, not yet rotated, in `layout`; keys, values: [kv_locs, kv_heads, head_dim]
-    contiguous, the rows' own keys and values already there; slopes: [heads] fp32; cos_sin: of the rows' positions.
+    qkv: [rows, width] contiguous rows, not yet rotated, in `layout`; cache: contiguous, the rows' own keys and values
+    already there; slopes: [heads] fp32; cos_sin: of the rows' positions.
     Returns [rows, heads · head_dim] as qkv; rows of no tile are undefined. Sums are in fp32; their order depends on
     the tile only.
     """
     if not runs_on(qkv.device):
-        return reference(qkv, layout, keys, values, prompts, slopes, cos_sin)
+        return reference(qkv, layout, cache, prompts, slopes, cos_sin)
     table, tiles = prompts
+    keys, values, key_scales, value_scales = cache
     heads, head_dim = layout.heads, layout.head_dim
     dims = max(16, triton.next_power_of_2(head_dim))
     is_wide = qkv.dtype == torch.float32
@@ -111,6 +111,8 @@ def prompt_attention(
         sines,
         keys,
         values,
+        out if key_scales is None else key_scales,
+        out if value_scales is None else value_scales,
         table,
         tiles,
         out if slopes is None else slopes,
@@ -123,6 +125,7 @@ def prompt_attention(
         group=layout.group,
         rotated_half=0 if cos_sin is None else cosines.shape[-1],
         has_slopes=slopes is not None,
+        is_fp8=key_scales is not None,
         precision="ieee" if is_wide else "tf32",
         head_dim=head_dim,
         dims=dims,
@@ -156,6 +159,8 @@ if triton is not None:
         sines,
         keys,
         values,
+        key_scales,  # [kv_heads] fp32, of fp8
+        value_scales,
         table,
         tiles,
         slopes,
@@ -168,6 +173,7 @@ if triton is not None:
         group: tl.constexpr,
         rotated_half: tl.constexpr,
         has_slopes: tl.constexpr,
+        is_fp8: tl.constexpr,
         precision: tl.constexpr,
         head_dim: tl.constexpr,
         dims: tl.constexpr,
@@ -187,6 +193,10 @@ if triton is not None:
         slope = 0.0
         if has_slopes:
             slope = tl.load(slopes + head) * 1.4426950408889634
+        value_scale = 1.0
+        if is_fp8:  # keys and values are multiplied as stored
+            scale *= tl.load(key_scales + head // group)
+            value_scale = tl.load(value_scales + head // group)
         if pdl:
             wait_for_predecessors()
         if count > 0:
@@ -210,13 +220,19 @@ if triton is not None:
                 place = tl.load(places_of + t, mask=t < end, other=0).to(tl.int64) * place_stride
                 is_k = is_dim[:, None] & (t < end)[None, :]
                 k = tl.load(keys + place[None, :] + head_offset[:, None], mask=is_k, other=0.0)
+                if is_fp8:
+                    k = k.to(q.dtype)
                 distances = t[None, :] - (first + m)[:, None]
                 weights, largest, weight_sum, shrink = _weights(
                     q, k, distances, slope, scale, largest, weight_sum, has_slopes, precision
                 )
                 is_v = (t < end)[:, None] & is_dim[None, :]
                 v = tl.load(values + place[:, None] + head_offset[None, :], mask=is_v, other=0.0)
+                if is_fp8:
+                    v = v.to(q.dtype)
                 sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None], input_precision=precision)
             places = out + ms[:, None] * (tl.num_programs(1) * head_dim) + head * head_dim + d[None, :]
-            result = (sums / weight_sum[:, None]).to(out.dtype.element_ty)
-            tl.store(places, result, mask=is_q)
+            result = sums / weight_sum[:, None]
+            if is_fp8:
+                result *= value_scale
+            tl.store(places, result.to(out.dtype.element_ty), mask=is_q)

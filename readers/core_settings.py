@@ -4,12 +4,13 @@ Owns the names and defaults of these settings, the list of classes that compute 
 the refusal of each setting that changes results and is not computed. `_target_` names a class or a function of the
 trainer: it is compared as text and never imported. It knows no file.
 
-Format: NVIDIA/NeMo 2.x (nemo/collections/llm/gpt/model/base.py, llama.py, nemotron.py, mistral.py, qwen2.py,
+Format: NVIDIA/NeMo 2.x (nemo/collections/llm/gpt/model/base.py, llama.py, nemotron.py, mistral.py, qwen2.py, qwen3.py,
 starcoder.py: classes and defaults; nemo/collections/llm/fn/activation.py; nemo/lightning/io/mixin.py: representers),
-NVIDIA/NeMo-Run (nemo_run/core/serialization/yaml.py), NVIDIA-NeMo/Megatron-Bridge (models/gpt_provider.py,
-models/gpt/model_config.py, models/llama/llama_provider.py of its first releases, utils/activation_map.py), and
+NVIDIA/NeMo-Run (nemo_run/core/serialization/yaml.py), NVIDIA-NeMo/Megatron-Bridge (models/gpt_provider.py, its yarn_…
+too, models/gpt/model_config.py, models/llama/llama_provider.py of its first releases, utils/activation_map.py), and
 NVIDIA/Megatron-LM (megatron/core: transformer/transformer_config.py, transformer/mlp.py, activations.py,
-models/common/embeddings/rotary_pos_embedding.py; megatron/training: config/yaml_utils.py, models/gpt.py).
+models/common/embeddings/rotary_pos_embedding.py and yarn_rotary_pos_embedding.py; megatron/training:
+config/yaml_utils.py, models/gpt.py).
 No published checkpoint was at hand; a run_config.yaml that a training log prints (Llama 3.2 1B of Megatron-Bridge) was.
 """
 
@@ -21,7 +22,17 @@ from functools import cached_property
 from typing import Any
 
 from readers.distributed import DistributedCheckpoint
-from readers.sharded import REQUIRED, Settings, ShardedReader, gelu, query_groups, rotation, whatever_pipeline
+from readers.rotary import attention_factor, yarn_ramp
+from readers.sharded import (
+    REQUIRED,
+    Settings,
+    ShardedReader,
+    gelu,
+    layer_shape,
+    rotation,
+    trained_as,
+    whatever_pipeline,
+)
 from readers.shards import Shards, Trained
 
 _CLASSES = re.compile(
@@ -37,6 +48,7 @@ _LAYERS = re.compile(
 )
 # Megatron-core's own, beside those of all trainers.
 _REQUIRED: dict[str, tuple[Any, ...]] = REQUIRED | {
+    "position_embedding_type": ("learned_absolute", "rope", "yarn"),
     "normalization": ("LayerNorm", "RMSNorm"),
     "apply_residual_connection_post_layernorm": (False,),
     "num_moe_experts": (None,),
@@ -81,15 +93,11 @@ class CoreReader(ShardedReader):
     @cached_property
     def trained(self) -> Trained:
         settings = self.settings
-        heads = settings.size("num_attention_heads")
-        has_biases = settings.require("add_bias_linear", True, False)
-        return Trained(
-            heads=heads,
-            kv_heads=query_groups(settings, heads, heads),
+        return trained_as(
+            settings,
             norms_around_zero=settings.require("layernorm_zero_centered_gamma", False, True),
-            has_biases=has_biases,
-            has_qkv_bias=has_biases or settings.require("add_qkv_bias", False, True),
-            ties_head=settings.require("share_embeddings_and_output_weights", True, False),
+            has_biases=settings.require("add_bias_linear", True, False),
+            has_qkv_bias=settings.require("add_qkv_bias", False, True),
         )
 
     def shape(self) -> dict[str, Any]:
@@ -100,24 +108,19 @@ class CoreReader(ShardedReader):
             raise ValueError(
                 f"{settings.name}: transformer_layer_spec is {_shown(layers)}; only the GPT's own layers are supported"
             )
-        heads, hidden = self.trained.heads, settings.size("hidden_size")
-        if hidden % heads and settings.get("kv_channels") is None:
-            raise ValueError(f"{settings.name}: num_attention_heads {heads} does not divide hidden_size {hidden}")
-        size_per_head = settings.size("kv_channels", hidden // heads)
-        shape = {
-            "head_num": heads,
-            "kv_head_num": self.trained.kv_heads,
-            "size_per_head": size_per_head,
-            "hidden_size": hidden,
+        hidden = settings.size("hidden_size")
+        shape = layer_shape(settings, self.trained, hidden) | {
             "inter_size": settings.size("ffn_hidden_size", 4 * hidden),
             "num_layer": settings.size("num_layers"),
             "layernorm_eps": settings.fraction("layernorm_epsilon", 1e-5),
             "normalization_type": settings.get("normalization", "LayerNorm").lower(),
         }
         shape |= self._activation()
-        if settings.get("position_embedding_type") == "rope":
+        positions = settings.get("position_embedding_type")
+        if positions in ("rope", "yarn"):
             keys = ("rotary_percent", "seq_len_interpolation_factor", "seq_length")
-            shape |= rotation(settings, size_per_head, *keys) | _llama3_scaling(settings)
+            shape |= rotation(settings, shape["size_per_head"], *keys)
+            shape |= _llama3_scaling(settings) if positions == "rope" else _yarn(settings, shape)
         return shape
 
     def _activation(self) -> dict[str, str]:
@@ -171,6 +174,8 @@ def _shown(value: Any) -> str:
 
 def _llama3_scaling(settings: Settings) -> dict[str, Any]:
     """Llama 3's scaling of frequencies: rope_scaling of Megatron-core, scale_factor of NeMo 2 and the first Bridge."""
+    # Megatron-core multiplies queries and keys by YaRN's attention factor even where the frequencies are not YaRN's.
+    settings.require("yarn_rotary_scaling_factor", None, 1.0)
     if settings.require("rope_scaling", False, True):
         key, default = "rope_scaling_factor", 8.0
         low, high, length = 1.0, 4.0, 8192  # Megatron-core has no settings for these
@@ -188,3 +193,22 @@ def _llama3_scaling(settings: Settings) -> dict[str, Any]:
         "rotary_high_freq_factor": high,
         "rotary_trained_positions": length,
     }
+
+
+def _yarn(settings: Settings, shape: dict[str, Any]) -> dict[str, Any]:
+    """YaRN as Megatron-core's YarnRotaryEmbedding computes it: it turns whole heads, and rounds where it is told to."""
+    settings.require("rotary_percent", 1.0)
+    settings.require("rope_scaling", False)
+    for key in ("seq_len_interpolation_factor", "scale_factor"):
+        settings.require(key, None)
+    factor = settings.positive("yarn_rotary_scaling_factor", 0)
+    trained = settings.size("yarn_original_max_position_embeddings")
+    turns = settings.positive("yarn_beta_fast", 32), settings.positive("yarn_beta_slow", 1)
+    is_rounded = settings.require("yarn_correction_range_round_to_int", False, True)
+    name = f"{settings.name}: rotary_base"
+    ramp = yarn_ramp(name, shape["rotary_base"], shape["rotary_embedding"], trained, turns, is_rounded)
+    scales = ("yarn_mscale", "yarn_mscale_all_dim")
+    attention = attention_factor(factor)
+    if all(settings.get(key) is not None for key in scales):
+        attention = attention_factor(factor, *(settings.positive(key, 1) if settings.get(key) else 0 for key in scales))
+    return ramp | {"rotary_interpolation_factor": factor, "rotary_attention_factor": attention}

@@ -13,14 +13,6 @@ from readers.huggingface import HEAD, HuggingFaceReader, Recipe, as_stored, spli
 from weights.table import WeightSpec
 
 _OUTER_NAMES = {"wte": "wte.weight", "wpe": "wpe.weight", HEAD: HEAD}
-_LAYER_NAMES = {
-    "input_layernorm": "ln_1",
-    "attention.query_key_value": "attn.c_attn",
-    "attention.dense": "attn.c_proj",
-    "post_attention_layernorm": "ln_2",
-    "mlp.dense_h_to_4h": "mlp.c_fc",
-    "mlp.dense_4h_to_h": "mlp.c_proj",
-}
 
 
 class GPT2Reader(HuggingFaceReader):
@@ -56,6 +48,15 @@ class GPT2Reader(HuggingFaceReader):
         "add_cross_attention": False,
     }
 
+    layer_names = {
+        "input_layernorm": "ln_1",
+        "attention.query_key_value": "attn.c_attn",
+        "attention.dense": "attn.c_proj",
+        "post_attention_layernorm": "ln_2",
+        "mlp.dense_h_to_4h": "mlp.c_fc",
+        "mlp.dense_4h_to_h": "mlp.c_proj",
+    }
+
     def shape(self) -> dict[str, Any]:
         return {
             **self._heads("n_head", "n_embd"),
@@ -72,7 +73,7 @@ class GPT2Reader(HuggingFaceReader):
         layer, part, kind = split_name(spec)
         if not layer:
             return as_stored(f"ln_f.{kind}", spec.shape)
-        name = f"h.{layer}.{_LAYER_NAMES[part]}.{kind}"
+        name = f"h.{layer}.{self.layer_names[part]}.{kind}"
         if part == "attention.query_key_value":  # q, k and v side by side, where the table has an axis of 3
             *rows, three, hidden = spec.shape
             return Recipe({name: (*rows, three * hidden)}, lambda tensor: tensor.reshape(spec.shape))

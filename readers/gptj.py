@@ -1,8 +1,9 @@
 """Hugging Face GPT-J: config.json → ModelConfig, tensors → the table.
 
-Format: transformers/models/gptj. Peculiar to GPT-J: attention and MLP read the same norm of the residual; the position
-rotates neighbours, (0, 1), (2, 3) and so on, of a part of each head. The other families pair the halves of that part:
-q's and k's rows are put into that order, which leaves their products as they are. The head has a bias.
+Format: transformers/models/gptj; config.json has GPT-2's keys. Peculiar to GPT-J: attention and MLP read the same norm
+of the residual; the position rotates neighbours, (0, 1), (2, 3) and so on, of a part of each head. The other families
+pair the halves of that part: q's and k's rows are put into that order, which leaves their products as they are. The
+head has a bias.
 """
 
 from __future__ import annotations
@@ -12,54 +13,36 @@ from typing import Any
 
 import torch
 
-from readers.huggingface import HuggingFaceReader, Recipe, as_stored, split_name, transposed
+from readers.gpt2 import GPT2Reader
+from readers.huggingface import Recipe, as_stored, split_name, transposed
 from readers.llama import query_key_value
 from weights.table import WeightSpec
 
-_LAYER_NAMES = {
-    "input_layernorm": "ln_1",
-    "attention.dense": "attn.out_proj",
-    "mlp.dense_h_to_4h": "mlp.fc_in",
-    "mlp.dense_4h_to_h": "mlp.fc_out",
-}
 
-
-class GPTJReader(HuggingFaceReader):
+class GPTJReader(GPT2Reader):
     """Reads a GPT-J checkpoint."""
 
     architecture = "a GPT-J"
-    embedding = "wte.weight"
-    prefix = re.compile(r"^transformer\.")
     buffers = re.compile(r"h\.\d+\.attn\.(bias|masked_bias|embed_positions)")  # which older versions saved
-    defaults = {
+    defaults = GPT2Reader.defaults | {
         "vocab_size": 50400,
         "n_positions": 2048,
         "n_embd": 4096,
         "n_layer": 28,
         "n_head": 16,
         "rotary_dim": 64,
-        "n_inner": None,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "bos_token_id": 50256,
-        "eos_token_id": 50256,
         "tie_word_embeddings": False,
     }
-    aliases = {
-        "max_position_embeddings": "n_positions",
-        "hidden_size": "n_embd",
-        "num_hidden_layers": "n_layer",
-        "num_attention_heads": "n_head",
-    }
     required = {"quantization_config": None}
+    layer_names = {
+        "input_layernorm": "ln_1",
+        "attention.dense": "attn.out_proj",
+        "mlp.dense_h_to_4h": "mlp.fc_in",
+        "mlp.dense_4h_to_h": "mlp.fc_out",
+    }
 
     def shape(self) -> dict[str, Any]:
-        return {
-            **self._heads("n_head", "n_embd"),
-            "inter_size": 4 * self._size("n_embd") if self._settings["n_inner"] is None else self._size("n_inner"),
-            "num_layer": self._size("n_layer"),
-            "max_pos_seq_len": self._size("n_positions"),
-            "layernorm_eps": self._epsilon("layer_norm_epsilon"),
+        return super().shape() | {
             "has_positional_encoding": False,
             "rotary_embedding": self._size("rotary_dim"),
             "use_parallel_residual": True,
@@ -67,7 +50,6 @@ class GPTJReader(HuggingFaceReader):
             "has_qkv_bias": False,
             "has_dense_bias": False,
             "has_lm_head_bias": True,
-            **self._activation("activation_function"),
         }
 
     def recipe(self, spec: WeightSpec) -> Recipe:
@@ -77,7 +59,7 @@ class GPTJReader(HuggingFaceReader):
             return as_stored(name, spec.shape)
         if part == "attention.query_key_value":
             return query_key_value(f"h.{layer}.attn", kind, spec, self._halves)
-        name = f"h.{layer}.{_LAYER_NAMES[part]}.{kind}"
+        name = f"h.{layer}.{self.layer_names[part]}.{kind}"
         return (transposed if len(spec.shape) == 2 else as_stored)(name, spec.shape)
 
     def _halves(self, rows: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from readers.checkpoint import Checkpoint, Entry, Weight, copy_tokenizer, read_json, tokenizer_files
+from readers.checkpoint import Checkpoint, Entry, Weight, copy_tokenizer, tokenizer_files
+from readers.end_tokens import GENERATION_CONFIG, check_end_ids, is_token_id, listed_end_ids
 from weights.model_config import DATA_TYPES, ModelConfig
 from weights.table import WeightSpec, weight_specs
 
@@ -221,35 +222,18 @@ class HuggingFaceReader:
 
     def _token_id(self, name: str) -> int:
         value = self._settings[name]
-        if not self._is_token_id(value):
+        if not is_token_id(value, self._vocab_size):
             raise ValueError(
                 f"{self._path}: {name} is {reprlib.repr(value)}; it must be one of the {self._vocab_size} token ids"
             )
         return value
 
     def _end_ids(self) -> tuple[int, ...]:
-        """All tokens that end a text, the one that FasterTransformer gets first.
-
-        Both files have one id or a list. As in transformers' generate, generation_config.json overrules config.json.
-        config.json's id comes first if the list has it.
-        """
-        path, value = self._path, self._settings["eos_token_id"]
-        first = value
-        generation = self._source / "generation_config.json"
-        if generation.is_file():
-            given = read_json(generation).get("eos_token_id")
-            if given is not None:
-                path, value = generation, given
-        listed = value if isinstance(value, list) else [value]
-        if not listed or not all(map(self._is_token_id, listed)):
-            raise ValueError(
-                f"{path}: eos_token_id is {reprlib.repr(value)}; it must be one of the {self._vocab_size} token ids"
-            )
-        ids = list(dict.fromkeys(listed))
-        return tuple(sorted(ids, key=lambda token_id: token_id != first))
-
-    def _is_token_id(self, value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < self._vocab_size
+        """All tokens that end a text. As in transformers' generate, generation_config.json overrules config.json."""
+        own, generation = self._settings["eos_token_id"], self._source / GENERATION_CONFIG
+        listed = listed_end_ids(generation)
+        path, value = (self._path, own) if listed is None else (generation, listed)
+        return check_end_ids(path, value, own, self._vocab_size)
 
     @property
     def _vocab_size(self) -> int:

@@ -25,6 +25,7 @@ from readers.sharded import (
     ShardedReader,
     SourceOptions,
     gelu,
+    layer_shape,
     query_groups,
     rotation,
     whatever_pipeline,
@@ -164,22 +165,15 @@ class MegatronReader(ShardedReader):
         return heads
 
     def shape(self) -> dict[str, Any]:
-        settings, heads = self.settings, self.trained.heads
+        settings = self.settings
         settings.require_all(_REQUIRED)
         wpe = self.shards.whole_shape("wpe") or (0, 0)
         inter = self.shards.whole_shape("layers.0.mlp.dense_h_to_4h.weight") or (0,)
         hidden = settings.size("hidden_size", wpe[-1])
-        if hidden % heads and settings.get("kv_channels") is None:
-            raise ValueError(f"{settings.name}: {heads} attention heads do not divide hidden size {hidden}")
-        size_per_head = settings.size("kv_channels", hidden // heads)
         activations = [name for name in ("swiglu", "squared_relu") if settings.get(name, False)]
         is_fused = settings.get("bias_gelu_fusion", not settings.values)  # the first versions knew the tanh form only
         eps = "norm_epsilon" if "norm_epsilon" in settings.values else "layernorm_epsilon"
-        shape = {
-            "head_num": heads,
-            "kv_head_num": self.trained.kv_heads,
-            "size_per_head": size_per_head,
-            "hidden_size": hidden,
+        shape = layer_shape(settings, self.trained, hidden) | {
             "inter_size": settings.size("ffn_hidden_size", inter[0] // (1 + ("swiglu" in activations))),
             "num_layer": settings.size("num_layers", self.shards.num_layers),
             "layernorm_eps": settings.fraction(eps, 1e-5),
@@ -190,7 +184,7 @@ class MegatronReader(ShardedReader):
         else:
             shape |= gelu(is_fused and self.trained.has_biases, bool(settings.get("openai_gelu", False)))
         if settings.get("position_embedding_type") == "rope" or settings.get("use_rotary_position_embeddings", False):
-            shape |= rotation(settings, size_per_head, "rotary_percent", "rotary_seq_len_interpolation_factor")
+            shape |= rotation(settings, shape["size_per_head"], "rotary_percent", "rotary_seq_len_interpolation_factor")
             # The modules before Megatron-core add a table of positions as well unless they are told not to.
             shape["has_positional_encoding"] = self.shards.whole_shape("wpe") is not None
         else:

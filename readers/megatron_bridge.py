@@ -45,8 +45,7 @@ class BridgeReader(CoreReader):
         """Raises ValueError where files are missing."""
         self.source = source
         self._options = options
-        if options.num_heads is not None:
-            raise ValueError(f"{source}: --num-heads is for Megatron-LM's checkpoints without arguments only")
+        options.refuse_num_heads(source)
         self._folder = folder = _iteration(source)
         if not (folder / _CONFIG).is_file():
             raise ValueError(f"{folder}: {_CONFIG} is missing")

@@ -26,8 +26,9 @@ from readers.sharded import (
     ShardedReader,
     SourceOptions,
     gelu,
-    query_groups,
+    layer_shape,
     rotation,
+    trained_as,
     whatever_pipeline,
 )
 from readers.shards import Shards, Trained
@@ -74,8 +75,7 @@ class NemoReader(ShardedReader):
         self._source = source
         self._options = options
         self._scratch = scratch
-        if options.num_heads is not None:
-            raise ValueError(f"{source}: --num-heads is for Megatron-LM's checkpoints without arguments only")
+        options.refuse_num_heads(source)
         self.files = [source] if source.is_file() else self._used_files()
         if options.tokenizer is not None:
             self.files += tokens.find_files(options.tokenizer)
@@ -151,17 +151,14 @@ class NemoReader(ShardedReader):
     @cached_property
     def trained(self) -> Trained:
         settings = self.settings
-        heads = settings.size("num_attention_heads")
-        has_biases = settings.require("bias", True, False)
-        return Trained(
-            heads=heads,
-            kv_heads=query_groups(settings, heads, heads),
+        is_core = self._is_core
+        return trained_as(
+            settings,
             norms_around_zero=self._normalization() == "layernorm1p"
-            or self._is_core
+            or is_core
             and settings.require("layernorm_zero_centered_gamma", False, True),
-            has_biases=has_biases,
-            has_qkv_bias=has_biases or self._is_core and settings.require("qkv_bias", False, True),
-            ties_head=settings.require("share_embeddings_and_output_weights", True, False),
+            has_biases=settings.require("bias", True, False),
+            has_qkv_bias=is_core and settings.require("qkv_bias", False, True),
         )
 
     def _normalization(self) -> str:
@@ -177,16 +174,9 @@ class NemoReader(ShardedReader):
         settings = self.settings
         settings.require_all(_REQUIRED | (_REQUIRED_OF_CORE if self._is_core else _REQUIRED_OF_LEGACY))
         activation = settings.require("activation", *_ACTIVATIONS)
-        heads, hidden = self.trained.heads, settings.size("hidden_size")
-        if hidden % heads and settings.get("kv_channels") is None:
-            raise ValueError(f"{settings.name}: num_attention_heads {heads} does not divide hidden_size {hidden}")
-        size_per_head = settings.size("kv_channels", hidden // heads)
+        hidden = settings.size("hidden_size")
         is_fused = settings.get("bias_activation_fusion", settings.get("bias_gelu_fusion", True))
-        shape = {
-            "head_num": heads,
-            "kv_head_num": self.trained.kv_heads,
-            "size_per_head": size_per_head,
-            "hidden_size": hidden,
+        shape = layer_shape(settings, self.trained, hidden) | {
             "inter_size": settings.size("ffn_hidden_size", 4 * hidden),
             "num_layer": settings.size("num_layers"),
             "layernorm_eps": settings.fraction("layernorm_epsilon", 1e-5),
@@ -198,7 +188,7 @@ class NemoReader(ShardedReader):
             settings.require("openai_gelu", False)
             shape["activation_type"] = _ACTIVATIONS[activation]
         if settings.get("position_embedding_type") == "rope":
-            shape |= rotation(settings, size_per_head, "rotary_percentage", "seq_len_interpolation_factor")
+            shape |= rotation(settings, shape["size_per_head"], "rotary_percentage", "seq_len_interpolation_factor")
         return shape
 
     @cached_property

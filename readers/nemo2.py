@@ -5,11 +5,13 @@ itself is not needed, and nothing of the checkpoint is executed. It knows no ten
 
 Format: NVIDIA/NeMo 2.x: nemo/lightning/io (mixin.py and connector.py: files, artifact/file.py and registry.py: names of
 the tokenizer's files), nemo/lightning/ckpt_utils.py (adapters), nemo/lightning/_strategy_lib.py (prefixes of tensors),
-nemo/collections/common/tokenizers (huggingface/auto_tokenizer.py, sentencepiece_tokenizer.py).
+nemo/collections/common/tokenizers (huggingface/auto_tokenizer.py, sentencepiece_tokenizer.py); end tokens: config's
+generation_config of nemo/collections/llm/gpt/model, saved by nemo/lightning/io/artifact/hf_auto.py into artifacts.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,6 +20,7 @@ from readers import tokens
 from readers.archive import file_place, folder_files
 from readers.core_settings import CoreReader, check_class, core_settings
 from readers.distributed import DistributedCheckpoint
+from readers.end_tokens import GENERATION_CONFIG
 from readers.settings_file import read_yaml
 from readers.sharded import Settings, SourceOptions
 from readers.tokens import CheckpointTokenizer
@@ -25,6 +28,7 @@ from readers.tokens import CheckpointTokenizer
 _MODEL = "context/model.yaml"
 _ADAPTER = "weights/adapter_metadata.json"
 _MARKS = (_MODEL, "context/io.json", "weights/metadata.json", "weights/.metadata")
+_GENERATION = f"context/artifacts/{GENERATION_CONFIG}"
 _FOLDERS = ("nemo_tokenizer", "artifacts")  # of Hugging Face's files
 _LONGEST_NAME = 255  # bytes, of a file; Linux raises an error for a longer one
 _ROLES = tuple(f"{role}_token" for role in ("unk", "mask", "pad", "sep", "eos", "bos", "cls"))
@@ -42,8 +46,7 @@ class Nemo2Reader(CoreReader):
         """Raises ValueError where files are missing, and for an adapter."""
         self.source = source
         self._options = options
-        if options.num_heads is not None:
-            raise ValueError(f"{source}: --num-heads is for Megatron-LM's checkpoints without arguments only")
+        options.refuse_num_heads(source)
         if not (source / _MODEL).is_file():
             raise ValueError(f"{source}: {_MODEL} is missing; io.json lacks the defaults of its classes")
         if not (source / "weights").is_dir():
@@ -58,6 +61,7 @@ class Nemo2Reader(CoreReader):
         else:
             self.files += [path for path in sorted(context.glob("*")) if path.is_file() and path != source / _MODEL]
             self.files += [path for name in _FOLDERS for path in tokens.find_files(context / name)]
+            self.files += [path for path in (source / _GENERATION,) if path.is_file() and path not in self.files]
 
     @cached_property
     def _model(self) -> dict[str, Any]:
@@ -76,8 +80,13 @@ class Nemo2Reader(CoreReader):
 
     @cached_property
     def tokenizer(self) -> CheckpointTokenizer:
+        """The options' tokenizer, or the checkpoint's, whose end tokens the model's generation_config may list."""
         if self._options.tokenizer is not None:
             return tokens.from_path(self._options.tokenizer)
+        generation = self.source / _GENERATION
+        return replace(self._own_tokenizer(), generation=generation) if generation.is_file() else self._own_tokenizer()
+
+    def _own_tokenizer(self) -> CheckpointTokenizer:
         name = f"{self.source / _MODEL}: tokenizer"
         values = self._model.get("tokenizer")
         if values is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import pickletools
+import sys
 import zipfile
 from typing import Any, BinaryIO
 
@@ -16,6 +17,7 @@ import torch
 MAX_PICKLE_BYTES = 32 << 20  # a checkpoint of 10 000 tensors has 2 MB
 _MAX_OPERATIONS = 2_000_000  # 40 for each tensor, or for each shard of one
 _MAX_TUPLE = 100_000  # elements of a tuple and of the tuples in it, each as often as it is there
+_MAX_DIRECTORY = 8 << 20  # bytes of a zip archive's list of records; PyTorch's have 60 to 150 for each tensor
 _BUILDS = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "REDUCE", "NEWOBJ")  # whose result is as large as what it is made of
 _PUTS, _GETS = ("PUT", "BINPUT", "LONG_BINPUT"), ("GET", "BINGET", "LONG_BINGET")
 
@@ -72,7 +74,9 @@ def _apply(operation: Any, stack: list[int]) -> int:
 
 def check_zip(file: BinaryIO, name: str) -> None:
     """Check the pickle and the sizes of a zip archive of torch.save. Raises ValueError, or zipfile.BadZipFile."""
-    with zipfile.ZipFile(file) as archive:
+    limited: Any = _Limited(file, name)
+    with zipfile.ZipFile(limited) as archive:  # reads the whole list at once, and makes 200 bytes of an empty record
+        limited.largest = sys.maxsize
         for record in archive.infolist():
             if record.compress_type != zipfile.ZIP_STORED:  # it could grow without end
                 raise ValueError(f"{name}: its record {record.filename} is compressed; not PyTorch's work")
@@ -85,6 +89,24 @@ def check_zip(file: BinaryIO, name: str) -> None:
                 with archive.open(record) as content:
                     check_pickle(content, name)  # type: ignore[arg-type]
     file.seek(0)
+
+
+class _Limited:
+    """A file that refuses to read more than `largest` bytes at once."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file, self._name = file, name
+        self.largest = _MAX_DIRECTORY
+
+    def read(self, size: int = -1) -> bytes:
+        if size > self.largest:
+            raise ValueError(
+                f"{self._name}: its list of records has {size:,} bytes; such a list has {self.largest:,} at most"
+            )
+        return self._file.read(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def check_old_file(file: BinaryIO, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The rotary settings of Hugging Face's config.json → ModelConfig's rotary_… fields.
+"""The rotary settings of Hugging Face's config.json → ModelConfig's rotary_… fields; YaRN's for all readers.
 
 Format: transformers/modeling_rope_utils.py. transformers 4 wrote rope_theta, rope_scaling and partial_rotary_factor;
 transformers 5 writes rope_parameters, which holds all three, and may hold them once for each type of layer.
@@ -76,30 +76,16 @@ class RotarySettings:
         return fields
 
     def _yarn(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The ramp's ends and the attention factor, as _compute_yarn_parameters has them.
-
-        The ends are the places of the frequencies that turn beta_fast and beta_slow times in the trained positions.
-        """
-        num_rotated, base = fields["rotary_embedding"], fields["rotary_base"]
+        """The ramp's ends and the attention factor, as _compute_yarn_parameters has them."""
         trained = self._positive("original_max_position_embeddings", self._settings["max_position_embeddings"])
-        first, last = (
-            num_rotated * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(base))
-            for turns in (self._positive("beta_fast", 32), self._positive("beta_slow", 1))
-        )
-        if self._given.get("truncate", True):
-            first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, num_rotated - 1)
-        last += 0.001 if first == last else 0
+        turns = self._positive("beta_fast", 32), self._positive("beta_slow", 1)
         factor = fields["rotary_interpolation_factor"]
-        attention = _attention_factor(factor)
+        attention = attention_factor(factor)
         if self._given.get("mscale") and self._given.get("mscale_all_dim"):
-            scales = (self._positive("mscale"), self._positive("mscale_all_dim"))
-            attention = _attention_factor(factor, scales[0]) / _attention_factor(factor, scales[1])
-        return {
-            "rotary_ramp_first": float(first),
-            "rotary_ramp_last": float(last),
-            "rotary_attention_factor": self._positive("attention_factor", attention),
-        }
+            attention = attention_factor(factor, self._positive("mscale"), self._positive("mscale_all_dim"))
+        name, base = f"{self._path}: {self._key}.rope_theta", fields["rotary_base"]
+        ramp = yarn_ramp(name, base, fields["rotary_embedding"], trained, turns, self._given.get("truncate", True))
+        return ramp | {"rotary_attention_factor": self._positive("attention_factor", attention)}
 
     def _positive(self, name: str, default: Any = None) -> float:
         value = self._given.get(name)
@@ -109,5 +95,26 @@ class RotarySettings:
         return float(value)
 
 
-def _attention_factor(factor: float, scale: float = 1.0) -> float:
-    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+def yarn_ramp(
+    name: str, base: float, num_rotated: int, trained: float, turns: tuple[float, float], is_rounded: bool
+) -> dict[str, float]:
+    """The ends of YaRN's ramp: the places of the frequencies that turn so many times in the trained positions.
+
+    As transformers' _compute_yarn_parameters and Megatron-core's _yarn_find_correction_range have them. name: of the
+    base's setting, for messages; turns: beta_fast, beta_slow. Raises ValueError for a base up to 1.
+    """
+    if base <= 1:
+        raise ValueError(f"{name} is {base}; with YaRN it must be above 1")
+    first, last = (num_rotated * math.log(trained / (beta * 2 * math.pi)) / (2 * math.log(base)) for beta in turns)
+    if is_rounded:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, num_rotated - 1)
+    last += 0.001 if first == last else 0
+    return {"rotary_ramp_first": float(first), "rotary_ramp_last": float(last)}
+
+
+def attention_factor(factor: float, scale: float = 1.0, scale_all_dim: float = 0.0) -> float:
+    """YaRN's factor of rotated elements: mscale's over mscale_all_dim's, which is 1 for 0."""
+    if factor <= 1:
+        return 1.0
+    return (0.1 * scale * math.log(factor) + 1.0) / (0.1 * scale_all_dim * math.log(factor) + 1.0)

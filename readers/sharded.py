@@ -29,7 +29,7 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
     "attention_output_gate": (False,),
     "experimental_attention_variant": (None,),
     "multi_latent_attention": (False,),
-    "qk_layernorm": (False,),
+    "qk_layernorm": (False, True),
     "qk_l2_norm": (False,),
     "glu_linear_offset": (0.0,),
     "activation_func_clamp_value": (None,),
@@ -54,6 +54,11 @@ class SourceOptions:
     def __post_init__(self) -> None:
         if self.num_heads is not None and self.num_heads < 0:
             raise ValueError(f"num_heads is {self.num_heads}; it must be 0 or more")
+
+    def refuse_num_heads(self, source: Path) -> None:
+        """Raise ValueError for --num-heads, where the checkpoint itself says it."""
+        if self.num_heads is not None:
+            raise ValueError(f"{source}: --num-heads is for Megatron-LM's checkpoints without arguments only")
 
     def describe(self) -> dict[str, Any]:
         """For the manifest: other options make another folder."""
@@ -157,8 +162,9 @@ class ShardedReader:
         if shape.get("has_positional_encoding", True):
             shape["max_pos_seq_len"] = self._rows("wpe", shape)
         tokenizer = self.tokenizer
-        start_id, end_id = tokenizer.start_id, tokenizer.end_id
-        if max(len(tokenizer.tokenizer) - 1, start_id, end_id) >= vocab_size:
+        end_ids = tokenizer.end_ids(vocab_size)
+        start_id = end_ids[0] if tokenizer.start_id is None else tokenizer.start_id
+        if max(len(tokenizer.tokenizer) - 1, start_id, *end_ids) >= vocab_size:
             raise ValueError(
                 f"{tokenizer.name}: {len(tokenizer.tokenizer)} tokens; the embedding has {vocab_size} rows only"
             )
@@ -166,7 +172,8 @@ class ShardedReader:
             model_name=model_name,
             vocab_size=vocab_size,
             start_id=start_id,
-            end_id=end_id,
+            end_id=end_ids[0],
+            end_ids=end_ids,
             weight_data_type=weight_data_type,
             tensor_para_size=tp,
             **shape,
@@ -196,6 +203,33 @@ class ShardedReader:
 def whatever_pipeline(settings: Settings) -> Settings:
     """Drop the settings that concern only ranks' files: a distributed checkpoint numbers the whole model's layers."""
     return Settings(settings.name, settings.values | {"virtual_pipeline_model_parallel_size": None})
+
+
+def trained_as(settings: Settings, norms_around_zero: bool, has_biases: bool, has_qkv_bias: bool) -> Trained:
+    """How a model of NeMo's or Megatron-Bridge's is to be read. has_qkv_bias: even without other biases."""
+    heads = settings.size("num_attention_heads")
+    return Trained(
+        heads=heads,
+        kv_heads=query_groups(settings, heads, heads),
+        norms_around_zero=norms_around_zero,
+        has_biases=has_biases,
+        has_qkv_bias=has_biases or has_qkv_bias,
+        ties_head=settings.require("share_embeddings_and_output_weights", True, False),
+    )
+
+
+def layer_shape(settings: Settings, trained: Trained, hidden: int) -> dict[str, Any]:
+    """ModelConfig's fields of a layer's heads. hidden: hidden_size. Raises ValueError."""
+    heads = trained.heads
+    if hidden % heads and settings.get("kv_channels") is None:
+        raise ValueError(f"{settings.name}: num_attention_heads {heads} does not divide hidden_size {hidden}")
+    return {
+        "head_num": heads,
+        "kv_head_num": trained.kv_heads,
+        "size_per_head": settings.size("kv_channels", hidden // heads),
+        "hidden_size": hidden,
+        "qk_layernorm": settings.require("qk_layernorm", False, True),
+    }
 
 
 def query_groups(settings: Settings, heads: int, default: int | None = None) -> int:

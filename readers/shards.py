@@ -5,6 +5,9 @@ megatron.core), the axis that training splits, layers numbered anew on each pipe
 head, or by group where several query heads share a KV head. A weight is assembled when it is written, so memory holds
 one weight and no file. A distributed checkpoint counts as a single rank's file. It knows neither the origin of the
 files nor the model's name.
+
+Names: NVIDIA/Megatron-LM: megatron/core/transformer/attention.py (SelfAttention, q_layernorm and k_layernorm too),
+megatron/core/models/gpt/gpt_layer_specs.py; the same in NVIDIA/NeMo's nemo/collections/llm/gpt/model/qwen3.py.
 """
 
 from __future__ import annotations
@@ -48,6 +51,8 @@ _LAYER_NAMES = {
             "attention.query_key_value.{}",
             "self_attention.linear_qkv.{}",
         ),
+        "attention.q_norm": ("self_attention.q_layernorm.{}",),
+        "attention.k_norm": ("self_attention.k_layernorm.{}",),
         "attention.dense": ("self_attention.dense.{}", "attention.dense.{}", "self_attention.linear_proj.{}"),
         "post_attention_layernorm": (
             "post_attention_layernorm.{}",
@@ -251,7 +256,7 @@ class Shards:
         place = self._find(spec.name)
         if place is None:
             is_biased = trained.has_qkv_bias if "query_key_value" in spec.name else trained.has_biases
-            if spec.name.endswith("bias") and "layernorm" not in spec.name and not is_biased:
+            if spec.name.endswith("bias") and not spec.name.endswith("norm.bias") and not is_biased:
                 return Weight(spec.name, f"no bias: {spec.name}", lambda: torch.zeros(spec.shape))
             raise ValueError(f"{self._grid[0][0].name}: {spec.name} is missing, there and on the other ranks")
         pp_rank, local = place
@@ -295,7 +300,7 @@ class Shards:
             whole = whole.flatten(1, 2)
         if row_axes:
             return whole.movedim(-1, 0) if spec.name.endswith("weight") else whole
-        if "layernorm.weight" in spec.name and trained.norms_around_zero:
+        if spec.name.endswith("norm.weight") and trained.norms_around_zero:
             return whole.float() + 1
         return whole if spec.name in ("wte", "wpe", _HEAD) or whole.ndim == 1 else whole.T
 

@@ -18,37 +18,50 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from readers import sentencepieces
 from readers.archive import Place, file_place
+from readers.end_tokens import GENERATION_CONFIG, check_end_ids, listed_end_ids
 
 if TYPE_CHECKING:  # importing transformers takes seconds, which ranks and conversions without such a tokenizer save
     from transformers import PreTrainedTokenizerFast
 
 _END_OF_TEXT = "<|endoftext|>"  # begins and ends GPT-2's texts
 _GPT2_FILES = (("vocab.json", "merges.txt"), ("gpt2-vocab.json", "gpt2-merges.txt"))
-_HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_HUGGING_FACE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    GENERATION_CONFIG,
+)
 _SENTENCEPIECE_FILE = "tokenizer.model"
 _ROLES = tuple(f"{role}_token" for role in ("unk", "mask", "pad", "sep", "eos", "bos", "cls"))  # NeMo's order
 
 
 @dataclass(frozen=True)
 class CheckpointTokenizer:
-    """A tokenizer and where it comes from; ids are -1 where there is no such token."""
+    """A tokenizer and where it comes from."""
 
     tokenizer: Any
     name: str  # for messages
     copies: Mapping[str, bytes] = field(default_factory=dict)  # file name -> content, under FasterTransformer's names
+    generation: Path | None = None  # a generation_config.json, which may list other end tokens
 
     @property
-    def start_id(self) -> int:
-        """The token that begins a text; the one that ends it where there is none."""
-        start_id = self.tokenizer.bos_token_id
-        return self.end_id if start_id is None else start_id
+    def start_id(self) -> int | None:
+        """The token that begins a text."""
+        return self.tokenizer.bos_token_id
 
-    @property
-    def end_id(self) -> int:
-        """The token that ends a text. Raises ValueError where there is none."""
-        if self.tokenizer.eos_token_id is None:
+    def end_ids(self, vocab_size: int) -> tuple[int, ...]:
+        """All tokens that end a text, the tokenizer's own first. Raises ValueError where there is none.
+
+        As in transformers' generate, generation_config.json overrules the others.
+        """
+        own = self.tokenizer.eos_token_id
+        listed = None if self.generation is None else listed_end_ids(self.generation)
+        if self.generation is not None and listed is not None:
+            return check_end_ids(self.generation, listed, own, vocab_size)
+        if own is None:
             raise ValueError(f"{self.name}: the tokenizer has no token that ends a text")
-        return self.tokenizer.eos_token_id
+        return (own,)
 
     def write(self, folder: Path) -> None:
         """Write the files that AutoTokenizer reads, and the copies."""
@@ -154,7 +167,7 @@ def from_path(path: Path, special_tokens: Any = None) -> CheckpointTokenizer:
     except Exception as error:  # as above
         raise ValueError(f"{path}: no tokenizer that transformers can read ({' '.join(str(error).split())})") from None
     _add(tokenizer, _in_order(special_tokens))
-    return CheckpointTokenizer(tokenizer, str(path))
+    return CheckpointTokenizer(tokenizer, str(path), generation=path / GENERATION_CONFIG)
 
 
 def _wrap(core: Tokenizer, roles: Mapping[str, str | None], split_special: bool) -> PreTrainedTokenizerFast:

@@ -137,6 +137,23 @@ def test_a_library_that_does_not_load_is_named(tmp_path: Path) -> None:
     assert re.search("there is no such file", failures(text)["library"])
 
 
+def test_torchs_groups_are_measured(tmp_path: Path) -> None:
+    """gloo, with the code of NCCL's pairs."""
+    (code, text), other = call_ranks(2, "tests.multi.pairs:run", str(tmp_path))
+    assert (code, other) == (0, (0, "")), text
+    assert re.fullmatch(r"gloo, 4 MiB: \d+ MB/s within a host", lines(text)["all-reduce"][1])
+
+
+@pytest.mark.slow("starts its own mpirun, and waits until a rank has not come")
+def test_a_pair_of_torchs_groups_that_does_not_meet_is_named(tmp_path: Path) -> None:
+    command = mpirun_command(2, str(ROOT / "tests/multi/pairs.py"), str(tmp_path))
+    code, text = check(command, {**os.environ, **mpi_environment(), "PYTHONPATH": str(ROOT)})
+    host = socket.gethostname()
+    pair = f"rank 0 on {host} with rank 1 on {host}"
+    assert failures(text) == {"all-reduce": f"{pair}: no answer over gloo within 4 s: look at GLOO_SOCKET_IFNAME"}
+    assert code == 1
+
+
 @pytest.mark.slow("starts its own mpirun")
 @needs_namespaces
 def test_a_folder_that_is_not_shared_is_named(tmp_path: Path) -> None:

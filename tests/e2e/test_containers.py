@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import yaml
 
 from tests.support.containers import BASE, Containers, containers, why_not
 from tests.support.engines import demo_greedy
 from tests.support.launch import Ports
+from tests.support.ranks import ROOT
 from tests.support.scrape import scrape
 
 pytestmark = [
@@ -113,6 +116,36 @@ def test_by_hand_in_a_container_that_sleeps(engine: Containers, right_text: str)
         options=["--volume", f"{config}:/etc/pip.conf:ro", *mounts],
     )
     assert asked.splitlines()[-1] == right_text
+
+
+# What this machine cannot do: it has neither a bridge of networks nor a build with Docker's secrets.
+COMPOSED = {
+    "services": {
+        "server": {
+            "image": IMAGE,
+            "network_mode": "none",
+            "ports": [],
+            "ulimits": {"nofile": 1024, "nproc": 4096},
+            "environment": {"OMP_NUM_THREADS": "1"},
+        }
+    }
+}
+
+
+@pytest.mark.skipif(shutil.which("podman-compose") is None, reason="no podman-compose here: ./install.sh --dev")
+def test_the_compose_file_serves_without_a_gpu(engine: Containers, right_text: str) -> None:
+    """Prometheus and Grafana beside it come from a registry, and are left out."""
+    override = engine.folder / "override.yaml"
+    override.write_text(yaml.safe_dump(COMPOSED).replace("ports: []", "ports: !reset []"))
+    files = [ROOT / "deploy/docker/compose.yaml", ROOT / "deploy/docker/compose.cpu.yaml", override]
+    name = engine.compose_up(files, "server", {"TP": "2", "MODEL": "models/stories"})
+    engine.wait_for(name, "ready: model")
+    assert "tp 2 × pp 1, float32 on cpu" in engine.logs(name)
+    assert engine.is_healthy(name)
+    command = ["./client.py", "--model-name", "stories", "--prompts", PROMPT, "--output-len", str(NEW_TOKENS), "--json"]
+    assert text_of(engine.execute(name, *command)) == right_text
+    assert engine.execute(name, "ls", "/data/ft_models/stories") == "2-gpu\n"
+    assert engine.stop(name) == 0
 
 
 def test_what_is_run_in_the_servers_place(engine: Containers) -> None:

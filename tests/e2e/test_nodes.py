@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,50 +16,18 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from tests.support.engines import hf_greedy
-from tests.support.launch import ROOT, Ports, Server
-from tests.support.nodes import Nodes, two_nodes, why_not
+from tests.support.nodes import STORIES, Nodes, serving_on, two_nodes, why_not
 
 pytestmark = [
     pytest.mark.slow("a minute: starts four servers on two nodes"),
     pytest.mark.skipif(why_not() is not None, reason=why_not() or ""),
 ]
 
-STORIES = ROOT / "models/stories"
-
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[Nodes]:
     with two_nodes(tmp_path) as made:
         yield made
-
-
-class NodesServer(Server):
-    """server.py on both nodes; Triton is on n0, whose ports only n0 reaches."""
-
-    def __init__(self, nodes: Nodes, tp: int, pp: int, *flags: str) -> None:
-        self.nodes = nodes
-        self.log = nodes.folder / "log"
-        Ports.__init__(self)
-        model = ["--hf-model-name", str(STORIES), "--output-dir", str(nodes.folder / "weights")]
-        sizes = ["--tp", str(tp), "--pp", str(pp)]
-        command = nodes.mpirun(tp * pp // 2, str(ROOT / "server.py"), *sizes, *model, *self.port_flags, *flags)
-        with self.log.open("w") as file:
-            self.process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, env=nodes.environment, start_new_session=True
-            )
-
-    def client(self, *flags: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "client.py"), "--url", self.url(), "--model-name", "stories", *flags]
-        return subprocess.run(self.nodes.on("n0", *command), capture_output=True, text=True, timeout=timeout_s)
-
-
-@contextlib.contextmanager
-def serving_on(nodes: Nodes, tp: int, pp: int, *flags: str) -> Iterator[NodesServer]:
-    server = NodesServer(nodes, tp, pp, *flags)
-    try:
-        yield server.wait_ready()
-    finally:
-        server.kill()
 
 
 def payload_of_a_token(config: GPT2Config, tp: int, pp: int) -> int:

@@ -49,6 +49,8 @@ def test_ready_line_says_what_runs(server: Server) -> None:
     assert f"model {MODEL}, engine torch (no FasterTransformer library at " in line
     assert "tp 2 × pp 1, float32 on cpu" in line
     assert f"http://127.0.0.1:{server.http} and grpc://127.0.0.1:{server.grpc}" in line
+    stages = ("check", "find weights", "pick backend", "connect", "load", "prepare")
+    assert re.search("start-up took: " + ", ".join(rf"{stage} \d+\.\d s" for stage in stages), server.text)
 
 
 @pytest.mark.parametrize("kind", ["http", "grpc"])

@@ -308,7 +308,7 @@ def test_int8_engine_gives_the_tokens_of_the_dequantized_model(
 
 def test_int8_with_fp32_is_refused(library: Path, converted: Callable[[int], Path]) -> None:
     folder = converted(1)
-    with pytest.raises(ValueError, match="int8_mode is 1; FasterTransformer's int8 needs data_type fp16 or bf16"):
+    with pytest.raises(ValueError, match="quantization is int8; FasterTransformer's int8 needs data_type fp16 or bf16"):
         FasterTransformerExecutor(
             folder,
             ModelConfig.read(folder / "config.ini"),

@@ -14,9 +14,9 @@ from engine.config import ParallelConfig
 from engine.plan import NewSequences
 from engine.request import SamplingParams
 from executor.attention import Attention
-from executor.kv_cache import KVCache
+from executor.kv_cache import CacheShape, KVCache
 from executor.layers import Linear, LMHead, RowParallelLinear, VocabEmbedding
-from executor.matmul import PackedMatmul, PlainMatmul, can_pack, make_matmul
+from executor.matmul import PackedMatmul, PlainMatmul, can_pack, make_matmul, padded_rows
 from executor.model import GPT, StepInput
 from executor.slots import SlotState
 from kernels.activation import ACTIVATIONS
@@ -95,6 +95,14 @@ def test_the_factory_packs_where_one_dnn_can() -> None:
     assert not can_pack(torch.float16, CPU) and not can_pack(torch.float32, torch.device("cuda"))
 
 
+def test_a_cpu_multiplies_few_numbers_of_rows() -> None:
+    """oneDNN keeps 0.5 MB for each, for ever."""
+    padded = [padded_rows(rows) for rows in range(1, 513)]
+    assert padded[:18] == [*range(1, 17), 18, 18] and padded[299] == 304
+    assert all(rows <= more <= 1.125 * rows for rows, more in enumerate(padded, 1))
+    assert len(set(padded)) == 64
+
+
 def test_row_parallel_shards_add_up_with_the_bias_once() -> None:
     generator = torch.Generator().manual_seed(1)
     x, weight, bias = torch.randn(5, 12, generator=generator), torch.randn(12, 7), torch.randn(7)
@@ -144,7 +152,7 @@ def attention_by_definition(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.n
 def test_attention_of_a_ragged_batch(is_scattered: bool) -> None:
     """A decode, a whole prompt and the second piece of a prompt in one batch, each over its own tokens only."""
     rng = np.random.default_rng(0)
-    cache = KVCache(1, 12, 4, 2, 8, torch.float32, CPU)
+    cache = KVCache(CacheShape(1, 4, 2, 8, torch.float32), 12, CPU)
     slots = SlotState(3, 16, 4, 12, CPU)
     kv_lens, lengths = [9, 5, 14], [1, 5, 6]
     blocks = [[7, 0, 11], [3, 1], [10, 2, 9, 4]] if is_scattered else [[0, 1, 2], [3, 4], [5, 6, 7, 8]]
@@ -185,7 +193,7 @@ def test_number_of_collectives(
     comm = CountingComm(parallel)
     reader = ShardReader(folder, config, parallel.tp_rank, torch.float32)
     model = GPT(comm, reader, CPU, lambda: None)
-    cache = KVCache(len(parallel.layers(4)), 4, 4, 2, 16, torch.float32, CPU)
+    cache = KVCache(CacheShape(len(parallel.layers(4)), 4, 2, 16, torch.float32), 4, CPU)
     slots = SlotState(1, 16, 4, 4, CPU)
     slots.start([NewSequences([0], [0], SamplingParams(1), (), [[0, 1]])])
     slots.token_ids[0, :3] = torch.tensor([5, 6, 7])

@@ -71,6 +71,8 @@ SOURCES = {
     "megatron-around-zero": Source(AROUND_ZERO, "megatron"),
     "qwen2": Source(QWEN2, "core"),
     "megatron-qwen2": Source(QWEN2, "megatron"),
+    "qwen3": Source(ModernGPT("qwen3", kv_heads=4), "core"),
+    "megatron-qwen3": Source(ModernGPT("qwen3", kv_heads=2), "megatron"),
     # kv_channels other than an even share of the hidden size: all heads together are wider, or narrower.
     "wide-heads": Source(ModernGPT("llama", kv_heads=2, head_dim=16, hidden_size=64), "core"),
     "wide-heads-each-with-keys": Source(ModernGPT("nemotron", kv_heads=8, head_dim=16, hidden_size=64), "legacy"),
@@ -344,7 +346,7 @@ def test_fastertransformer_refuses_speculation(tmp_path: Path) -> None:
     library = tmp_path / "libth_transformer.so"
     library.touch()
     config = ModelConfig(4, 32, 2, 100, 98, 99, max_pos_seq_len=64)
-    with pytest.raises(ValueError, match="^speculative is ngram; the fastertransformer engine computes none only$"):
+    with pytest.raises(ValueError, match="^speculative is ngram; FasterTransformer's GPT computes none only$"):
         pick_backend(EngineConfig(engine="fastertransformer", speculative="ngram"), config, library, 0)
     pick_backend(EngineConfig(engine="fastertransformer"), config, library, 0)
 

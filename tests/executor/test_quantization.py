@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from engine.config import EngineConfig, ParallelConfig
-from executor.matmul import Int8CpuMatmul, Int8WideningMatmul, make_matmul
-from executor.quantization import Int8Matrix, Quantizer, quantize
+from executor.matmul import Int8CpuMatmul, WideningMatmul, make_matmul
+from executor.quantization import QuantizedMatrix, quantize, read_quantized
 from executor.startup import pick_backend
 from kernels import linear
 from tests.support.engines import make_engine, prompts, save_logits
@@ -33,7 +33,7 @@ def test_numbers_are_fastertransformers() -> None:
     weight[:, 3] = 0  # a column without values
     weight[:5, 4] = [1.28, -1.28, 0.005, -0.005, 0.015]  # the ends, and halves
     weight[5:, 4] = 0.1
-    matrix = quantize(torch.tensor(weight), torch.tensor(np.abs(weight).max(0)))
+    matrix = quantize(torch.tensor(weight), torch.tensor(np.abs(weight).max(0)), "int8")
     integers, scales = by_definition(weight)
     assert np.array_equal(matrix.values.numpy().T, integers) and np.array_equal(matrix.scales.numpy(), scales)
     assert integers[:2, 4].tolist() == [127, -128]
@@ -42,16 +42,16 @@ def test_numbers_are_fastertransformers() -> None:
     assert (np.abs(matrix.dequantize().numpy() - weight) <= scales * np.where(integers == 127, 1.0, 0.5) * 1.001).all()
 
 
-def random_matrix(num_in: int, num_out: int) -> Int8Matrix:
+def random_matrix(num_in: int, num_out: int) -> QuantizedMatrix:
     generator = torch.Generator().manual_seed(num_in)
     values = torch.randint(-128, 128, (num_out, num_in), dtype=torch.int8, generator=generator)
-    return Int8Matrix(values, torch.rand(num_out, generator=generator) / 100)
+    return QuantizedMatrix(values, torch.rand(num_out, generator=generator) / 100)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3, 8, 31, 32, 33, 200])
 @pytest.mark.parametrize(("num_in", "num_out"), [(48, 33), (768, 256), (3072, 50)])
-@pytest.mark.parametrize("kind", [Int8CpuMatmul, Int8WideningMatmul])
+@pytest.mark.parametrize("kind", [Int8CpuMatmul, WideningMatmul])
 def test_product_is_the_dequantized_one(kind: type, num_in: int, num_out: int, rows: int, dtype: torch.dtype) -> None:
     """Near the rounding of a plain product in the same dtype, even in a row with one value far above the others."""
     if kind is Int8CpuMatmul and not HAS_VNNI:
@@ -96,7 +96,7 @@ def test_wrapper_refuses_what_does_not_fit() -> None:
     x, values, scales = torch.randn(2, 8), matrix.values, matrix.scales
     for arguments, sentence in (
         ((x[:, :7], values, scales, None), r"x is \[2, 7\] and weight \[4, 8\]"),
-        ((x, values.float(), scales, None), "must be torch.int8 and contiguous"),
+        ((x, values.float(), scales, None), "must be torch.int8 or torch.float8_e4m3fn and contiguous"),
         ((x, values, scales[:3], None), r"scales are torch.float32 \[3\]"),
         ((x, values, scales.half(), None), r"must be fp32 \[4\]"),
         ((x, values, scales, torch.zeros(4).half()), "bias is torch.float16"),
@@ -122,7 +122,7 @@ def test_memory_is_a_byte_a_weight() -> None:
     kept = []
     for _ in range(matrices):
         weight = torch.randn(1024, 2048)
-        kept.append(make_matmul(quantize(weight, weight.abs().amax(0))))
+        kept.append(make_matmul(quantize(weight, weight.abs().amax(0), "int8")))
     del weight
     kept[0](torch.randn(3, 1024), None)
     assert anonymous_mb() - before < 1.5 * matrices * 1024 * 2048 / 1e6
@@ -137,10 +137,10 @@ def dequantized(converted: Callable[[int], Path], tmp_path_factory: pytest.TempP
 
 
 def test_shards_are_the_whole_matrix_quantized(converted: Callable[[int], Path]) -> None:
-    def read(tp: int, rank: int, part: int) -> Int8Matrix:
+    def read(tp: int, rank: int, part: int) -> QuantizedMatrix:
         config = ModelConfig.read(converted(tp) / "config.ini")
         reader = ShardReader(converted(tp), config, rank, torch.bfloat16)  # no matter: the file's values count
-        return Quantizer(reader, CPU).read(layer_specs(config, 1)[part])
+        return read_quantized(reader, layer_specs(config, 1)[part], "int8", CPU)
 
     for part in (4, 10):  # row-parallel: attention.dense, mlp down
         whole, shards = read(1, 0, part), [read(2, rank, part) for rank in range(2)]
@@ -184,7 +184,7 @@ def test_it_differs_from_the_model_itself_by_a_percent(
             logits.append(np.load(tmp_path / "logits.npy"))
     error = np.linalg.norm(logits[1] - logits[0]) / np.linalg.norm(logits[0])
     assert 1e-4 < error < 0.05
-    assert "int8: 16 matrices quantized, relative error " in caplog.text
+    assert "int8 weights: relative error of the logits " in caplog.text
 
 
 def test_torch_engine_is_chosen(converted: Callable[[int], Path]) -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from executor.attention import alibi_slopes
-from executor.kv_cache import KVCache, LayerCache
+from executor.kv_cache import CacheShape, KVCache
 from kernels.decode_attention import DecodeMetadata, make_workspace, reference
 from kernels.heads import HeadLayout
+from kernels.layer_cache import LayerCache
 from kernels.ragged_attention import can_batch, ragged_attention, ragged_rows
 
 CPU = torch.device("cpu")
@@ -21,8 +22,8 @@ def scattered(lengths: list[int], kv_heads: int) -> tuple[torch.Tensor, torch.Te
     """(table, slots, positions, cache): slots in any order, each token at any location."""
     generator = torch.Generator().manual_seed(0)
     num_slots, longest = len(lengths) + 2, max(lengths)
-    cache = KVCache(1, 1, num_slots * longest, kv_heads, HEAD_DIM, torch.float32, CPU)
-    for part in cache.layers[0]:
+    cache = KVCache(CacheShape(1, num_slots * longest, kv_heads, HEAD_DIM, torch.float32), 1, CPU)
+    for part in cache.layers[0][:2]:
         part.copy_(torch.randn(part.shape, generator=generator))
     table = torch.randperm(num_slots * longest, generator=generator).int().view(num_slots, longest)
     slots = torch.randperm(num_slots, generator=generator)[: len(lengths)]
@@ -55,7 +56,7 @@ def test_rows_of_any_length(heads: int, kv_heads: int, has_slopes: bool, lengths
     layout = HeadLayout(heads, kv_heads, HEAD_DIM, heads != kv_heads)
     own_locs = table[slots, positions].long()  # the reference stores the new tokens' keys and values: the same again
     qkv = packed(query, cache.keys[own_locs], cache.values[own_locs]).double()
-    expected = reference(qkv, layout, cache.keys.double(), cache.values.double(), decodes, slopes)
+    expected = reference(qkv, layout, LayerCache(cache.keys.double(), cache.values.double()), decodes, slopes)
     for _ in range(2):  # the scores of one layer leave nothing behind for the next
         ours = ragged_attention(query, cache.keys, cache.values, rows)
         assert ours.dtype == torch.float32

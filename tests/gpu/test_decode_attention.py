@@ -9,6 +9,7 @@ import torch
 from executor.attention import alibi_slopes
 from kernels.decode_attention import DecodeMetadata, decode_attention, make_workspace
 from kernels.heads import HeadLayout
+from kernels.layer_cache import LayerCache
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 MAX_LEN = 3000
@@ -89,7 +90,7 @@ def test_attention_by_definition(
     for dtype, limit in ((torch.float32, 4e-6), (torch.bfloat16, 1.2e-2), (torch.float16, 2e-3)):
         qkv, kept_k, kept_v = (torch.tensor(part).cuda().to(dtype) for part in (packed(q, k, v), keys, values))
         for _ in range(2):  # the workspace is zeros again
-            ours = decode_attention(qkv, layout, kept_k, kept_v, decodes, slopes, cos_sin)
+            ours = decode_attention(qkv, layout, LayerCache(kept_k, kept_v), decodes, slopes, cos_sin)
         error = np.linalg.norm(ours.double().cpu().numpy() - expected.reshape(num_rows, -1)) / np.linalg.norm(expected)
         assert error < limit, (dtype, error)
         assert not workspace.any()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from executor.quantization import quantize
-from kernels import int8_widen, linear
+from kernels import linear, widen
 from tests.support.engines import prompts
 from tests.support.ranks import first_outputs, greedy_items, run_engine, run_logits
 
@@ -29,12 +29,12 @@ def random_int8(num_in: int, num_out: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_widened_weights_are_the_references(dtype: torch.dtype) -> None:
     for num_in, num_out in ((64, 48), (5000, 33)):
         weight, scales = random_int8(num_in, num_out)
-        assert torch.equal(int8_widen.int8_widen(weight, scales, dtype), int8_widen.reference(weight, scales, dtype))
+        assert torch.equal(widen.widen(weight, scales, dtype), widen.reference(weight, scales, dtype))
 
 
 def test_quantizing_on_a_gpu_gives_the_same_numbers() -> None:
     weight = torch.randn(512, 300)
-    here, there = (quantize(w, w.abs().amax(0)) for w in (weight, weight.cuda()))
+    here, there = (quantize(w, w.abs().amax(0), "int8") for w in (weight, weight.cuda()))
     assert torch.equal(here.values, there.values.cpu()) and torch.equal(here.scales, there.scales.cpu())
 
 

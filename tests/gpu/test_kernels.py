@@ -7,6 +7,7 @@ import torch
 
 from kernels import add_norm, embed, head_norm, prompt_attention, store_kv
 from kernels.heads import HeadLayout
+from kernels.layer_cache import LayerCache
 from kernels.prompt_attention import PromptMetadata, make_tiles
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -44,8 +45,8 @@ def test_store_kv(tokens: int, heads: int, kv_heads: int, head_dim: int, half: i
     cos_sin = (angles.cos(), angles.sin()) if half else None
     shape = (200, kv_heads, head_dim)
     ours, theirs = ([torch.zeros(shape, dtype=dtype, device="cuda") for _ in range(2)] for _ in range(2))
-    store_kv.store_kv(qkv, layout, *ours, kv_locs, cos_sin)
-    store_kv.reference(qkv, layout, *theirs, kv_locs, cos_sin)
+    store_kv.store_kv(qkv, layout, LayerCache(*ours), kv_locs, cos_sin)
+    store_kv.reference(qkv, layout, LayerCache(*theirs), kv_locs, cos_sin)
     assert torch.equal(ours[1], theirs[1])
     torch.testing.assert_close(ours[0], theirs[0], rtol=LIMITS[dtype], atol=LIMITS[dtype])
     assert half or torch.equal(ours[0], theirs[0])
@@ -105,11 +106,11 @@ def test_prompt_attention(
     cos_sin = (angles.cos(), angles.sin()) if half else None
     slopes = torch.rand(heads, device="cuda", generator=generator) if has_slopes else None
     prompts = PromptMetadata(table, torch.tensor(make_tiles(pieces, 50)).cuda())
-    ours = prompt_attention.prompt_attention(qkv, layout, keys, values, prompts, slopes, cos_sin)
-    expected = prompt_attention.reference(*wide(qkv), layout, *wide(keys, values), prompts, slopes, cos_sin)
+    ours = prompt_attention.prompt_attention(qkv, layout, LayerCache(keys, values), prompts, slopes, cos_sin)
+    expected = prompt_attention.reference(*wide(qkv), layout, LayerCache(*wide(keys, values)), prompts, slopes, cos_sin)
     error = ((ours - expected).norm() / expected.norm()).item()
     assert error < {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}[dtype]
-    again = prompt_attention.prompt_attention(qkv, layout, keys, values, prompts, slopes, cos_sin)
+    again = prompt_attention.prompt_attention(qkv, layout, LayerCache(keys, values), prompts, slopes, cos_sin)
     assert torch.equal(ours, again)
 
 

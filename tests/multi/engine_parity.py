@@ -72,6 +72,8 @@ def _load(world: World, argv: tuple[str, ...]) -> tuple[argparse.Namespace, Engi
     parser.add_argument("--engine", default="torch")
     parser.add_argument("--lib-path", type=Path, default=Path("none"))
     parser.add_argument("--int8-mode", type=int, default=0)
+    parser.add_argument("--quantization", default="none")
+    parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--alone", action="store_true", help="one request after the other instead")
     parser.add_argument("--max-batch-size", type=int, default=5)
     parser.add_argument("--speculative", default="none")
@@ -83,6 +85,8 @@ def _load(world: World, argv: tuple[str, ...]) -> tuple[argparse.Namespace, Engi
         device=flags.device,
         data_type=flags.data_type,
         int8_mode=flags.int8_mode,
+        quantization=flags.quantization,
+        kv_cache_dtype=flags.kv_cache_dtype,
         max_batch_size=flags.max_batch_size,
         speculative=flags.speculative,
         max_step_tokens=max(24, flags.max_batch_size),

@@ -1,9 +1,7 @@
-"""NeMo 2's and Megatron-Bridge's folders: logits and tokens of the reference, the files that are found, tokenizers."""
+"""NeMo 2's and Megatron-Bridge's folders: logits and tokens of the reference, the files that are found."""
 
 from __future__ import annotations
 
-import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,17 +11,19 @@ import pytest
 import torch
 import transformers
 import yaml
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from convert import convert
+from executor.rope import rotary_inv_freq
 from readers import SourceOptions, open_reader
 from readers.gpt2 import GPT2Reader
 from readers.megatron_bridge import BridgeReader
 from readers.shards import Trained
 from tests.support.checkpoints import make_gpt2
-from tests.support.core_checkpoints import NEMO_CLASSES, write_bridge, write_nemo2
+from tests.support.core_checkpoints import write_bridge, write_nemo2
 from tests.support.folders import weight_files
 from tests.support.modern_checkpoints import ModernGPT
-from tests.support.nemo_checkpoints import TinyGPT, write_bpe, write_nemo
+from tests.support.nemo_checkpoints import TinyGPT, write_nemo
 from tests.support.ranks import first_outputs, greedy_items, run_engine, run_logits
 from weights.model_config import ModelConfig
 
@@ -37,6 +37,8 @@ LLAMA = ModernGPT("llama", kv_heads=4)
 INTERPOLATED = ModernGPT("llama", kv_heads=2, factor=4.0, base=10000.0)
 AROUND_ZERO = ModernGPT("llama", kv_heads=4, around_zero=True)
 QWEN2 = ModernGPT("qwen2", kv_heads=4)
+QWEN3 = ModernGPT("qwen3", kv_heads=4, around_zero=True)
+YARN = ModernGPT("qwen2", kv_heads=4, factor=4.0, yarn=20)
 WIDE_HEADS = ModernGPT("llama", kv_heads=2, head_dim=16, hidden_size=64)
 SLOW = pytest.mark.slow("3 s each; the models with most to go wrong stay")
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -55,15 +57,20 @@ MODELS = {
     "nemo-interpolated": (write_nemo2, INTERPOLATED),
     "nemo-around-zero": (write_nemo2, AROUND_ZERO),
     "nemo-qwen2": (write_nemo2, QWEN2),
+    "nemo-qwen3": (write_nemo2, QWEN3),
+    "nemo-yarn": (write_nemo2, YARN),
     "nemo-wide-heads": (write_nemo2, WIDE_HEADS),
     "bridge-gpt": (write_bridge, TINY),
     "bridge-nemotron": (write_bridge, NEMOTRON),
     "bridge-llama": (write_bridge, LLAMA),
+    "bridge-qwen3": (write_bridge, QWEN3),
+    "bridge-yarn": (write_bridge, YARN),
     "bridge-nested-llama": (nested, LLAMA),
+    "bridge-nested-yarn": (nested, YARN),
     "bridge-nested-nemotron": (nested, NEMOTRON),
     "bridge-nested-gpt": (nested, EXACT),
 }
-FAST = ("nemo-nemotron", "nemo-llama", "nemo-qwen2", "bridge-gpt", "bridge-nested-llama")
+FAST = ("nemo-nemotron", "nemo-llama", "nemo-qwen3", "bridge-gpt", "bridge-yarn", "bridge-nested-llama")
 
 
 def error(logits: np.ndarray, model: Any) -> float:
@@ -151,6 +158,7 @@ def test_a_printed_run_config(tmp_path: Path) -> None:
         hidden_size=2048,
         inter_size=8192,
         num_layer=16,
+        qk_layernorm=False,
         layernorm_eps=1e-5,
         normalization_type="rmsnorm",
         activation_type="swiglu",
@@ -243,6 +251,31 @@ def test_logits_with_llama_3s_scaling(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "rope"),
+    [
+        (dict(yarn_mscale=1.0, yarn_mscale_all_dim=0.0), dict(truncate=False)),
+        (dict(yarn_mscale=0.7, yarn_mscale_all_dim=1.0), dict(truncate=False, mscale=0.7, mscale_all_dim=1.0)),
+        (dict(yarn_correction_range_round_to_int=True, yarn_beta_fast=None, yarn_beta_slow=None), {}),
+        (dict(yarn_beta_fast=16, yarn_beta_slow=2), dict(truncate=False, beta_fast=16, beta_slow=2)),
+    ],
+    ids=str,
+)
+def test_yarns_settings(settings: dict[str, Any], rope: dict[str, Any], tmp_path: Path) -> None:
+    """The frequencies and the factor of Hugging Face's yarn with the same settings."""
+    yarn = dict(rope_type="yarn", rope_theta=500000.0, factor=4.0, original_max_position_embeddings=8192) | rope
+    hf = transformers.LlamaConfig(head_dim=64, max_position_embeddings=131072, rope_parameters=yarn)
+    expected, factor = ROPE_INIT_FUNCTIONS["yarn"](hf, "cpu")
+    scaling = dict(yarn_rotary_scaling_factor=4.0, yarn_original_max_position_embeddings=8192)
+    model = yaml.safe_load(PRINTED) | dict(position_embedding_type="yarn", scale_factor=None) | scaling | settings
+    (tmp_path / "run_config.yaml").write_text(yaml.safe_dump({"model": model}))
+    reader = open_reader(tmp_path, SourceOptions(), tmp_path)
+    assert isinstance(reader, BridgeReader)
+    config = ModelConfig(vocab_size=320, start_id=1, end_id=2, **reader.shape())
+    torch.testing.assert_close(rotary_inv_freq(config), expected, rtol=2e-6, atol=0)
+    assert config.rotary_attention_factor == pytest.approx(factor)
+
+
+@pytest.mark.parametrize(
     ("activation", "settings", "form"),
     [
         ("nemo.collections.llm.fn.activation.openai_gelu", {}, "tanh"),
@@ -296,63 +329,3 @@ def test_exported_folders_beside_the_weights_are_passed_over(tmp_path: Path) -> 
     folder = convert(source, tmp_path / "ft", 2, "fp32")
     assert weight_files(folder) == TINY.files(2)
     assert "hf/model.safetensors" not in "".join(path.read_text() for path in folder.glob("*.json"))
-
-
-# --- tokenizers ---
-
-
-def ids_of(folder: Path) -> list[int]:
-    return transformers.AutoTokenizer.from_pretrained(folder).encode("the tea")
-
-
-@pytest.mark.parametrize("write", [write_nemo2, write_bridge])
-def test_the_checkpoints_tokenizer(write: Callable[..., Path], tmp_path: Path) -> None:
-    folder = convert(write(tmp_path / "source", TINY), tmp_path / "ft", 1, "fp32")
-    write_bpe(tmp_path / "bpe", TINY.num_tokens)
-    options = SourceOptions(tokenizer=tmp_path / "bpe")
-    other = convert(tmp_path / "source", tmp_path / "other", 1, "fp32", options=options)
-    assert ids_of(folder) == ids_of(other)
-    config = ModelConfig.read(folder / "config.ini")
-    assert (config.end_id, config.vocab_size) == (302, 320)
-
-
-def edit_yaml(path: Path, **values: Any) -> None:
-    content = yaml.safe_load(path.read_text())
-    path.write_text(yaml.safe_dump(content | values))
-
-
-@pytest.mark.parametrize("tokenizer", [None, {"pretrained_model_name": "/training/nemo_tokenizer"}])
-def test_nemo_2s_tokenizer_under_another_path(tokenizer: Any, tmp_path: Path) -> None:
-    source = write_nemo2(tmp_path / "source", TINY)
-    if tokenizer is not None:
-        tokenizer |= {"_target_": "nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer"}
-    edit_yaml(source / "context/model.yaml", tokenizer=tokenizer)
-    assert ids_of(convert(source, tmp_path / "ft", 1, "fp32"))
-
-
-def test_nemo_2s_special_tokens_and_bpe_files(tmp_path: Path) -> None:
-    source = write_nemo2(tmp_path / "source", TINY)
-    shutil.rmtree(source / "context/nemo_tokenizer")
-    vocab, merges = write_bpe(source / "context", TINY.num_tokens)
-    artifact = dict(_target_="nemo.lightning.io.artifact.file.DirOrStringArtifact", attr="gpt2", skip=True)
-    tokenizer = dict(
-        _target_="nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer",
-        pretrained_model_name=artifact,
-        vocab_file=vocab,
-        merges_file=merges,
-        eos_token="<end>",
-        additional_special_tokens=["<turn>"],
-    )
-    edit_yaml(source / "context/model.yaml", tokenizer=tokenizer)
-    folder = convert(source, tmp_path / "ft", 1, "fp32")
-    assert ModelConfig.read(folder / "config.ini").end_id == 303
-    assert transformers.AutoTokenizer.from_pretrained(folder).encode("<turn><end>") == [304, 303]
-
-
-def test_the_source_is_known_by_its_files(tmp_path: Path) -> None:
-    """A conversion is made anew when a file of the checkpoint has changed, its tokenizer's too."""
-    source = write_nemo2(tmp_path / "source", TINY)
-    convert(source, tmp_path / "ft", 1, "fp32")
-    manifest = next(path for path in (tmp_path / "ft/1-gpu").glob("*.json") if "model.yaml" in path.read_text())
-    text = manifest.read_text()
-    assert re.search(r"tokenizer\.json", text) and ".distcp" in text and NEMO_CLASSES not in text

@@ -44,7 +44,7 @@ def refused(source: Path, options: SourceOptions | None = None) -> str:
 # A setting → its value, and what is supported.
 SETTINGS: dict[str, tuple[Any, str]] = {
     **{key: value for key, value in OTHER_MODELS.items() if key != "virtual_pipeline_model_parallel_size"},
-    "position_embedding_type": ("yarn", "learned_absolute, rope"),
+    "position_embedding_type": ("mrope", "learned_absolute, rope, yarn"),
     "normalization": ("L2Norm", "LayerNorm, RMSNorm"),
     "apply_residual_connection_post_layernorm": (True, "False"),
     "num_moe_experts": (8, "None"),
@@ -88,6 +88,31 @@ OTHER_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "two scalings of NeMo": (
         dict(position_embedding_type="rope", scale_factor=8.0, seq_len_interpolation_factor=2.0),
         "both scale_factor and seq_len_interpolation_factor are set; one is supported",
+    ),
+    "a factor of YaRN's alone": (
+        dict(position_embedding_type="rope", yarn_rotary_scaling_factor=4.0),
+        "yarn_rotary_scaling_factor is 4.0; supported: None, 1.0",
+    ),
+    "YaRN without a factor": (
+        dict(position_embedding_type="yarn"),
+        "yarn_rotary_scaling_factor is None; it must be a finite number above 0",
+    ),
+    "YaRN without positions": (
+        dict(position_embedding_type="yarn", yarn_rotary_scaling_factor=4.0),
+        "yarn_original_max_position_embeddings is None; it must be a whole number of at least 1",
+    ),
+    "YaRN for a part of a head": (
+        dict(position_embedding_type="yarn", rotary_percent=0.5),
+        "rotary_percent is 0.5; supported: 1.0",
+    ),
+    "YaRN and another scaling": (
+        dict(position_embedding_type="yarn", seq_len_interpolation_factor=2.0),
+        "seq_len_interpolation_factor is 2.0; supported: None",
+    ),
+    "YaRN with a base of 1": (
+        dict(position_embedding_type="yarn", rotary_base=1, yarn_rotary_scaling_factor=4.0)
+        | dict(yarn_original_max_position_embeddings=32),
+        "rotary_base is 1.0; with YaRN it must be above 1",
     ),
     "no factor": (
         dict(position_embedding_type="rope", rope_scaling=True, rope_scaling_factor=-1),
@@ -247,6 +272,15 @@ FILES: dict[str, tuple[str, Edit, str]] = {
         "nemo",
         tokenizer("nemo", _target_="x.SentencePieceTokenizer"),
         f"{MODEL}: tokenizer: model_path is not set; --tokenizer names the file",
+    ),
+    "end tokens": (
+        "nemo",
+        all_of(
+            lambda folder: (folder / "context/artifacts").mkdir(),
+            write("context/artifacts/generation_config.json", '{"eos_token_id": [1, 320]}'),
+        ),
+        "SOURCE/context/artifacts/generation_config.json: eos_token_id is [1, 320]; it must be one of the 320 token "
+        "ids",
     ),
     "no run_config.yaml": (
         "bridge",

@@ -161,9 +161,9 @@ def test_model_without_end_token(tmp_path: Path) -> None:
     (tmp_path / "t.model").write_bytes(train(model_type="bpe", bos_id=-1, eos_id=-1))
     tokenizer = read_model(file_place(tmp_path / "t.model"), is_legacy=True)
     size = sentencepiece.SentencePieceProcessor(str(tmp_path / "t.model")).get_piece_size()
-    assert (tokenizer.start_id, tokenizer.end_id) == (size + 4, size + 5)
+    assert (tokenizer.start_id, tokenizer.end_ids(size + 6)) == (size + 4, (size + 5,))
     with pytest.raises(ValueError, match="t.model: the tokenizer has no token that ends a text"):
-        _ = from_path(tmp_path / "t.model").end_id
+        _ = from_path(tmp_path / "t.model").end_ids(size)
 
 
 def test_streamed_text_is_sentencepieces(tmp_path: Path) -> None:

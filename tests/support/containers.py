@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -88,6 +89,16 @@ class Containers:
         """Run a command in a new container; returns what it printed. Fails where it does not end with 0."""
         return self._podman("run", "--rm", "--network", "host", *_LIMITS, *options, image, *command).stdout
 
+    def compose_up(self, files: Sequence[Path], service: str, environment: dict[str, str]) -> str:
+        """Start a service of compose files in the background, without a build; returns its container's name."""
+        project = "composed"
+        self._running.append(f"{project}_{service}_1")
+        given = shlex.join([*self._storage, "--runtime", "runc"])
+        names = [word for file in files for word in ("--file", str(file))]
+        command = ["podman-compose", "--podman-args", given, "--project-name", project, *names]
+        self._call([*command, "up", "--detach", "--no-build", service], environment={**os.environ, **environment})
+        return self._running[-1]
+
     def execute(self, name: str, *command: str, options: Sequence[str] = ()) -> str:
         """Run a command in a running container; returns what it printed. Fails where it does not end with 0."""
         return self._podman("exec", *options, name, *command).stdout
@@ -129,8 +140,10 @@ class Containers:
     def _podman(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         return self._call(["podman", *self._storage, "--runtime", "runc", *arguments], check)
 
-    def _call(self, command: list[str], check: bool = True) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
+    def _call(
+        self, command: list[str], check: bool = True, environment: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, env=environment)
         output = (done.stdout + done.stderr)[-6000:]
         assert not check or done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}:\n{output}"
         return done

@@ -37,8 +37,19 @@ def core_config(model: Any) -> dict[str, Any]:
             position_embedding_type="rope",
             rotary_base=model.base,
             rotary_percent=0.5 if kind == "nemotron" else 1.0,
-            seq_len_interpolation_factor=None if model.factor == 1 else model.factor,
+            seq_len_interpolation_factor=None if model.factor == 1 or model.yarn else model.factor,
         )
+        if model.yarn:
+            rotary |= dict(
+                position_embedding_type="yarn",
+                yarn_rotary_scaling_factor=model.factor,
+                yarn_original_max_position_embeddings=model.yarn,
+                yarn_beta_fast=32.0,
+                yarn_beta_slow=1.0,
+                yarn_mscale=None,
+                yarn_mscale_all_dim=None,
+                yarn_correction_range_round_to_int=None,
+            )
     return dict(
         num_layers=model.layers,
         hidden_size=model.hidden,
@@ -55,6 +66,7 @@ def core_config(model: Any) -> dict[str, Any]:
         bias_activation_fusion=activation == _SILU or kind == "gpt" and model.gelu == "tanh",
         add_bias_linear=model.biased,
         add_qkv_bias=kind == "qwen2",
+        qk_layernorm=kind == "qwen3",
         share_embeddings_and_output_weights=model.tied,
         vocab_size=model.num_tokens,
         make_vocab_size_divisible_by=16,

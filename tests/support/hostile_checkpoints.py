@@ -160,6 +160,26 @@ def packed(pickle: bytes, name: str = _BIN) -> Edit:
     return act
 
 
+def many_records(count: int) -> Edit:
+    """pytorch_model.bin whose zip archive lists as many empty records; 46 bytes each."""
+
+    def act(folder: Path) -> None:
+        (folder / _WEIGHTS).unlink()
+        listed = (b"PK\1\2" + bytes(42)) * count
+        size, first = len(listed), 4
+        end64 = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, first)
+        locator = struct.pack("<4sIQI", b"PK\6\7", 0, first + size, 1)
+        end = struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, 65535, 65535, 2**32 - 1, 2**32 - 1, 0)
+        (folder / _BIN).write_bytes(b"PK\3\4" + listed + end64 + locator + end)
+
+    return act
+
+
+def split_at(pattern: str) -> dict[str, Any]:
+    """A pre-tokenizer."""
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
 def large_pickle(method: int) -> Edit:
     """pytorch_model.bin whose data.pkl has 3 GB of zeros: 3 MB if it is compressed."""
 
@@ -290,6 +310,7 @@ ATTACKS = {
     "output: link to a folder": hf("/out/1-gpu: a link or a file", link_to_folder),
     "bin: 3 GB of pickle, compressed": hf("is compressed", large_pickle(zipfile.ZIP_DEFLATED), slow="10 s to make"),
     "bin: 3 GB of pickle": hf("3,221,225,472 bytes", large_pickle(zipfile.ZIP_STORED), slow="3 GB on the disk"),
+    "bin: a million records": hf("list of records has 46,000,000 bytes", many_records(1_000_000)),
     "bin: hash bomb": hf("a tuple of more than 100,000 elements", packed(HASH_BOMB)),
     "bin: hash bomb of old": hf(
         "a tuple of more than 100,000", lambda folder: (folder / _WEIGHTS).unlink(), raw(_BIN, HASH_BOMB)
@@ -369,6 +390,17 @@ ATTACKS = {
     "server: 3 GB of settings": served("3,221,225,472 bytes", long("tokenizer_config.json", 3 << 30)),
     "server: a letter becomes 10^18": served(
         "takes more than 5 s or 1 GiB", tokenizer(normalizer={"type": "Sequence", "normalizers": [GROWTH] * 6})
+    ),
+    "server: a pattern slow in the length": served(
+        "its patterns take more than 1 s", tokenizer(pre_tokenizer=split_at("[ab]*[cd]|."))
+    ),
+    "server: a pattern slow in 2^length": served("no tokenizer", tokenizer(pre_tokenizer=split_at("(☃+)+[bc]|."))),
+    "server: a pattern slow for a kind of letters": served(
+        "its patterns take more than 1 s", tokenizer(pre_tokenizer=split_at(r"\p{So}*\p{So}*[bc]|."))
+    ),
+    "server: slow spaces": served(
+        "its patterns take more than 1 s",
+        tokenizer(normalizer={"type": "Replace", "pattern": {"Regex": r"\s*[b☃]"}, "content": "b"}),
     ),
     "server: broken pattern": served(
         "no tokenizer", tokenizer(normalizer={"type": "Replace", "pattern": {"Regex": "(" * 50_000}, "content": "b"})

@@ -1,8 +1,8 @@
 """Tiny random checkpoints of newer GPTs (rotary positions, gates, RMSNorm, grouped queries) in Megatron's formats.
 
-The model is Hugging Face's Nemotron, Llama or Qwen2, which is the reference too; what Megatron-core and NeMo make of
-its weights is written down from NeMo's convert_llama_hf_to_nemo.py, convert_nemotron_nemo_to_hf.py and
-convert_qwen2_hf_to_nemo.py.
+The model is Hugging Face's Nemotron, Llama, Qwen2 or Qwen3, which is the reference too; what Megatron-core and NeMo
+make of its weights is written down from NeMo's convert_llama_hf_to_nemo.py, convert_nemotron_nemo_to_hf.py and
+convert_qwen2_hf_to_nemo.py, and from nemo/collections/llm/gpt/model/qwen3.py.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class ModernGPT:
-    """kind: nemotron (LayerNorm1P, squared ReLU, half of each head rotated), llama (RMSNorm, SwiGLU, all rotated), or
-    qwen2, a llama with biases of q, k and v.
+    """kind: nemotron (LayerNorm1P, squared ReLU, half of each head rotated), llama (RMSNorm, SwiGLU, all rotated),
+    qwen2, a llama with biases of q, k and v, or qwen3, a llama with norms of each head's queries and keys.
 
     None has other biases nor shares its embedding. With `two_matrices`, the gate lies apart from the matrix beside it;
     with `around_zero`, what is stored of the norms' scales is less by 1.
-    hidden_size: 0 for heads · head_dim; another is kv_channels' doing.
+    hidden_size: 0 for heads · head_dim; another is kv_channels' doing. yarn: 0, or the positions of the training before
+    YaRN's scaling by `factor`.
     The attributes and `shard` are those that tests.support.nemo_checkpoints' writers ask for.
     """
 
@@ -42,6 +43,7 @@ class ModernGPT:
     eps: float = 1e-5
     base: float = 500.0
     factor: float = 1.0
+    yarn: int = 0
     seed: int = 0
     hidden_size: int = 0  # 0: heads · head_dim
     hf: Any = field(init=False, compare=False)
@@ -65,7 +67,10 @@ class ModernGPT:
             pad_token_id=self.num_tokens - 1,
         )
         rope: dict[str, Any] = dict(rope_type="default", rope_theta=self.base)
-        if self.factor != 1:
+        if self.yarn:
+            yarn = dict(original_max_position_embeddings=self.yarn, truncate=False)
+            rope |= dict(rope_type="yarn", factor=self.factor) | yarn
+        elif self.factor != 1:
             rope |= dict(rope_type="linear", factor=self.factor)
         torch.manual_seed(self.seed)
         if self.kind == "nemotron":
@@ -75,6 +80,9 @@ class ModernGPT:
         elif self.kind == "qwen2":
             config = transformers.Qwen2Config(**sizes, rms_norm_eps=self.eps, rope_parameters=rope)
             model = transformers.Qwen2ForCausalLM(config)
+        elif self.kind == "qwen3":
+            config = transformers.Qwen3Config(**sizes, rms_norm_eps=self.eps, rope_parameters=rope)
+            model = transformers.Qwen3ForCausalLM(config)
         else:
             config = transformers.LlamaConfig(**sizes, rms_norm_eps=self.eps, rope_parameters=rope)
             model = transformers.LlamaForCausalLM(config)
@@ -104,6 +112,7 @@ class ModernGPT:
             qkv_bias=self.kind == "qwen2",
             layernorm_zero_centered_gamma=self.around_zero,
             kv_channels=self.head_dim if self.hidden_size else None,
+            qk_layernorm=self.kind == "qwen3",
         )
 
     @property
@@ -116,6 +125,7 @@ class ModernGPT:
             apply_layernorm_1p=self.kind == "nemotron",
             layernorm_zero_centered_gamma=self.around_zero,  # the same in newer versions
             add_qkv_bias=self.kind == "qwen2",
+            qk_layernorm=self.kind == "qwen3",
             group_query_attention=self.kv_heads != self.heads,
             num_query_groups=self.kv_heads if self.kv_heads != self.heads else 1,
             position_embedding_type="rope",
@@ -159,8 +169,11 @@ class ModernGPT:
         per_stage = self.layers // pp
         for local in range(per_stage):
             layer, to = pp_rank * per_stage + local, f"encoder.layers.{local}."
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                state |= self._norm(f"{to}{norm}", self.hf.model.layers[layer].get_submodule(norm))
+            norms = {name: name for name in ("input_layernorm", "post_attention_layernorm")}
+            if self.kind == "qwen3":
+                norms |= {f"self_attention.{x}_layernorm": f"self_attn.{x}_norm" for x in "qk"}
+            for norm, theirs in norms.items():
+                state |= self._norm(f"{to}{norm}", self.hf.model.layers[layer].get_submodule(theirs))
             for kind in self.qkv_kinds:
                 q, k, v = (self.part(layer, f"self_attn.{name}_proj", kind) for name in "qkv")
                 rows = []

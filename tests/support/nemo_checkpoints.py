@@ -355,7 +355,6 @@ OTHER_MODELS: dict[str, tuple[Any, str]] = {
     "attention_output_gate": (True, "False"),
     "experimental_attention_variant": ("gdn", "None"),
     "multi_latent_attention": (True, "False"),
-    "qk_layernorm": (True, "False"),
     "qk_l2_norm": (True, "False"),
     "glu_linear_offset": (1.0, "0.0"),
     "activation_func_clamp_value": (7.0, "None"),

@@ -20,9 +20,11 @@ from pathlib import Path
 
 import psutil
 
-from tests.support.ranks import has_open_mpi_4, mpi_environment
+from tests.support.launch import Ports, Server
+from tests.support.ranks import ROOT, has_open_mpi_4, mpi_environment
 
 NODES = ("n0", "n1")
+STORIES = ROOT / "models/stories"
 _PROGRAMS = ("ip", "nsenter", "unshare", "mount", "sysctl")
 # The cables, which have this name as an interface of each node: mpirun's, and the ranks'. The networks are of RFC 2544,
 # for benchmarks, and used nowhere.
@@ -180,3 +182,32 @@ def _end(nodes: Nodes) -> None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
         time.sleep(0.1)
+
+
+class NodesServer(Server):
+    """server.py on both nodes; Triton is on n0, whose ports only n0 reaches."""
+
+    def __init__(self, nodes: Nodes, tp: int, pp: int, *flags: str) -> None:
+        self.nodes = nodes
+        self.log = nodes.folder / "log"
+        Ports.__init__(self)
+        model = ["--hf-model-name", str(STORIES), "--output-dir", str(nodes.folder / "weights")]
+        sizes = ["--tp", str(tp), "--pp", str(pp)]
+        command = nodes.mpirun(tp * pp // 2, str(ROOT / "server.py"), *sizes, *model, *self.port_flags, *flags)
+        with self.log.open("w") as file:
+            self.process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=nodes.environment, start_new_session=True
+            )
+
+    def client(self, *flags: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "client.py"), "--url", self.url(), "--model-name", "stories", *flags]
+        return subprocess.run(self.nodes.on("n0", *command), capture_output=True, text=True, timeout=timeout_s)
+
+
+@contextlib.contextmanager
+def serving_on(nodes: Nodes, tp: int, pp: int, *flags: str) -> Iterator[NodesServer]:
+    server = NodesServer(nodes, tp, pp, *flags)
+    try:
+        yield server.wait_ready()
+    finally:
+        server.kill()

@@ -1,8 +1,9 @@
-"""FasterTransformer's weight-only int8, by its definition and with numpy alone."""
+"""FasterTransformer's weight-only int8, and fp8 (e4m3): by their definitions and with numpy alone."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,25 @@ def by_definition(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return integers, scales
 
 
-def write_dequantized(original: Path, folder: Path) -> Path:
-    """A copy of a folder for tp 1 with the values that int8 stands for in its files, by numpy."""
+def nearest_e4m3(x: np.ndarray) -> np.ndarray:
+    """The nearest numbers of three bits after the first, halves to even; none is finer than 2^-9 or above 448."""
+    exponents = np.floor(np.log2(np.abs(x), where=x != 0, out=np.full(x.shape, -6.0, x.dtype)))
+    steps = (2.0 ** (np.maximum(exponents, -6) - 3)).astype(x.dtype)
+    return np.clip(np.rint(x / steps) * steps, -448, 448)
+
+
+def fp8_by_definition(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(e4m3's numbers [in, out], scales [out]): each column's largest |w| becomes 448."""
+    scales = np.abs(weight).max(0) / np.float32(448)
+    return nearest_e4m3(weight / np.where(scales > 0, scales, np.float32(1))), scales
+
+
+def write_dequantized(
+    original: Path,
+    folder: Path,
+    quantize: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] = by_definition,
+) -> Path:
+    """A copy of a folder for tp 1 with the values that quantized numbers stand for in its files, by numpy."""
     shutil.copytree(original, folder)
     config = ModelConfig.read(folder / "config.ini")
     for layer in range(config.num_layer):
@@ -33,6 +51,6 @@ def write_dequantized(original: Path, folder: Path) -> Path:
             if spec.is_matrix:
                 path = folder / spec.file_name(0)
                 weight = np.fromfile(path, dtype=np.float32).reshape(spec.shape[0], -1)
-                integers, scales = by_definition(weight)
-                (integers * scales).tofile(path)
+                values, scales = quantize(weight)
+                (values * scales).tofile(path)
     return folder

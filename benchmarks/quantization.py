@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Precision, memory and time of --int8-mode 1 beside the same model unquantized; one rank.
+"""Precision, memory and time of quantized weights or an fp8 cache beside the same model without; one rank.
 
-    python benchmarks/int8.py ft_models/stories/1-gpu --prompts "Once upon a time" "The king was"
-    python benchmarks/int8.py 124M
+    python benchmarks/quantization.py ft_models/stories/1-gpu --quantization int8 --prompts "Once upon a time"
+    python benchmarks/quantization.py 6.7B --quantization fp8 --kv-cache-dtype fp8
 
-Takes a converted folder or a random model's shape. The unquantized model continues each prompt greedily. Both models
+Takes a converted folder or a random model's shape. The plain model continues each prompt greedily. Both models
 then read these texts, and their logits of each next token are compared: ‖difference‖ / ‖logits‖, and the share of
 tokens on which both agree. Each model runs in a process of its own, so that memory is measured alone.
 """
@@ -52,9 +52,9 @@ def main() -> None:
     flags = parse_flags()
     context = multiprocessing.get_context("spawn")
     found: list[Measured] = []
-    for int8_mode in (0, 1):
+    for formats in ({}, {"quantization": flags.quantization, "kv_cache_dtype": flags.kv_cache_dtype}):
         with context.Pool(1) as pool:
-            found.append(pool.apply(measure, (flags, int8_mode, found[0].texts if found else None)))
+            found.append(pool.apply(measure, (flags, formats, found[0].texts if found else None)))
     show(flags, *found)
 
 
@@ -62,19 +62,18 @@ def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help=f"a converted folder for tp 1, or a random model: {', '.join(SHAPES)}")
     parser.add_argument("--prompts", nargs="+", help="texts; without: 8 prompts of 32 random tokens")
-    add_flags(parser, EngineConfig, "engine", ("device", "data_type"))
+    add_flags(parser, EngineConfig, "engine", ("device", "data_type", "quantization", "kv_cache_dtype"))
     add_flags(parser, BenchmarkFlags, "load", ("threads", "batches", "output_len"))
     return parser.parse_args()
 
 
-def measure(flags: argparse.Namespace, int8_mode: int, texts: list[list[int]] | None) -> Measured:
-    """Load the model, in int8 or not; generate the texts if None is given; read them, and time steps."""
+def measure(flags: argparse.Namespace, formats: dict[str, str], texts: list[list[int]] | None) -> Measured:
+    """Load the model in these formats; generate the texts if None is given; read them, and time steps."""
     world = World()
     device = claim_device(world, flags.device, flags.threads)
     dtype = computation_dtype(flags.data_type, device)
     if flags.model in SHAPES:
         config = model_config(flags.model, 1)
-        torch.manual_seed(0)
         reader = RandomReader(config, 0, dtype, device)
     else:
         config = ModelConfig.read(Path(flags.model) / "config.ini")
@@ -82,7 +81,11 @@ def measure(flags: argparse.Namespace, int8_mode: int, texts: list[list[int]] | 
     prompts = tokenize(flags, config)
     longest = max(map(len, prompts)) + flags.output_len
     limits = EngineConfig(
-        max_batch_size=max(*flags.batches, len(prompts)), max_seq_len=longest, max_step_tokens=4096, int8_mode=int8_mode
+        max_batch_size=max(*flags.batches, len(prompts)),
+        max_seq_len=longest,
+        max_step_tokens=4096,
+        no_prefix_cache=True,  # rounds repeat their prompts
+        **formats,
     )
     before = used_mb(device)
     executor = TorchExecutor(reader, limits, Comm(world, ParallelConfig(), device), device)
@@ -138,34 +141,37 @@ def read(executor: TorchExecutor, text: list[int], output_len: int) -> np.ndarra
     return executor.model.logits(hidden[positions]).cpu().numpy()
 
 
-def show(flags: argparse.Namespace, plain: Measured, int8: Measured) -> None:
+def show(flags: argparse.Namespace, plain: Measured, quantized: Measured) -> None:
     norms = np.linalg.norm(plain.logits, axis=1)
-    errors = np.linalg.norm(int8.logits - plain.logits, axis=1) / norms
-    tokens, int8_tokens = plain.logits.argmax(1), int8.logits.argmax(1)
-    agreement = float((tokens == int8_tokens).mean())
+    errors = np.linalg.norm(quantized.logits - plain.logits, axis=1) / norms
+    tokens, other_tokens = plain.logits.argmax(1), quantized.logits.argmax(1)
+    agreement = float((tokens == other_tokens).mean())
     rows = np.arange(len(tokens))
-    spread = plain.logits[rows, tokens] - plain.logits[rows, int8_tokens]  # the loss of logit where they differ
+    spread = plain.logits[rows, tokens] - plain.logits[rows, other_tokens]  # the loss of logit where they differ
     device = torch.device("cuda" if torch.cuda.is_available() and flags.device != "cpu" else "cpu")
     dtype = str(computation_dtype(flags.data_type, device)).removeprefix("torch.")
-    print(f"{flags.model}: int8_mode 1 beside 0 in {dtype}, {len(tokens)} tokens of {len(plain.texts)} texts")
+    name = f"weights {flags.quantization}, cache {flags.kv_cache_dtype}"
+    print(f"{flags.model}: {name}, beside {dtype}, {len(tokens)} tokens of {len(plain.texts)} texts")
     print(f"logits' relative error: mean {errors.mean():.2e}, max {errors.max():.2e}")
     loss = f"; where not, its logit is {spread[spread > 0].mean():.3f} lower" if spread.any() else ""
     print(f"the same greedy token: {agreement:.2%}{loss}")
     batches = sorted(plain.token_ms)
-    print(f"{'':>6} {'weights MB':>11}" + "".join(f"{f'ms/token, batch {batch}':>20}" for batch in batches))
-    for name, model in (("0", plain), ("1", int8)):
-        print(f"{name:>6} {model.weight_mb:>11.1f}" + "".join(f"{model.token_ms[batch]:>20.2f}" for batch in batches))
+    print(f"{'':>9} {'weights MB':>11}" + "".join(f"{f'ms/token, batch {batch}':>20}" for batch in batches))
+    for name, model in (("plain", plain), ("quantized", quantized)):
+        print(f"{name:>9} {model.weight_mb:>11.1f}" + "".join(f"{model.token_ms[batch]:>20.2f}" for batch in batches))
     report(
         device,
-        benchmark="int8",
+        benchmark="quantization",
         model=flags.model,
         dtype=dtype,
+        quantization=flags.quantization,
+        kv_cache_dtype=flags.kv_cache_dtype,
         tokens=len(tokens),
         error_mean=float(errors.mean()),
         error_max=float(errors.max()),
         greedy_agreement=agreement,
-        weight_mb=[plain.weight_mb, int8.weight_mb],
-        token_ms=[plain.token_ms, int8.token_ms],
+        weight_mb=[plain.weight_mb, quantized.weight_mb],
+        token_ms=[plain.token_ms, quantized.token_ms],
     )
 
 

@@ -1,0 +1,35 @@
+"""fp8 (e4m3, finite values only): the cast that saturates, in torch and in kernels, and the GPUs that have the type."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU-only torch comes without it
+    triton = None
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0  # its largest value
+
+
+@functools.cache
+def has_fp8(device: torch.device) -> bool:
+    """Whether the device computes with fp8: a CPU, or a GPU of compute capability 8.9 or later."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def to_fp8(x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """x / scales in fp8, rounded to nearest; larger values become ±448, NaN stays. The two shapes broadcast."""
+    return (x.float() / scales).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+if triton is not None:
+
+    @triton.jit
+    def cast_fp8(x, scale):
+        """`to_fp8` in a kernel."""
+        return tl.clamp(x.to(tl.float32) / scale, -448.0, 448.0).to(tl.float8e4nv)
