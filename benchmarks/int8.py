@@ -82,7 +82,11 @@ def measure(flags: argparse.Namespace, int8_mode: int, texts: list[list[int]] | 
     prompts = tokenize(flags, config)
     longest = max(map(len, prompts)) + flags.output_len
     limits = EngineConfig(
-        max_batch_size=max(*flags.batches, len(prompts)), max_seq_len=longest, max_step_tokens=4096, int8_mode=int8_mode
+        max_batch_size=max(*flags.batches, len(prompts)),
+        max_seq_len=longest,
+        max_step_tokens=4096,
+        int8_mode=int8_mode,
+        no_prefix_cache=True,  # rounds repeat their prompts
     )
     before = used_mb(device)
     executor = TorchExecutor(reader, limits, Comm(world, ParallelConfig(), device), device)

@@ -80,7 +80,7 @@ def serve(flags: argparse.Namespace, measure: Callable[[Engine], Any]) -> tuple[
     device = claim_device(world, flags.device, flags.threads)
     dtype = computation_dtype("auto", device)
     config = model_config(flags.shape, flags.tp)
-    limits = EngineConfig()
+    limits = EngineConfig(no_prefix_cache=True)  # rounds repeat their prompts
     parallel = ParallelConfig(flags.tp, 1, world.rank)
     reader = RandomReader(config, parallel.tp_rank, dtype, device)
     executor = TorchExecutor(reader, limits, Comm(world, parallel, device), device, world.local_size)

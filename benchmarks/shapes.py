@@ -40,7 +40,11 @@ def for_each_shape(
     comm = Comm(world, ParallelConfig(flags.tp, flags.pp, world.rank), device)
     watchdog = Watchdog()
     limits = EngineConfig(
-        max_batch_size=max_batch_size, max_seq_len=max_seq_len, step_timeout_s=_TIMEOUT_S, int8_mode=flags.int8_mode
+        max_batch_size=max_batch_size,
+        max_seq_len=max_seq_len,
+        step_timeout_s=_TIMEOUT_S,
+        int8_mode=flags.int8_mode,
+        no_prefix_cache=True,  # rounds repeat their prompts
     )
     for shape in flags.shapes:
         config = model_config(shape, flags.tp)
