@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,15 @@ from tests.support.soak import run, soak_items
 from tests.support.ties import is_tie, texts
 from tests.support.traffic import make_request, results, run_alone, vocabulary
 
+SEED = 3
 NUM_BLOCKS = 52  # of 4 tokens: the largest request takes 49
-SLOW = pytest.mark.slow("2000 requests alone and in a crowd take minutes at each grid")
+SLOW = (pytest.mark.slow("2000 requests alone and in a crowd take minutes"), pytest.mark.timeout(7200))
+
+
+@pytest.fixture(scope="module")
+def alone(converted: Callable[[int], Path]) -> Callable[[int], list[dict[str, Any]]]:
+    """count → the results of the solo runs, at 1 × 1."""
+    return functools.cache(lambda count: solo_results(converted(1), soak_items(count, SEED)))
 
 
 @pytest.mark.parametrize(
@@ -26,21 +34,24 @@ SLOW = pytest.mark.slow("2000 requests alone and in a crowd take minutes at each
     ids=str,
 )
 def test_preempted_requests_are_what_they_are_alone(
-    tp: int, pp: int, count: int, converted: Callable[[int], Path], gpt2_source: tuple[Path, GPT2LMHeadModel]
+    tp: int,
+    pp: int,
+    count: int,
+    converted: Callable[[int], Path],
+    alone: Callable[[int], list[dict[str, Any]]],
+    gpt2_source: tuple[Path, GPT2LMHeadModel],
 ) -> None:
-    items = soak_items(count, seed=3)
+    items = soak_items(count, SEED)
     if tp * pp == 1:
         limits = dict(max_batch_size=24, max_step_tokens=24, block_size=4)
         crowd, counts = run(make_engine(converted(1), num_blocks=NUM_BLOCKS, **limits), items)
     else:
         flags = ["--max-batch-size", "24", "--num-blocks", str(NUM_BLOCKS)]
         crowd, counts = run_soak(converted(tp), items, tp, pp, *flags)
-    print(f"{tp}x{pp}: {count} requests, {counts}")
     assert counts.num_preempted >= 0.15 * count
     assert counts.num_hit > count / 2
-    alone = solo_results(converted(1), items)
     cancelled = different = 0
-    for item, ours, theirs in zip(items, crowd, alone, strict=True):
+    for item, ours, theirs in zip(items, crowd, alone(count), strict=True):
         if any(output["finish_reason"] == CANCELLED for output in ours["outputs"]):
             cancelled += 1
             if "beam_width" not in item["sampling"]:  # beams on their way are not those at the end
@@ -55,6 +66,7 @@ def test_preempted_requests_are_what_they_are_alone(
             for one, other in zip(ours["outputs"], theirs["outputs"], strict=True):
                 assert one["log_probs"] == pytest.approx(other["log_probs"], abs=1e-4)
                 assert len(one["alternatives"]) == len(other["alternatives"])
+    print(f"{tp}×{pp}: {count} requests, {counts}, {cancelled} cancelled, {different} decided by rounding", flush=True)
     assert cancelled > 0.02 * count
     assert different <= 3 + count // 150
 
