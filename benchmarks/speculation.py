@@ -103,9 +103,8 @@ def main() -> None:
         rows = [measure(engine, name, text, flags.repeats) for name, text in texts(flags, config).items()]
         executor.close()
     show(flags, rows)
-    report(
-        device, benchmark="speculation", model=flags.model, dtype=str(dtype), threads=torch.get_num_threads(), rows=rows
-    )
+    name, threads = str(dtype).removeprefix("torch."), torch.get_num_threads()
+    report(device, benchmark="speculation", model=flags.model, dtype=name, threads=threads, rows=rows)
 
 
 def parse_flags() -> argparse.Namespace:
