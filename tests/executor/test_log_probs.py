@@ -171,8 +171,9 @@ def test_the_prompt_of_samples_is_computed_once(engine: Engine, monkeypatch: pyt
         return execute(plan)
 
     monkeypatch.setattr(engine.executor, "execute", counting)
-    finish(engine, [Request(prompts(1)[0], SamplingParams(4, top_k=9, n=4))])
-    assert sum(computed) == len(prompts(1)[0]) + 4 * 3
+    prompt_ids = prompts(1)[0][::-1]  # begins like no other, so none of it is found
+    finish(engine, [Request(prompt_ids, SamplingParams(4, top_k=9, n=4))])
+    assert sum(computed) == len(prompt_ids) + 4 * 3
 
 
 def test_beams_with_diversity_follow_fasttransformers_rule(engine: Engine, model: GPT2LMHeadModel) -> None:
