@@ -48,7 +48,7 @@ try:
 except ImportError:
     from zlib import crc32
 
-CONVERTER_VERSION = 2  # part of a folder's identity: raise it when the same source gives other bytes
+CONVERTER_VERSION = 3  # part of a folder's identity: raise it when the same source gives other bytes
 MANIFEST = "manifest.json"
 
 Progress = Callable[[int, int], None]  # (bytes written, bytes in all)

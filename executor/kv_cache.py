@@ -28,6 +28,17 @@ class PrefillChunk:
     def start(self) -> int:
         return self.kv_len - self.length
 
+    def first_seen(self, window: int) -> int:
+        """The first position that the chunk's first token sees through a window, 0 for none."""
+        return max(0, self.start + 1 - window) if window else 0
+
+    def seen_locs(self, window: int) -> slice | torch.Tensor:
+        """`kv_locs` from `first_seen` on."""
+        first = self.first_seen(window)
+        if isinstance(self.kv_locs, slice):
+            return slice(self.kv_locs.start + first, self.kv_locs.stop)
+        return self.kv_locs[first:]
+
 
 class CacheShape(NamedTuple):
     """What a cache of any number of blocks looks like on this rank."""

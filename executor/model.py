@@ -8,7 +8,7 @@ tokens with logits to compute.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -57,7 +57,8 @@ class StepInput:
     decodes: DecodeMetadata | None = None  # the first rows
     prompts: PromptMetadata | None = None  # the other rows
     # Where no kernels run:
-    ragged: RaggedRows | None = None  # the first rows, if each has one token and there are several
+    # By window: the first rows, if each has one token and there are several.
+    ragged: Mapping[int, RaggedRows] | None = None
     chunks: Sequence[PrefillChunk] = ()  # the other rows
 
 
@@ -154,7 +155,7 @@ class GPT:
                 weights[name] = read_quantized(self._reader, spec, weight_format, self.device)
             else:
                 weights[name] = self._load(spec)
-        return Layer(self.config, self.comm, weights, self.attention)
+        return Layer(self.config, self.comm, weights, self.attention, self.config.window(layer))
 
     def unquantized_layers(self) -> Iterator[Layer]:
         """The stage's layers in the computation's dtype, each read when it is asked for: for `forward`."""
@@ -213,9 +214,15 @@ class Layer:
     """
 
     def __init__(
-        self, config: ModelConfig, comm: Comm, weights: dict[str, torch.Tensor | QuantizedMatrix], attention: Attention
+        self,
+        config: ModelConfig,
+        comm: Comm,
+        weights: dict[str, torch.Tensor | QuantizedMatrix],
+        attention: Attention,
+        window: int = 0,
     ) -> None:
-        """weights: by their names within a layer, as `layer_specs` has them; the matrices may be quantized."""
+        """weights: by their names within a layer, as `layer_specs` has them; the matrices may be quantized. window:
+        tokens that a query sees, itself included, 0 for all."""
         self.is_post_layernorm = config.layernorm_type == "post_layernorm"
         self.is_residual_normed = config.apply_residual_connection_post_layernorm
         self.is_parallel = config.use_parallel_residual
@@ -243,6 +250,7 @@ class Layer:
             q, k = norm("attention.q_norm"), norm("attention.k_norm")
             self.head_norms = HeadNorms(q.weight, k.weight, q.bias, k.bias, config.layernorm_eps)
         self.attention = attention
+        self.window = window
         self.dense = linear("attention.dense", partial(RowParallelLinear, comm=comm))
         self.up = linear("mlp.dense_h_to_4h", partial(Linear, activation=activation(config)))
         self.down = linear("mlp.dense_4h_to_h", partial(RowParallelLinear, comm=comm))
@@ -274,7 +282,7 @@ class Layer:
         qkv = self.query_key_value(hidden)
         if self.head_norms is not None:
             head_norm(qkv, self.attention.layout, self.head_norms)
-        return self.dense(self.attention(qkv, cache, step))
+        return self.dense(self.attention(qkv, cache, step, self.window))
 
     def mlp(self, hidden: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden_size] → [tokens, hidden_size]"""

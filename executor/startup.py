@@ -69,8 +69,11 @@ def pick_backend(
     if model_config.has_positional_encoding and engine_config.max_seq_len > positions:
         raise ValueError(f"max_seq_len is {engine_config.max_seq_len}; the model has {positions} positions")
     longest, window = engine_config.max_seq_len or positions, model_config.sliding_window
-    if window and longest > window:
-        raise ValueError(f"max_seq_len is {longest}; the model's sliding_window is {window}, and no more is computed")
+    if model_config.full_attention_layers is None and 0 < window < longest:
+        raise ValueError(
+            f"max_seq_len is {longest}; config.ini has sliding_window {window} and no full_attention_layers: convert "
+            f"the checkpoint again for more"
+        )
     if engine == "torch":
         check_supported(model_config)
         _check_fp8(engine_config, device)

@@ -60,6 +60,7 @@ def reference(
     decodes: DecodeMetadata,
     slopes: torch.Tensor | None = None,
     cos_sin: CosSin | None = None,
+    window: int = 0,
 ) -> torch.Tensor:
     """The same in plain torch, on any device, row by row, in fp32. It needs no workspace."""
     query, key, value = rotated_heads(qkv, layout, cos_sin)
@@ -68,12 +69,13 @@ def reference(
     cache.write(key, value, kv_locs)
     out = torch.empty_like(query)
     for row, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
-        kv_locs = decodes.table[slot, : position + 1].long()
+        first = max(0, position + 1 - window) if window else 0
+        kv_locs = decodes.table[slot, first : position + 1].long()
         kept = cache.read(kv_locs, torch.float32)
-        k, v = (part.float().repeat_interleave(layout.group, 1) for part in kept)  # [kv_len, heads, head_dim]
+        k, v = (part.float().repeat_interleave(layout.group, 1) for part in kept)  # [seen, heads, head_dim]
         scores = torch.einsum("hd,khd->hk", query[row].float(), k) * layout.head_dim**-0.5
         if slopes is not None:
-            scores += slopes[:, None] * (torch.arange(position + 1, device=query.device) - position)
+            scores += slopes[:, None] * (torch.arange(first, position + 1, device=query.device) - position)
         out[row] = torch.einsum("hk,khd->hd", scores.softmax(-1), v)
     return out.flatten(1)
 
@@ -85,19 +87,21 @@ def decode_attention(
     decodes: DecodeMetadata,
     slopes: torch.Tensor | None = None,
     cos_sin: CosSin | None = None,
+    window: int = 0,
 ) -> torch.Tensor:
     """Store each row's key and value, then softmax(q · kᵀ / √head_dim + slope · (key's position − query's)) · v.
 
     qkv: [rows, width] contiguous, not yet rotated, in `layout`; cache: contiguous; slopes: [heads] fp32; cos_sin: of
-    the rows' positions. Returns [rows, heads · head_dim] as qkv. Sums are in fp32; their order depends on rows, heads
-    and positions only. With an fp8 cache the new token, too, counts as it is stored.
+    the rows' positions; window: tokens that a row sees, itself included, 0 for all. Returns [rows, heads · head_dim] as
+    qkv. Sums are in fp32; their order depends on rows, heads and positions only. With an fp8 cache the new token, too,
+    counts as it is stored.
     """
     if not runs_on(qkv.device):
-        return reference(qkv, layout, cache, decodes, slopes, cos_sin)
+        return reference(qkv, layout, cache, decodes, slopes, cos_sin, window)
+    if layout.group > 1 and qkv.dtype != torch.float32:
+        return grouped_decode_attention(qkv, layout, cache, decodes, slopes, cos_sin, window)
     rows, heads, head_dim = len(qkv), layout.heads, layout.head_dim
     out = torch.empty(rows, heads * head_dim, dtype=qkv.dtype, device=qkv.device)
-    if layout.group > 1 and qkv.dtype != torch.float32:
-        return grouped_decode_attention(qkv, layout, cache, decodes, slopes, cos_sin, out)
     programs = _WANTED_PROGRAMS if rows <= _FEW_ROWS else _WANTED_PROGRAMS_OF_MANY
     wanted = max(1, min(_MOST_SPLITS, programs // (rows * heads)))
     splits = 1 << wanted.bit_length() - 1  # a power of two: few variants of the kernel
@@ -132,6 +136,7 @@ def decode_attention(
         rotated_half=0 if cos_sin is None else cosines.shape[-1],
         has_slopes=slopes is not None,
         is_fp8=key_scales is not None,
+        window=window,
         num_splits=splits,
         head_dim=head_dim,
         dims=dims,
@@ -231,6 +236,7 @@ if triton is not None:
         rotated_half: tl.constexpr,
         has_slopes: tl.constexpr,
         is_fp8: tl.constexpr,
+        window: tl.constexpr,
         num_splits: tl.constexpr,
         head_dim: tl.constexpr,
         dims: tl.constexpr,
@@ -249,8 +255,11 @@ if triton is not None:
             start_dependents()
         slot = tl.load(slots + row)
         position = tl.load(positions + row).to(tl.int32)
-        split_len = tl.cdiv(tl.cdiv(position + 1, block), num_splits) * block
-        first = split * split_len
+        first_seen = 0
+        if window:
+            first_seen = tl.maximum(position + 1 - window, 0)
+        split_len = tl.cdiv(tl.cdiv(position + 1 - first_seen, block), num_splits) * block
+        first = first_seen + split * split_len
         end = tl.minimum(first + split_len, position)
         places_of = table + slot * table_stride
         kv_head = head // group

@@ -42,10 +42,11 @@ def grouped_decode_attention(
     decodes: DecodeMetadata,
     slopes: torch.Tensor | None,
     cos_sin: CosSin | None,
-    out: torch.Tensor,
+    window: int,
 ) -> torch.Tensor:
-    """As `decode_attention`, of 16-bit numbers, into out [rows, heads · head_dim]; returns out."""
+    """As `decode_attention`, of 16-bit numbers."""
     rows, kv_heads, group, head_dim = len(qkv), layout.kv_heads, layout.group, layout.head_dim
+    out = torch.empty(rows, layout.heads * head_dim, dtype=qkv.dtype, device=qkv.device)
     wanted = max(1, min(_MOST_SPLITS, _WANTED_PROGRAMS // (rows * kv_heads)))
     splits = 1 << wanted.bit_length() - 1  # a power of two: few variants of the kernel
     table, slots, positions, workspace = decodes
@@ -80,6 +81,7 @@ def grouped_decode_attention(
         rotated_half=0 if cos_sin is None else cosines.shape[-1],
         has_slopes=slopes is not None,
         is_fp8=key_scales is not None,
+        window=window,
         num_splits=splits,
         head_dim=head_dim,
         dims=dims,
@@ -171,6 +173,7 @@ if triton is not None:
         rotated_half: tl.constexpr,
         has_slopes: tl.constexpr,
         is_fp8: tl.constexpr,
+        window: tl.constexpr,
         num_splits: tl.constexpr,
         head_dim: tl.constexpr,
         dims: tl.constexpr,
@@ -187,8 +190,11 @@ if triton is not None:
             start_dependents()
         slot = tl.load(slots + row)
         position = tl.load(positions + row).to(tl.int32)
-        split_len = tl.cdiv(tl.cdiv(position + 1, block), num_splits) * block
-        first = split * split_len
+        first_seen = 0
+        if window:
+            first_seen = tl.maximum(position + 1 - window, 0)
+        split_len = tl.cdiv(tl.cdiv(position + 1 - first_seen, block), num_splits) * block
+        first = first_seen + split * split_len
         end = tl.minimum(first + split_len, position)
         places_of = table + slot * table_stride
         head_offset = kv_head * head_dim + d

@@ -62,6 +62,7 @@ def reference(
     prompts: PromptMetadata,
     slopes: torch.Tensor | None = None,
     cos_sin: CosSin | None = None,
+    window: int = 0,
 ) -> torch.Tensor:
     """The same in plain torch, on any device, tile by tile, in fp32."""
     query = rotated_heads(qkv, layout, cos_sin)[0]
@@ -76,6 +77,8 @@ def reference(
         if slopes is not None:
             scores += slopes[:, None, None] * distances
         scores = scores.masked_fill(distances > 0, float("-inf"))
+        if window:
+            scores = scores.masked_fill(distances <= -window, float("-inf"))
         out[row : row + count] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
     return out.flatten(1)
 
@@ -87,16 +90,18 @@ def prompt_attention(
     prompts: PromptMetadata,
     slopes: torch.Tensor | None = None,
     cos_sin: CosSin | None = None,
+    window: int = 0,
 ) -> torch.Tensor:
     """softmax(q · kᵀ / √head_dim + slope · (key's position − query's)) · v over keys up to the query's own.
 
     qkv: [rows, width] contiguous rows, not yet rotated, in `layout`; cache: contiguous, the rows' own keys and values
-    already there; slopes: [heads] fp32; cos_sin: of the rows' positions.
+    already there; slopes: [heads] fp32; cos_sin: of the rows' positions; window: tokens that a row sees, itself
+    included, 0 for all.
     Returns [rows, heads · head_dim] as qkv; rows of no tile are undefined. Sums are in fp32; their order depends on
     the tile only.
     """
     if not runs_on(qkv.device):
-        return reference(qkv, layout, cache, prompts, slopes, cos_sin)
+        return reference(qkv, layout, cache, prompts, slopes, cos_sin, window)
     table, tiles = prompts
     keys, values, key_scales, value_scales = cache
     heads, head_dim = layout.heads, layout.head_dim
@@ -126,6 +131,7 @@ def prompt_attention(
         rotated_half=0 if cos_sin is None else cosines.shape[-1],
         has_slopes=slopes is not None,
         is_fp8=key_scales is not None,
+        window=window,
         precision="ieee" if is_wide else "tf32",
         head_dim=head_dim,
         dims=dims,
@@ -141,12 +147,26 @@ def prompt_attention(
 if triton is not None:
 
     @triton.jit
-    def _weights(q, k, distances, slope, scale, largest, weight_sum, has_slopes: tl.constexpr, precision: tl.constexpr):
+    def _weights(
+        q,
+        k,
+        distances,
+        slope,
+        scale,
+        largest,
+        weight_sum,
+        has_slopes: tl.constexpr,
+        window: tl.constexpr,
+        precision: tl.constexpr,
+    ):
         """A block of keys' weights, the running maximum and sum with them, and by how much earlier sums shrink."""
         scores = tl.dot(q, k, input_precision=precision) * scale
         if has_slopes:
             scores += slope * distances.to(tl.float32)
-        scores = tl.where(distances <= 0, scores, -float("inf"))
+        is_seen = distances <= 0
+        if window:
+            is_seen &= distances > -window
+        scores = tl.where(is_seen, scores, -float("inf"))
         new_largest = tl.maximum(largest, tl.max(scores, 1))
         weights = tl.exp2(scores - new_largest[:, None])
         shrink = tl.exp2(largest - new_largest)
@@ -174,6 +194,7 @@ if triton is not None:
         rotated_half: tl.constexpr,
         has_slopes: tl.constexpr,
         is_fp8: tl.constexpr,
+        window: tl.constexpr,
         precision: tl.constexpr,
         head_dim: tl.constexpr,
         dims: tl.constexpr,
@@ -211,11 +232,15 @@ if triton is not None:
             )
             places_of = table + slot * table_stride
             head_offset = (head // group) * head_dim + d
-            largest = tl.full((block_m,), -float("inf"), tl.float32)
+            # A row may see nothing of the first blocks: -inf would give nan there.
+            largest = tl.full((block_m,), -1e30 if window else -float("inf"), tl.float32)
             weight_sum = tl.zeros((block_m,), tl.float32)
             sums = tl.zeros((block_m, dims), tl.float32)
             end = first + count
-            for start in range(0, end, block_n):
+            begin = 0
+            if window:
+                begin = tl.maximum(first + 1 - window, 0) // block_n * block_n
+            for start in range(begin, end, block_n):
                 t = start + tl.arange(0, block_n)
                 place = tl.load(places_of + t, mask=t < end, other=0).to(tl.int64) * place_stride
                 is_k = is_dim[:, None] & (t < end)[None, :]
@@ -224,7 +249,7 @@ if triton is not None:
                     k = k.to(q.dtype)
                 distances = t[None, :] - (first + m)[:, None]
                 weights, largest, weight_sum, shrink = _weights(
-                    q, k, distances, slope, scale, largest, weight_sum, has_slopes, precision
+                    q, k, distances, slope, scale, largest, weight_sum, has_slopes, window, precision
                 )
                 is_v = (t < end)[:, None] & is_dim[None, :]
                 v = tl.load(values + place[:, None] + head_offset[None, :], mask=is_v, other=0.0)

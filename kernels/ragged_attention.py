@@ -24,7 +24,7 @@ class RaggedRows(NamedTuple):
     """Rows of one new token each, the same for every layer. A query is a head of a row.
 
     Queries are in order of their KV head, then of their row, so that those of one KV head read its keys one after
-    another. Each has as many keys as its sequence has tokens: `keys` in all.
+    another. Each has as many keys as its sequence has tokens, or the window: `keys` in all.
     """
 
     scores: torch.Tensor  # sparse CSR [queries, kv_heads · num_locs] fp32: where the scores are, and room for them
@@ -49,19 +49,21 @@ def ragged_rows(
     num_kv_heads: int,
     num_locs: int,
     slopes: torch.Tensor | None = None,
+    window: int = 0,
 ) -> RaggedRows:
     """Lay out one step's rows.
 
     table: [slots, max_seq_len] int32, the KV locations of each slot; slots, positions: [rows] int64; num_locs: of the
-    cache; slopes: [num_heads] fp32.
+    cache; slopes: [num_heads] fp32; window: the number of tokens that a query sees, itself included, 0 for all.
     """
     group = num_heads // num_kv_heads
     rows = torch.arange(len(slots)).repeat_interleave(group)  # of the queries of one KV head
-    lengths = positions[rows] + 1
+    lasts = positions[rows]
+    lengths = (lasts + 1).clamp(max=window) if window else lasts + 1
     ends = lengths.cumsum(0)
     starts, total = ends - lengths, int(ends[-1])
     ids = torch.arange(len(rows)).repeat_interleave(lengths, output_size=total)  # [total]
-    shifts = slots[rows] * table.shape[1] - starts
+    shifts = slots[rows] * table.shape[1] + lasts + 1 - ends
     locs = table.flatten().index_select(0, shifts.index_select(0, ids).add_(torch.arange(total)))
     kv_heads = torch.arange(num_kv_heads)[:, None]
     places = (locs + kv_heads * num_locs).flatten()

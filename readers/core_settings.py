@@ -47,7 +47,7 @@ _LAYERS = re.compile(
     r"|megatron\.training\.models\.gpt)\.(?:default|transformer_engine|local)_layer_spec"
 )
 # Megatron-core's own, beside those of all trainers.
-_REQUIRED: dict[str, tuple[Any, ...]] = REQUIRED | {
+_REQUIRED: dict[str, tuple[Any, ...]] = {key: REQUIRED[key] for key in REQUIRED if key != "window_size"} | {
     "position_embedding_type": ("learned_absolute", "rope", "yarn"),
     "normalization": ("LayerNorm", "RMSNorm"),
     "apply_residual_connection_post_layernorm": (False,),
@@ -115,7 +115,7 @@ class CoreReader(ShardedReader):
             "layernorm_eps": settings.fraction("layernorm_epsilon", 1e-5),
             "normalization_type": settings.get("normalization", "LayerNorm").lower(),
         }
-        shape |= self._activation()
+        shape |= self._activation() | _windows(settings, shape["num_layer"])
         positions = settings.get("position_embedding_type")
         if positions in ("rope", "yarn"):
             keys = ("rotary_percent", "seq_len_interpolation_factor", "seq_length")
@@ -170,6 +170,34 @@ def _function_name(value: Any) -> str:
 
 def _shown(value: Any) -> str:
     return _function_name(value)[:100] or reprlib.repr(value)
+
+
+def _windows(settings: Settings, num_layer: int) -> dict[str, Any]:
+    """ModelConfig's sliding_window and full_attention_layers, where they are not its defaults.
+
+    window_size is the tokens before a query's own and after it; window_attn_skip_freq is n for every n-th layer without
+    a window, or has 1 for each layer with one and 0 for others. Megatron-core's is_layer_window_attention, and
+    mcore_to_hf_window_size of models/conversion/utils.py in Megatron-Bridge.
+    """
+    size, skip = settings.get("window_size"), settings.get("window_attn_skip_freq")
+    if size in (None, [-1, -1], [-1, 0]):
+        return {}
+    if not (isinstance(size, list) and len(size) == 2 and type(size[0]) is int and size[0] >= 0 and size[1] == 0):
+        raise ValueError(
+            f"{settings.name}: window_size is {reprlib.repr(size)}; supported: None, [-1, -1], [-1, 0], "
+            f"[n, 0] with n of at least 0"
+        )
+    if isinstance(skip, list):
+        if len(skip) != num_layer or any(one not in (0, 1) for one in skip):
+            raise ValueError(
+                f"{settings.name}: window_attn_skip_freq is {reprlib.repr(skip)}; 1 or 0 is expected for each of the "
+                f"{num_layer} layers"
+            )
+        full = tuple(layer for layer, has_window in enumerate(skip) if not has_window)
+    else:
+        every = 0 if skip is None else settings.size("window_attn_skip_freq")
+        full = tuple(range(every - 1, num_layer, every)) if every else ()
+    return {"sliding_window": size[0] + 1, "full_attention_layers": full} if len(full) < num_layer else {}
 
 
 def _llama3_scaling(settings: Settings) -> dict[str, Any]:

@@ -64,13 +64,9 @@ class LlamaReader(HuggingFaceReader):
         attention = self._is("attention_bias")
         return {"has_qkv_bias": attention, "has_dense_bias": attention, "has_mlp_bias": self._is("mlp_bias")}
 
-    def window(self) -> int:
-        """Tokens that a query sees at most, itself included; 0 for all."""
-        return 0
-
-    def _lengths(self) -> dict[str, int]:
-        positions, window = self._size("max_position_embeddings"), self.window()
-        return {"max_pos_seq_len": min(positions, window or positions), "sliding_window": window}
+    def windows(self) -> dict[str, Any]:
+        """ModelConfig's sliding_window and full_attention_layers, where they are not its defaults."""
+        return {}
 
     def shape(self) -> dict[str, Any]:
         if self._settings["head_dim"] is None:
@@ -84,7 +80,8 @@ class LlamaReader(HuggingFaceReader):
             "hidden_size": self._size("hidden_size"),
             "inter_size": self._size("intermediate_size"),
             "num_layer": self._size("num_hidden_layers"),
-            **self._lengths(),
+            "max_pos_seq_len": self._size("max_position_embeddings"),
+            **self.windows(),
             "layernorm_eps": self._epsilon("rms_norm_eps"),
             "normalization_type": "rmsnorm",
             "activation_type": "swiglu",

@@ -1,16 +1,10 @@
-"""Hugging Face Mistral: a Llama whose attention may see a window only (transformers/models/mistral).
-
-Up to the window's length nothing is beyond it: so such a model is served up to it.
-"""
+"""Hugging Face Mistral: a Llama whose attention may see a window only (transformers/models/mistral)."""
 
 from __future__ import annotations
 
-import logging
-from functools import cached_property
+from typing import Any
 
 from readers.llama import LlamaReader
-
-_LOG = logging.getLogger("convert")
 
 
 class MistralReader(LlamaReader):
@@ -27,15 +21,7 @@ class MistralReader(LlamaReader):
     def biases(self) -> dict[str, bool]:
         return dict.fromkeys(("has_qkv_bias", "has_dense_bias", "has_mlp_bias"), False)
 
-    def window(self) -> int:
-        return self._window
-
-    @cached_property
-    def _window(self) -> int:
-        """As `window`; a line in the log says where it is less than the model's positions."""
+    def windows(self) -> dict[str, Any]:
         if self._settings["sliding_window"] is None:
-            return 0
-        window, positions = self._size("sliding_window"), self._size("max_position_embeddings")
-        if window < positions:
-            _LOG.warning("sliding_window is %d of %d positions: sequences are served up to it", window, positions)
-        return window
+            return {}
+        return {"sliding_window": self._size("sliding_window"), "full_attention_layers": ()}

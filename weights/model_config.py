@@ -30,6 +30,7 @@ _WRITTEN_IF_CHANGED = (
     "rotary_high_freq_factor",
     "rotary_trained_positions",
     "sliding_window",
+    "full_attention_layers",
     "qk_layernorm",
     "use_parallel_residual",
     "has_post_attention_layernorm",
@@ -69,7 +70,9 @@ class ModelConfig:
     - `has_lm_head_bias`: the logits have a bias.
     - `hidden_size`: 0 stands for head_num · size_per_head.
     - `end_ids`: all tokens that end a text, `end_id` first; empty stands for `end_id` alone.
-    - `sliding_window`, 0 for none: a query sees so many tokens only, itself included. No executor computes more tokens.
+    - `sliding_window`, 0 for none: a query sees so many tokens only, itself included. Those of the
+      `full_attention_layers`, numbered from 0, see all. None: older converters did not write which layers these are,
+      and sequences end at the window.
     - `has_qkv_bias`, `has_dense_bias`, `has_mlp_bias`: False means that these .bias files do not exist.
     """
 
@@ -109,6 +112,7 @@ class ModelConfig:
     rotary_high_freq_factor: float = 4.0
     rotary_trained_positions: int = 0
     sliding_window: int = 0
+    full_attention_layers: tuple[int, ...] | None = None
     qk_layernorm: bool = False
     use_parallel_residual: bool = False
     has_post_attention_layernorm: bool = True
@@ -172,6 +176,11 @@ class ModelConfig:
                 raise ValueError(f"config.ini: {name} is {value}; the vocabulary has {self.vocab_size} tokens")
 
     def _check_combinations(self) -> None:
+        for layer in self.full_attention_layers or ():
+            if not 0 <= layer < self.num_layer:
+                raise ValueError(
+                    f"config.ini: full_attention_layers has {layer}; the model's {self.num_layer} layers begin at 0"
+                )
         if self.apply_residual_connection_post_layernorm and self.layernorm_type != "pre_layernorm":
             raise ValueError(
                 f"config.ini: apply_residual_connection_post_layernorm is True; layernorm_type must be pre_layernorm "
@@ -227,6 +236,10 @@ class ModelConfig:
     def attention_size(self) -> int:
         """The width of all heads' queries together: head_num · size_per_head."""
         return self.head_num * self.size_per_head
+
+    def window(self, layer: int) -> int:
+        """The number of tokens that a query of this layer sees, itself included; 0 for all."""
+        return 0 if layer in (self.full_attention_layers or ()) else self.sliding_window
 
     @property
     def is_gated(self) -> bool:
@@ -310,7 +323,9 @@ def _format(value: typing.Any) -> str:
 def _parse(section: configparser.SectionProxy, name: str, kind: type) -> typing.Any:
     if kind is bool:
         return section.getboolean(name)
-    if name == "end_ids":
+    if name == "full_attention_layers" and not section[name]:
+        return ()
+    if name in ("end_ids", "full_attention_layers"):
         return tuple(map(int, section[name].split(",")))
     if name == "activation_type":  # FasterTransformer's own converters write Gelu and Relu
         return section[name].lower()

@@ -27,7 +27,17 @@ from weights.model_config import ModelConfig
 
 NEW_TOKENS = 16
 # Each computes something that no other does.
-FIRST = ("llama-3", "mistral-nemo", "yarn", "qwen3", "nemotron", "gpt-neox", "gpt-j", "phi")
+FIRST = (
+    "llama-3",
+    "mistral-nemo",
+    "yarn",
+    "windows-of-some-layers",
+    "qwen3",
+    "nemotron",
+    "gpt-neox",
+    "gpt-j",
+    "phi",
+)
 PROMPTS = [np.random.default_rng(n).integers(4, VOCAB - 1, n).tolist() for n in (1, 7, 20, 50)]
 
 
@@ -168,32 +178,31 @@ def test_a_list_of_end_ids_is_kept(tmp_path: Path) -> None:
     assert ModelConfig.read(folder / "config.ini").end_ids == (VOCAB - 1, 300)
 
 
+SOME = dict(sliding_window=40, use_sliding_window=True)
+
+
 @pytest.mark.parametrize(
-    ("name", "changes", "length", "window"),
+    ("name", "changes", "windows"),
     [
-        ("mistral-nemo", dict(sliding_window=40), 40, 40),
-        ("mistral-nemo", dict(sliding_window=400), 96, 400),
-        ("mistral-nemo", {}, 96, 0),
-        ("qwen2", dict(sliding_window=40), 96, 0),
-        ("qwen2", dict(sliding_window=40, use_sliding_window=True), 40, 40),
+        ("mistral-nemo", dict(sliding_window=40), [40, 40, 40, 40]),
+        ("mistral-nemo", {}, [0, 0, 0, 0]),
+        ("qwen2", dict(sliding_window=40, max_window_layers=0), [0, 0, 0, 0]),
+        ("qwen2", SOME | dict(layer_types=..., max_window_layers=1), [0, 40, 40, 40]),
+        ("qwen2", SOME | dict(layer_types=..., max_window_layers=4), [0, 0, 0, 0]),
+        ("qwen2", SOME | dict(layer_types=["sliding_attention", "full_attention"] * 2), [40, 0, 40, 0]),
+        ("qwen2", SOME | dict(layer_types=["full_attention"] * 4), [0, 0, 0, 0]),
+        ("qwen3", SOME | dict(layer_types=..., max_window_layers=3), [0, 0, 0, 40]),
     ],
 )
-def test_sequences_end_at_the_window(
-    tmp_path: Path, name: str, changes: dict[str, Any], length: int, window: int
-) -> None:
+def test_windows_of_layers(tmp_path: Path, name: str, changes: dict[str, Any], windows: list[int]) -> None:
     make(tmp_path / "source", name)
     edit_config(tmp_path / "source", **changes)
     path = convert(tmp_path / "source", tmp_path / "ft", 1, "fp32") / "config.ini"
     config = ModelConfig.read(path)
-    assert (config.max_pos_seq_len, config.sliding_window) == (length, window)
-    assert ("sliding_window" in path.read_text()) == (window > 0)  # other folders stay as they were
-    for wished in (0, 40, 96, 400, 401):
-        if window and wished > window:
-            sentence = f"max_seq_len is {wished}; the model's sliding_window is {window}, and no more is computed"
-            with pytest.raises(ValueError, match=sentence):
-                pick_backend(EngineConfig(device="cpu", max_seq_len=wished), config, Path("none"), 0)
-        else:
-            pick_backend(EngineConfig(device="cpu", max_seq_len=wished), config, Path("none"), 0)
+    assert [config.window(layer) for layer in range(4)] == windows
+    pick_backend(EngineConfig(device="cpu", max_seq_len=96), config, Path("none"), 0)  # longer than the window
+    assert config.max_pos_seq_len == 96  # whatever the window
+    assert ("sliding_window" in path.read_text()) == any(windows)  # other folders stay as they were
 
 
 @pytest.mark.parametrize(
@@ -243,6 +252,13 @@ def test_what_is_not_computed_is_refused(tmp_path: Path, changes: dict[str, Any]
     ("name", "changes", "sentence"),
     [
         ("qwen3", dict(head_dim=32), "config.json asks for [256, 64]"),
+        ("qwen3", SOME | dict(layer_types=..., max_window_layers="x"), "max_window_layers is 'x'; a whole number is"),
+        (
+            "qwen2",
+            SOME | dict(layer_types=["chunked_attention"]),
+            "layer_types is ['chunked_attention']; full_attention or sliding_attention is expected for each of the 4",
+        ),
+        ("mistral-nemo", dict(sliding_window=0), "sliding_window is 0; it must be a whole number of at least 1"),
         ("qwen3", dict(hidden_act="relu"), "hidden_act is relu; only silu is supported"),
         ("nemotron", dict(hidden_act="silu"), "hidden_act 'silu' is not supported; supported: gelu, "),
         (

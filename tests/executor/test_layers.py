@@ -136,20 +136,22 @@ def test_vocabulary_shards_add_up_and_padding_is_cut() -> None:
     torch.testing.assert_close(head(hidden), hidden @ table.t())
 
 
-def attention_by_definition(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+def attention_by_definition(q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int) -> np.ndarray:
     """[length, heads, dim] queries, the last of [kv_len, heads, dim]: softmax(q kᵀ / √dim) v, causal, in fp64."""
     out = np.empty_like(q)
-    first = len(k) - len(q)
     for i in range(len(q)):
+        end = len(k) - len(q) + i + 1
+        seen = slice(max(0, end - window) if window else 0, end)
         for h in range(q.shape[1]):
-            scores = k[: first + i + 1, h] @ q[i, h] / np.sqrt(q.shape[2])
+            scores = k[seen, h] @ q[i, h] / np.sqrt(q.shape[2])
             weights = np.exp(scores - scores.max())
-            out[i, h] = (weights / weights.sum()) @ v[: first + i + 1, h]
+            out[i, h] = (weights / weights.sum()) @ v[seen, h]
     return out
 
 
+@pytest.mark.parametrize("window", [0, 1, 3, 8, 14])
 @pytest.mark.parametrize("is_scattered", [False, True])
-def test_attention_of_a_ragged_batch(is_scattered: bool) -> None:
+def test_attention_of_a_ragged_batch(is_scattered: bool, window: int) -> None:
     """A decode, a whole prompt and the second piece of a prompt in one batch, each over its own tokens only."""
     rng = np.random.default_rng(0)
     cache = KVCache(CacheShape(1, 4, 2, 8, torch.float32), 12, CPU)
@@ -166,13 +168,13 @@ def test_attention_of_a_ragged_batch(is_scattered: bool) -> None:
         chunks.append(slots.chunk(slot, row, kv_len - length, length))
         rows.append(np.stack([q, k[-length:], v[-length:]], 1))
         own_locs.append(kv_locs[-length:])
-        expected.append(attention_by_definition(q, k, v).reshape(length, 16))
+        expected.append(attention_by_definition(q, k, v, window).reshape(length, 16))
         row += length
     assert isinstance(chunks[0].kv_locs, slice) != is_scattered
-    config = ModelConfig(2, 8, 1, 9, 8, 8, max_pos_seq_len=9)
+    config = ModelConfig(2, 8, 1, 9, 8, 8, max_pos_seq_len=9, sliding_window=window)
     attention = Attention(config, ParallelConfig(), torch.float32, CPU)
     step = attention.step(torch.zeros(row).long(), torch.cat(own_locs), None, None, None, chunks)
-    ours = attention(torch.tensor(np.concatenate(rows)).float().flatten(1), cache.layers[0], step)
+    ours = attention(torch.tensor(np.concatenate(rows)).float().flatten(1), cache.layers[0], step, window)
     np.testing.assert_allclose(ours.numpy(), np.concatenate(expected), atol=2e-6)
 
 

@@ -351,6 +351,17 @@ def test_fastertransformer_refuses_speculation(tmp_path: Path) -> None:
     pick_backend(EngineConfig(engine="fastertransformer"), config, library, 0)
 
 
+def test_without_full_attention_layers_sequences_end_at_the_window(tmp_path: Path) -> None:
+    """Older converters wrote no such key, and all layers would get the window of some."""
+    path = tmp_path / "config.ini"
+    ModelConfig(2, 8, 2, 64, 1, 2, max_pos_seq_len=40, has_positional_encoding=False, sliding_window=40).write(path)
+    assert "full_attention_layers" not in path.read_text()
+    for wished in (0, 40):
+        pick_backend(EngineConfig(device="cpu", max_seq_len=wished), ModelConfig.read(path), Path("none"), 0)
+    with pytest.raises(ValueError, match="max_seq_len is 41; config.ini has sliding_window 40 and no full_attention"):
+        pick_backend(EngineConfig(device="cpu", max_seq_len=41), ModelConfig.read(path), Path("none"), 0)
+
+
 def test_fastertransformer_refuses_uneven_stages(tmp_path: Path) -> None:
     library = tmp_path / "libth_transformer.so"
     library.touch()
@@ -379,6 +390,10 @@ def test_fastertransformer_refuses_uneven_stages(tmp_path: Path) -> None:
             "apply_residual_connection_post_layernorm False",
         ),
         ({"sliding_window": -1}, "sliding_window is -1; it must be at least 0"),
+        (
+            {"sliding_window": 8, "full_attention_layers": (0, 9)},
+            "full_attention_layers has 9; the model's 2 layers begin at 0",
+        ),
         ({"rotary_attention_factor": 0.0}, "rotary_attention_factor is 0.0; it must be above 0"),
         (
             {"rotary_ramp_first": 3.0, "rotary_ramp_last": 2.0},

@@ -47,16 +47,18 @@ def packed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (8, 1), (1, 1)])
 @pytest.mark.parametrize("has_slopes", [False, True])
 @pytest.mark.parametrize("lengths", [[1], [1, 1], [7, 7, 7], [1, 300, 2, 33, 64, 5]], ids=str)
-def test_rows_of_any_length(heads: int, kv_heads: int, has_slopes: bool, lengths: list[int]) -> None:
+@pytest.mark.parametrize("window", [0, 1, 33])
+def test_rows_of_any_length(heads: int, kv_heads: int, has_slopes: bool, lengths: list[int], window: int) -> None:
     table, slots, positions, cache = scattered(lengths, kv_heads)
     slopes = alibi_slopes(heads) if has_slopes else None
     query = queries(len(lengths), heads)
-    rows = ragged_rows(table, slots, positions, heads, kv_heads, len(cache.keys), slopes)
+    rows = ragged_rows(table, slots, positions, heads, kv_heads, len(cache.keys), slopes, window)
     decodes = DecodeMetadata(table, slots, positions, make_workspace(0, 0, CPU))
     layout = HeadLayout(heads, kv_heads, HEAD_DIM, heads != kv_heads)
     own_locs = table[slots, positions].long()  # the reference stores the new tokens' keys and values: the same again
     qkv = packed(query, cache.keys[own_locs], cache.values[own_locs]).double()
-    expected = reference(qkv, layout, LayerCache(cache.keys.double(), cache.values.double()), decodes, slopes)
+    doubled = LayerCache(cache.keys.double(), cache.values.double())
+    expected = reference(qkv, layout, doubled, decodes, slopes, None, window)
     for _ in range(2):  # the scores of one layer leave nothing behind for the next
         ours = ragged_attention(query, cache.keys, cache.values, rows)
         assert ours.dtype == torch.float32

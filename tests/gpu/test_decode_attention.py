@@ -13,6 +13,14 @@ from kernels.layer_cache import LayerCache
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 MAX_LEN = 3000
+LAYOUTS = [
+    (16, 16, 64, False, 0),
+    (6, 2, 96, True, 0),
+    (8, 1, 128, False, 64),
+    (48, 48, 128, True, 0),
+    (2, 2, 8, False, 2),
+    (12, 4, 80, False, 10),
+]
 
 
 def by_definition(q: np.ndarray, k: np.ndarray, v: np.ndarray, slopes: np.ndarray) -> np.ndarray:
@@ -42,19 +50,12 @@ def packed(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "has_slopes", "half"),
-    [
-        (16, 16, 64, False, 0),
-        (6, 2, 96, True, 0),
-        (8, 1, 128, False, 64),
-        (48, 48, 128, True, 0),
-        (2, 2, 8, False, 2),
-        (12, 4, 80, False, 10),
-    ],
+    ("heads", "kv_heads", "head_dim", "has_slopes", "half", "window"),
+    [(*layout, 0) for layout in LAYOUTS] + [(*layout, window) for layout in LAYOUTS[:2] for window in (1, 70, 1024)],
 )
 @pytest.mark.parametrize("lens", [[1], [130], [MAX_LEN], [1, 2, 31, 32, 33, 700, 2049], [77] * 40], ids=str)
 def test_attention_by_definition(
-    lens: list[int], heads: int, kv_heads: int, head_dim: int, has_slopes: bool, half: int
+    lens: list[int], heads: int, kv_heads: int, head_dim: int, has_slopes: bool, half: int, window: int
 ) -> None:
     """The new token's key and value are stored, rotated, and nothing else changes."""
     rng = np.random.default_rng(0)
@@ -75,7 +76,7 @@ def test_attention_by_definition(
         [
             by_definition(
                 row,
-                *(part[table[slot, :length]].repeat(heads // kv_heads, 1) for part in (new_keys, new_values)),
+                *(part[table[slot, :length][-window:]].repeat(heads // kv_heads, 1) for part in (new_keys, new_values)),
                 alibi_slopes(heads).numpy() if has_slopes else np.zeros(heads),
             )
             for row, slot, length in zip(rotated(q, positions, half), slots, lens, strict=True)
@@ -90,7 +91,7 @@ def test_attention_by_definition(
     for dtype, limit in ((torch.float32, 4e-6), (torch.bfloat16, 1.2e-2), (torch.float16, 2e-3)):
         qkv, kept_k, kept_v = (torch.tensor(part).cuda().to(dtype) for part in (packed(q, k, v), keys, values))
         for _ in range(2):  # the workspace is zeros again
-            ours = decode_attention(qkv, layout, LayerCache(kept_k, kept_v), decodes, slopes, cos_sin)
+            ours = decode_attention(qkv, layout, LayerCache(kept_k, kept_v), decodes, slopes, cos_sin, window)
         error = np.linalg.norm(ours.double().cpu().numpy() - expected.reshape(num_rows, -1)) / np.linalg.norm(expected)
         assert error < limit, (dtype, error)
         assert not workspace.any()

@@ -77,12 +77,19 @@ PIECES = [
     [(3, 0, 70), (0, 5, 1), (1, 0, 1), (2, 40, 100), (4, 1300, 3), (6, 2000, 64)],
     [(slot, 100 + slot, 1) for slot in range(7)],
 ]
+LAYOUTS = [
+    (16, 16, 64, False, 0),
+    (6, 2, 96, True, 0),
+    (8, 1, 128, False, 64),
+    (2, 2, 8, False, 2),
+    (12, 4, 80, False, 10),
+]
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "has_slopes", "half"),
-    [(16, 16, 64, False, 0), (6, 2, 96, True, 0), (8, 1, 128, False, 64), (2, 2, 8, False, 2), (12, 4, 80, False, 10)],
+    ("heads", "kv_heads", "head_dim", "has_slopes", "half", "window"),
+    [(*layout, 0) for layout in LAYOUTS] + [(*layout, window) for layout in LAYOUTS[:2] for window in (1, 70, 1024)],
 )
 @pytest.mark.parametrize("pieces", PIECES, ids=len)
 def test_prompt_attention(
@@ -92,6 +99,7 @@ def test_prompt_attention(
     head_dim: int,
     has_slopes: bool,
     half: int,
+    window: int,
     dtype: torch.dtype,
 ) -> None:
     """First pieces, later ones and single tokens, beside the reference in fp64; tiles of padding change nothing."""
@@ -106,11 +114,12 @@ def test_prompt_attention(
     cos_sin = (angles.cos(), angles.sin()) if half else None
     slopes = torch.rand(heads, device="cuda", generator=generator) if has_slopes else None
     prompts = PromptMetadata(table, torch.tensor(make_tiles(pieces, 50)).cuda())
-    ours = prompt_attention.prompt_attention(qkv, layout, LayerCache(keys, values), prompts, slopes, cos_sin)
-    expected = prompt_attention.reference(*wide(qkv), layout, LayerCache(*wide(keys, values)), prompts, slopes, cos_sin)
+    cache, wide_cache = LayerCache(keys, values), LayerCache(*wide(keys, values))
+    ours = prompt_attention.prompt_attention(qkv, layout, cache, prompts, slopes, cos_sin, window)
+    expected = prompt_attention.reference(*wide(qkv), layout, wide_cache, prompts, slopes, cos_sin, window)
     error = ((ours - expected).norm() / expected.norm()).item()
     assert error < {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}[dtype]
-    again = prompt_attention.prompt_attention(qkv, layout, LayerCache(keys, values), prompts, slopes, cos_sin)
+    again = prompt_attention.prompt_attention(qkv, layout, cache, prompts, slopes, cos_sin, window)
     assert torch.equal(ours, again)
 
 

@@ -34,6 +34,7 @@ VARIANTS: dict[str, Callable[[Path], Any]] = {
     "qwen3-dense": lambda folder: make_model(folder, "qwen3-dense", head_dim=80),
     "minitron": lambda folder: make_model(folder, "minitron", head_dim=32),
     "yarn": lambda folder: make_model(folder, "yarn", hidden_size=256),
+    "windows": lambda folder: make_model(folder, "windows-of-some-layers", hidden_size=256),
     "gpt-neox": lambda folder: make_model(folder, "gpt-neox", hidden_size=128),
     "gpt-j": lambda folder: make_model(folder, "gpt-j", hidden_size=256, rotary_dim=16),
     "phi-norms": lambda folder: make_model(folder, "phi-norms", hidden_size=256),
@@ -49,7 +50,7 @@ def write_modern(folder: Path, model: ModernGPT) -> Any:
     ("variant", "tp", "pp"),
     [(name, 1, 1) for name in VARIANTS]
     + [("bloom-6-heads", 2, 1), ("nemotron", 2, 1), ("llama", 1, 2)]
-    + [("qwen3", 2, 1), ("phi-norms", 2, 1)],
+    + [("qwen3", 2, 1), ("phi-norms", 2, 1), ("windows", 2, 1), ("windows", 1, 2)],
 )
 def test_variant_is_hugging_faces(variant: str, tp: int, pp: int, tmp_path: Path) -> None:
     if tp * pp > NUM_GPUS:

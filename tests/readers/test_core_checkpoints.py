@@ -39,6 +39,7 @@ AROUND_ZERO = ModernGPT("llama", kv_heads=4, around_zero=True)
 QWEN2 = ModernGPT("qwen2", kv_heads=4)
 QWEN3 = ModernGPT("qwen3", kv_heads=4, around_zero=True)
 YARN = ModernGPT("qwen2", kv_heads=4, factor=4.0, yarn=20)
+WINDOWS = ModernGPT("qwen2", kv_heads=4, window=6)
 WIDE_HEADS = ModernGPT("llama", kv_heads=2, head_dim=16, hidden_size=64)
 SLOW = pytest.mark.slow("3 s each; the models with most to go wrong stay")
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -65,12 +66,21 @@ MODELS = {
     "bridge-llama": (write_bridge, LLAMA),
     "bridge-qwen3": (write_bridge, QWEN3),
     "bridge-yarn": (write_bridge, YARN),
+    "bridge-windows": (write_bridge, WINDOWS),
     "bridge-nested-llama": (nested, LLAMA),
     "bridge-nested-yarn": (nested, YARN),
     "bridge-nested-nemotron": (nested, NEMOTRON),
     "bridge-nested-gpt": (nested, EXACT),
 }
-FAST = ("nemo-nemotron", "nemo-llama", "nemo-qwen3", "bridge-gpt", "bridge-yarn", "bridge-nested-llama")
+FAST = (
+    "nemo-nemotron",
+    "nemo-llama",
+    "nemo-qwen3",
+    "bridge-gpt",
+    "bridge-yarn",
+    "bridge-windows",
+    "bridge-nested-llama",
+)
 
 
 def error(logits: np.ndarray, model: Any) -> float:
@@ -273,6 +283,28 @@ def test_yarns_settings(settings: dict[str, Any], rope: dict[str, Any], tmp_path
     config = ModelConfig(vocab_size=320, start_id=1, end_id=2, **reader.shape())
     torch.testing.assert_close(rotary_inv_freq(config), expected, rtol=2e-6, atol=0)
     assert config.rotary_attention_factor == pytest.approx(factor)
+
+
+@pytest.mark.parametrize(
+    ("size", "skip", "windows"),
+    [
+        ([4095, 0], None, [4096] * 16),  # tokens before the query's own, and after it
+        ([0, 0], 4, [1, 1, 1, 0] * 4),
+        ([127, 0], [1, 0, 1, 1] * 4, [128, 0, 128, 128] * 4),
+        ([127, 0], [0] * 16, [0] * 16),
+        ([-1, 0], 2, [0] * 16),
+        (None, 2, [0] * 16),
+    ],
+    ids=str,
+)
+def test_windows_of_layers(size: Any, skip: Any, windows: list[int], tmp_path: Path) -> None:
+    """As Megatron-core's is_layer_window_attention, which numbers layers from 1."""
+    model = yaml.safe_load(PRINTED) | dict(window_size=size, window_attn_skip_freq=skip)
+    (tmp_path / "run_config.yaml").write_text(yaml.safe_dump({"model": model}))
+    reader = open_reader(tmp_path, SourceOptions(), tmp_path)
+    assert isinstance(reader, BridgeReader)
+    config = ModelConfig(vocab_size=320, start_id=1, end_id=2, **reader.shape())
+    assert [config.window(layer) for layer in range(16)] == windows
 
 
 @pytest.mark.parametrize(

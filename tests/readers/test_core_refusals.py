@@ -43,7 +43,11 @@ def refused(source: Path, options: SourceOptions | None = None) -> str:
 
 # A setting → its value, and what is supported.
 SETTINGS: dict[str, tuple[Any, str]] = {
-    **{key: value for key, value in OTHER_MODELS.items() if key != "virtual_pipeline_model_parallel_size"},
+    **{
+        key: value
+        for key, value in OTHER_MODELS.items()
+        if key not in ("virtual_pipeline_model_parallel_size", "window_size")
+    },
     "position_embedding_type": ("mrope", "learned_absolute, rope, yarn"),
     "normalization": ("L2Norm", "LayerNorm, RMSNorm"),
     "apply_residual_connection_post_layernorm": (True, "False"),
@@ -92,6 +96,18 @@ OTHER_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "a factor of YaRN's alone": (
         dict(position_embedding_type="rope", yarn_rotary_scaling_factor=4.0),
         "yarn_rotary_scaling_factor is 4.0; supported: None, 1.0",
+    ),
+    "a window after the query": (
+        dict(window_size=[8, 8]),
+        "window_size is [8, 8]; supported: None, [-1, -1], [-1, 0], [n, 0] with n of at least 0",
+    ),
+    "layers without a window": (
+        dict(window_size=[8, 0], window_attn_skip_freq=[1, 0]),
+        "window_attn_skip_freq is [1, 0]; 1 or 0 is expected for each of the 1 layers",
+    ),
+    "no layer without a window": (
+        dict(window_size=[8, 0], window_attn_skip_freq=0),
+        "window_attn_skip_freq is 0; it must be a whole number of at least 1",
     ),
     "YaRN without a factor": (
         dict(position_embedding_type="yarn"),

@@ -53,6 +53,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         dict(use_parallel_residual=False, attention_bias=False, rotary_pct=0.5, rotary_emb_base=500),
     ),
     "gpt-j": ("GPTJ", dict(n_inner=96, rotary_dim=4)),
+    "window": ("Mistral", dict(sliding_window=12)),
+    "windows-of-some-layers": (
+        "Qwen2",
+        dict(use_sliding_window=True, sliding_window=10, max_window_layers=2, rms_norm_eps=1e-5),
+    ),
     "phi": ("Phi", dict(num_key_value_heads=8, partial_rotary_factor=0.25, hidden_act="gelu_new")),
     "phi-norms": ("Phi", dict(qk_layernorm=True, tie_word_embeddings=True)),
 }

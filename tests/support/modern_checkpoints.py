@@ -25,7 +25,7 @@ class ModernGPT:
     None has other biases nor shares its embedding. With `two_matrices`, the gate lies apart from the matrix beside it;
     with `around_zero`, what is stored of the norms' scales is less by 1.
     hidden_size: 0 for heads · head_dim; another is kv_channels' doing. yarn: 0, or the positions of the training before
-    YaRN's scaling by `factor`.
+    YaRN's scaling by `factor`. window: of a qwen2's layers but the first.
     The attributes and `shard` are those that tests.support.nemo_checkpoints' writers ask for.
     """
 
@@ -44,6 +44,7 @@ class ModernGPT:
     base: float = 500.0
     factor: float = 1.0
     yarn: int = 0
+    window: int = 0
     seed: int = 0
     hidden_size: int = 0  # 0: heads · head_dim
     hf: Any = field(init=False, compare=False)
@@ -78,7 +79,8 @@ class ModernGPT:
             config = transformers.NemotronConfig(**sizes, norm_eps=self.eps, rope_parameters=rope)
             model = transformers.NemotronForCausalLM(config)
         elif self.kind == "qwen2":
-            config = transformers.Qwen2Config(**sizes, rms_norm_eps=self.eps, rope_parameters=rope)
+            window = dict(use_sliding_window=bool(self.window), sliding_window=self.window, max_window_layers=1)
+            config = transformers.Qwen2Config(**sizes, rms_norm_eps=self.eps, rope_parameters=rope, **window)
             model = transformers.Qwen2ForCausalLM(config)
         elif self.kind == "qwen3":
             config = transformers.Qwen3Config(**sizes, rms_norm_eps=self.eps, rope_parameters=rope)
