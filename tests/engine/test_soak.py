@@ -1,6 +1,6 @@
 """Many requests of every kind with too few blocks: each result is that of its solo run, at any tp × pp.
 
-    SOAK_REQUESTS=2000 python -m pytest -n 0 -s tests/engine/test_soak.py
+SOAK_REQUESTS=2000 python -m pytest -n 0 -s tests/engine/test_soak.py
 """
 
 from __future__ import annotations
