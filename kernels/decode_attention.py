@@ -5,12 +5,12 @@ Stateless: a row is (slot, position); table[slot] holds the KV locations of the 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from kernels import dependent_launch, runs_on
-from kernels.grouped_decode_attention import grouped_decode_attention
+from kernels.grouped_decode_attention import grouped_launch
 from kernels.heads import CosSin, HeadLayout, rotated_heads
 from kernels.layer_cache import LayerCache
 
@@ -98,21 +98,20 @@ def decode_attention(
     """
     if not runs_on(qkv.device):
         return reference(qkv, layout, cache, decodes, slopes, cos_sin, window)
-    if layout.group > 1 and qkv.dtype != torch.float32:
-        return grouped_decode_attention(qkv, layout, cache, decodes, slopes, cos_sin, window)
-    rows, heads, head_dim = len(qkv), layout.heads, layout.head_dim
-    out = torch.empty(rows, heads * head_dim, dtype=qkv.dtype, device=qkv.device)
-    programs = _WANTED_PROGRAMS if rows <= _FEW_ROWS else _WANTED_PROGRAMS_OF_MANY
+    rows, head_dim = len(qkv), layout.head_dim
+    is_grouped = layout.group > 1 and qkv.dtype != torch.float32
+    kernel, programs, constants = grouped_launch(layout) if is_grouped else _launch(layout, rows)
+    heads = layout.kv_heads if is_grouped else layout.heads  # each is a program, or several with splits
     wanted = max(1, min(_MOST_SPLITS, programs // (rows * heads)))
     splits = 1 << wanted.bit_length() - 1  # a power of two: few variants of the kernel
-    table, slots, positions, workspace = decodes
+    constants.setdefault("block", max(16, (_BLOCK_ELEMENTS >> (splits == 1)) // constants["dims"]))
     keys, values, key_scales, value_scales = cache
-    dims = triton.next_power_of_2(head_dim)
+    out = torch.empty(rows, layout.heads * head_dim, dtype=qkv.dtype, device=qkv.device)
     partials = out
     if splits > 1:
-        partials = torch.empty(rows * heads, splits, head_dim + 2, dtype=torch.float32, device=qkv.device)
+        partials = torch.empty(rows * layout.heads, splits, head_dim + 2, dtype=torch.float32, device=qkv.device)
     cosines, sines = (out, out) if cos_sin is None else cos_sin
-    _kernel[(heads, rows, splits)](
+    kernel[(heads, rows, splits)](
         qkv,
         cosines,
         sines,
@@ -120,17 +119,17 @@ def decode_attention(
         values,
         out if key_scales is None else key_scales,
         out if value_scales is None else value_scales,
-        table,
-        slots,
-        positions,
+        decodes.table,
+        decodes.slots,
+        decodes.positions,
         out if slopes is None else slopes,
         out,
         partials,
-        workspace,
+        decodes.workspace,
         qkv.stride(0),
-        table.stride(0),
+        decodes.table.stride(0),
         keys.stride(0),
-        head_dim**-0.5,
+        head_dim**-0.5 * (1.4426950408889634 if is_grouped else 1.0),  # its exponentials are powers of two
         **layout.places(),
         group=layout.group,
         rotated_half=0 if cos_sin is None else cosines.shape[-1],
@@ -139,13 +138,17 @@ def decode_attention(
         window=window,
         num_splits=splits,
         head_dim=head_dim,
-        dims=dims,
-        block=max(16, (_BLOCK_ELEMENTS >> (splits == 1)) // dims),
-        num_warps=1,
         num_stages=2,
+        **constants,
         **dependent_launch.options(qkv.device),
     )
     return out
+
+
+def _launch(layout: HeadLayout, rows: int) -> tuple[Any, int, dict[str, int]]:
+    """As `grouped_launch`, for a program per query head."""
+    programs = _WANTED_PROGRAMS if rows <= _FEW_ROWS else _WANTED_PROGRAMS_OF_MANY
+    return _kernel, programs, dict(dims=triton.next_power_of_2(layout.head_dim), num_warps=1)
 
 
 if triton is not None:

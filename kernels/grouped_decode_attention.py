@@ -6,13 +6,9 @@ often from the L2 cache. Its reference is kernels.decode_attention.reference. St
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
-import torch
-
-from kernels import dependent_launch
-from kernels.heads import CosSin, HeadLayout
-from kernels.layer_cache import LayerCache
+from kernels.heads import HeadLayout
 
 try:
     import triton
@@ -24,74 +20,19 @@ try:
 except ImportError:  # a CPU-only torch comes without it
     triton = None
 
-if TYPE_CHECKING:
-    from kernels.decode_attention import DecodeMetadata
-
-# Measured on an H200 with 32 query and 8 KV heads of 128, 69 to 235 rows of the contexts that a mix of requests has:
-# 3.2 to 3.9 TB/s, where a program per query head has 0.9 to 1.4.
+# Measured on an H200 with 32 query and 8 KV heads of 128 at 69 to 235 rows of the contexts that a mix of requests has:
+# the loop over the keys alone reads 3.2 to 3.9 TB/s, programs per query head 0.9 to 1.4.
 _WANTED_PROGRAMS = 512
-_MOST_SPLITS = 16
 _LEAST_TILE = 16  # rows that a product of the matrix units has at least
 _BLOCK_KEYS = 64  # keys that a program reads at once
 
 
-def grouped_decode_attention(
-    qkv: torch.Tensor,
-    layout: HeadLayout,
-    cache: LayerCache,
-    decodes: DecodeMetadata,
-    slopes: torch.Tensor | None,
-    cos_sin: CosSin | None,
-    window: int,
-) -> torch.Tensor:
-    """As `decode_attention`, of 16-bit numbers."""
-    rows, kv_heads, group, head_dim = len(qkv), layout.kv_heads, layout.group, layout.head_dim
-    out = torch.empty(rows, layout.heads * head_dim, dtype=qkv.dtype, device=qkv.device)
-    wanted = max(1, min(_MOST_SPLITS, _WANTED_PROGRAMS // (rows * kv_heads)))
-    splits = 1 << wanted.bit_length() - 1  # a power of two: few variants of the kernel
-    table, slots, positions, workspace = decodes
-    keys, values, key_scales, value_scales = cache
-    dims = max(16, triton.next_power_of_2(head_dim))
-    partials = out
-    if splits > 1:
-        partials = torch.empty(rows * kv_heads, splits, group, head_dim + 2, dtype=torch.float32, device=qkv.device)
-    cosines, sines = (out, out) if cos_sin is None else cos_sin
-    _kernel[(kv_heads, rows, splits)](
-        qkv,
-        cosines,
-        sines,
-        keys,
-        values,
-        out if key_scales is None else key_scales,
-        out if value_scales is None else value_scales,
-        table,
-        slots,
-        positions,
-        out if slopes is None else slopes,
-        out,
-        partials,
-        workspace,
-        qkv.stride(0),
-        table.stride(0),
-        keys.stride(0),
-        head_dim**-0.5 * 1.4426950408889634,  # the kernel's exponentials are powers of two
-        **layout.places(),
-        group=group,
-        group_rows=triton.next_power_of_2(group),
-        rotated_half=0 if cos_sin is None else cosines.shape[-1],
-        has_slopes=slopes is not None,
-        is_fp8=key_scales is not None,
-        window=window,
-        num_splits=splits,
-        head_dim=head_dim,
-        dims=dims,
-        tile=max(_LEAST_TILE, triton.next_power_of_2(group)),
-        block=_BLOCK_KEYS if dims <= 128 else _BLOCK_KEYS // 2,
-        num_warps=2,
-        num_stages=2,
-        **dependent_launch.options(qkv.device),
-    )
-    return out
+def grouped_launch(layout: HeadLayout) -> tuple[Any, int, dict[str, int]]:
+    """The kernel, the programs that it wants, and its own constants: for `decode_attention`'s launch."""
+    dims, group_rows = max(16, triton.next_power_of_2(layout.head_dim)), triton.next_power_of_2(layout.group)
+    block = _BLOCK_KEYS if dims <= 128 else _BLOCK_KEYS // 2
+    constants = dict(group_rows=group_rows, tile=max(_LEAST_TILE, group_rows), dims=dims, block=block, num_warps=2)
+    return _kernel, _WANTED_PROGRAMS, constants
 
 
 if triton is not None:
