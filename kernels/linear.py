@@ -72,11 +72,11 @@ def linear(
     per row, so that the product runs at fp8's rate. All else: a weight times its scale is rounded to x's dtype.
     """
     _check(x, weight, bias, scales)
+    weight_format = "plain" if scales is None else "fp8" if weight.dtype == FP8 else "int8"
     tiles = None
     if runs_on(x.device) and x.dtype in (torch.bfloat16, torch.float16):
         num_out, num_in = weight.shape
-        kind = "plain" if scales is None else "fp8" if weight.dtype == FP8 else "int8"
-        tiles = plan(len(x), num_out, num_in, kind, activation == "swiglu")
+        tiles = plan(len(x), num_out, num_in, weight_format, activation == "swiglu")
     if tiles is None:
         return _many_rows(x, weight, bias, activation, scales, out)
     x, is_gated = x.contiguous(), activation == "swiglu"
@@ -103,7 +103,6 @@ def linear(
     )
     grid = (-(-num_out // block_n), splits, -(-rows // block_m))
     if block_m == 1:
-        weight_format = "int8" if weight.dtype == torch.int8 else "fp8" if weight.dtype == FP8 else "plain"
         as_bytes = weight.view(torch.int8) if weight_format == "fp8" else weight
         _one_row[grid](x, as_bytes, *tensors[2:], num_out, weight_format=weight_format, **constants)
     else:

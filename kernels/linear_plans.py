@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 SPLIT_COUNTERS = 4096  # output tiles that may be split; a launch has fewer
-# The most rows for a plan, by the weight's kind. Beyond, cuBLAS is as quick; for int8, widened weights and cuBLAS; for
-# fp8, rounded rows and a product of fp8 with fp8, which cuBLAS does not have for fewer rows at every shape.
+# The most rows for a plan, by the weight's format. Beyond: cuBLAS, which is as quick; for int8, widened weights and
+# cuBLAS; for fp8, rounded rows and a product of fp8 with fp8, which cuBLAS lacks for fewer rows at some shapes.
 _FEW_ROWS = {"plain": 32, "int8": 256, "fp8": 32}
 _MOST_SPLITS = 4
 _VOCABULARY = 32768  # outputs of an LM head
@@ -27,16 +27,16 @@ class TilePlan(NamedTuple):
     stages: int  # of the pipeline
 
 
-def plan(rows: int, num_out: int, num_in: int, kind: str, is_gated: bool) -> TilePlan | None:
+def plan(rows: int, num_out: int, num_in: int, weight_format: str, is_gated: bool) -> TilePlan | None:
     """The plan for x [rows, num_in] and weight [num_out, num_in], as measured on an H200; None: cuBLAS.
 
-    kind: of the weight, a key of _FEW_ROWS. fp8 has int8's plans for few rows.
+    weight_format: a key of _FEW_ROWS. fp8 has int8's plans for few rows.
     """
-    if not 0 < rows <= _FEW_ROWS[kind]:
+    if not 0 < rows <= _FEW_ROWS[weight_format]:
         return None
     if rows == 1:
-        return _plan_one_row(num_out, num_in, kind)
-    if kind != "plain":
+        return _plan_one_row(num_out, num_in, weight_format)
+    if weight_format != "plain":
         return _plan_bytes(rows, num_out, num_in, is_gated)
     block_m = 16 if rows <= 16 else 32
     if is_gated:  # two tiles of W each
@@ -58,8 +58,8 @@ def plan(rows: int, num_out: int, num_in: int, kind: str, is_gated: bool) -> Til
     return TilePlan(block_m, 64, 128, min(splits, max(1, num_in // least)), 4, stages)
 
 
-def _plan_one_row(num_out: int, num_in: int, kind: str) -> TilePlan:
-    if kind != "plain":
+def _plan_one_row(num_out: int, num_in: int, weight_format: str) -> TilePlan:
+    if weight_format != "plain":
         block_n, block_k, warps = 2, 2048, 4
     elif num_out >= _VOCABULARY:
         block_n, block_k, warps = (4, 1024, 4) if num_in <= 2048 else (2, 2048, 4)
