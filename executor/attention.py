@@ -92,9 +92,8 @@ class Attention:
         self, table: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, num_locs: int
     ) -> dict[int, RaggedRows]:
         """Decode rows of one step, for a CPU, by window; arguments as kernels.ragged_attention takes them."""
-        heads, kv_heads = self.layout.heads, self.layout.kv_heads
         return {
-            window: ragged_rows(table, slots, positions, heads, kv_heads, num_locs, self.slopes, window)
+            window: ragged_rows(table, slots, positions, self.layout, num_locs, self.slopes, window)
             for window in self.windows
         }
 

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from kernels.heads import HeadLayout
+
 # Fewer rows are faster one by one. Measured at 4 to 12 heads of 64, 160 to 192 tokens.
 MIN_ROWS = 2
 _SUM = 0  # embedding_bag's mode
@@ -45,8 +47,7 @@ def ragged_rows(
     table: torch.Tensor,
     slots: torch.Tensor,
     positions: torch.Tensor,
-    num_heads: int,
-    num_kv_heads: int,
+    layout: HeadLayout,
     num_locs: int,
     slopes: torch.Tensor | None = None,
     window: int = 0,
@@ -54,9 +55,9 @@ def ragged_rows(
     """Lay out one step's rows.
 
     table: [slots, max_seq_len] int32, the KV locations of each slot; slots, positions: [rows] int64; num_locs: of the
-    cache; slopes: [num_heads] fp32; window: the number of tokens that a query sees, itself included, 0 for all.
+    cache; slopes: [heads] fp32; window: the number of tokens that a query sees, itself included, 0 for all.
     """
-    group = num_heads // num_kv_heads
+    group, num_kv_heads = layout.group, layout.kv_heads
     rows = torch.arange(len(slots)).repeat_interleave(group)  # of the queries of one KV head
     lasts = positions[rows]
     lengths = (lasts + 1).clamp(max=window) if window else lasts + 1

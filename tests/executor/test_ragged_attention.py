@@ -52,9 +52,9 @@ def test_rows_of_any_length(heads: int, kv_heads: int, has_slopes: bool, lengths
     table, slots, positions, cache = scattered(lengths, kv_heads)
     slopes = alibi_slopes(heads) if has_slopes else None
     query = queries(len(lengths), heads)
-    rows = ragged_rows(table, slots, positions, heads, kv_heads, len(cache.keys), slopes, window)
-    decodes = DecodeMetadata(table, slots, positions, make_workspace(0, 0, CPU))
     layout = HeadLayout(heads, kv_heads, HEAD_DIM, heads != kv_heads)
+    rows = ragged_rows(table, slots, positions, layout, len(cache.keys), slopes, window)
+    decodes = DecodeMetadata(table, slots, positions, make_workspace(0, 0, CPU))
     own_locs = table[slots, positions].long()  # the reference stores the new tokens' keys and values: the same again
     qkv = packed(query, cache.keys[own_locs], cache.values[own_locs]).double()
     doubled = LayerCache(cache.keys.double(), cache.values.double())
@@ -105,4 +105,5 @@ def test_no_warning_of_torch_reaches_the_user() -> None:
 
 
 def _rows(table, slots, positions, cache, heads=4):
-    return ragged_rows(table, slots, positions, heads, cache.keys.shape[1], len(cache.keys))
+    layout = HeadLayout(heads, cache.keys.shape[1], HEAD_DIM, heads != cache.keys.shape[1])
+    return ragged_rows(table, slots, positions, layout, len(cache.keys))
