@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from engine.blocks import BlockAllocator, block_keys
 from engine.plan import NewSequences
-from engine.request import Request
+from engine.request import ParameterError, Request
 from engine.sequence import NO_SLOT, Sequence, SequenceGroup
 
 _LOOK_AHEAD = 3  # blocks beyond the one that a sequence needs, where there are plenty
@@ -40,12 +40,22 @@ class SequenceMemory:
         """Sequences that have slots."""
         return self.num_slots - len(self._free_slots)
 
-    def most_blocks(self, request: Request) -> int:
-        """The blocks that a request has at its longest."""
+    def check(self, request: Request) -> None:
+        """Raise ParameterError for a request that has too many sequences, or too many blocks at its longest."""
+        name = "n" if request.sampling.n > 1 else "beam_width"
+        width = request.sampling.width
+        if width > self.num_slots:
+            raise ParameterError(name, f"is {width}; at most {self.num_slots} sequences run at once")
         # The last sampled token is never computed, so its keys and values need no place.
         new_tokens = request.sampling.max_new_tokens - 1
-        first = self._blocks_for(len(request.prompt_ids) + new_tokens)
-        return first + self._blocks_for(new_tokens) * (request.sampling.width - 1)
+        needed = self._blocks_for(len(request.prompt_ids) + new_tokens) + self._blocks_for(new_tokens) * (width - 1)
+        if needed > self.blocks.num_blocks:
+            raise ParameterError(
+                name,
+                f"is {width}; with this prompt and {{}} that takes {needed} blocks, "
+                f"and the key-value cache has {self.blocks.num_blocks}",
+                "max_new_tokens",
+            )
 
     def admit(self, group: SequenceGroup) -> NewSequences | None:
         """Give a group its slots, and blocks for its tokens; None if it must wait for them."""
@@ -146,7 +156,9 @@ class SequenceMemory:
         keys, num_known = group.prompt_keys, group.prompt_len
         if group.is_resumed:
             num_known = first.num_tokens
-            keys = self._keys(first)
+            if group.known_keys is None:
+                group.known_keys = self._keys(first)
+            keys = group.known_keys
         most = (num_known - 1) // self.block_size
         if group.request.sampling.prompt_log_probs:
             most = min(most, group.num_scored // self.block_size)

@@ -21,7 +21,7 @@ from engine.memory import SequenceMemory
 from engine.metrics import Progress
 from engine.plan import BeamReorder, Chunk, Plan, StepOutput
 from engine.plan_builder import PlanBuilder
-from engine.request import SHUTDOWN, ParameterError, Request, check_length
+from engine.request import SHUTDOWN, Request, check_length
 from engine.sequence import PendingOutput, Sequence, SequenceGroup
 from engine.speculation import Speculation, append_drafted
 from engine.waiting import WaitingQueue
@@ -58,7 +58,6 @@ class Scheduler:
         has_prefix_cache: bool = True,
         max_mixed_tokens: int = 0,
     ) -> None:
-        self.max_batch_size = max_batch_size
         self.max_seq_len = max_seq_len
         self.max_step_tokens = max(max_step_tokens, max_batch_size)
         self.max_mixed_tokens = max_mixed_tokens or self.max_step_tokens
@@ -93,18 +92,7 @@ class Scheduler:
         """Raise ParameterError for a request that could never run. May be called from any thread."""
         check_length(request, self.max_seq_len, "the longest sequence served")
         check_length(request, self.blocks.num_blocks * self.memory.block_size, "the key-value cache")
-        name = "n" if request.sampling.n > 1 else "beam_width"
-        width = request.sampling.width
-        if width > self.max_batch_size:
-            raise ParameterError(name, f"is {width}; at most {self.max_batch_size} sequences run at once")
-        needed = self.memory.most_blocks(request)
-        if needed > self.blocks.num_blocks:
-            raise ParameterError(
-                name,
-                f"is {width}; with this prompt and {{}} that takes {needed} blocks, "
-                f"and the key-value cache has {self.blocks.num_blocks}",
-                "max_new_tokens",
-            )
+        self.memory.check(request)
 
     def add(self, request: Request) -> None:
         """Queue a request that `check` let pass."""

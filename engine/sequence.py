@@ -46,6 +46,7 @@ class SequenceGroup:
     is_stepwise: bool  # the host decides on each token (beams, bad words) before it plans the next one
     sequences: list[Sequence] = field(default_factory=list)
     prompt_keys: list[bytes] | None = None  # of the prompt's full blocks (engine.blocks), once they were looked for
+    known_keys: list[bytes] | None = None  # of all known tokens', once they were looked for while it waits
     capacity: int = 0  # tokens that each sequence's blocks can hold at least
     beams: Beams | None = None  # the beams that the next step continues
     is_running: bool = False  # it has slots and blocks
@@ -103,7 +104,7 @@ class SequenceGroup:
         num_known = len(self.output_ids(self.sequences[0]))
         self.is_settled = self.is_prefilling = True
         self.is_resumed = num_known > 0
-        self.is_speculating, self.draft_ids = False, []
+        self.is_speculating, self.draft_ids, self.known_keys = False, [], None
         for sequence in self.sequences:
             sequence.num_tokens = self.prompt_len + max(num_known, 1)
             sequence.num_computed = 0
