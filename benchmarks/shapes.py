@@ -20,7 +20,7 @@ from executor.runner import TorchExecutor, computation_dtype
 from weights.model_config import ModelConfig
 
 # Fields of EngineConfig.
-ENGINE_FLAGS = ("device", "data_type", "quantization", "int8_mode", "kv_cache_dtype", "max_mixed_tokens")
+ENGINE_FLAGS = ("device", "data_type", "quantization", "int8_mode", "kv_cache_dtype", "max_mixed_tokens", "all_reduce")
 _TIMEOUT_S = 600.0
 _T = TypeVar("_T")
 

@@ -110,6 +110,12 @@ class EngineConfig:
         choices=("none", "ngram"),
     )
     speculative_tokens: int = flag(8, "tokens that a step verifies of a sequence, at most, with --speculative")
+    all_reduce: str = flag(
+        "auto",
+        "how GPUs of a tp group sum their results; auto: few rows through each other's memory, where the GPUs reach "
+        "it, and many through NCCL",
+        choices=("auto", "nccl"),
+    )
     enforce_eager: bool = flag(False, "launch the kernels of a decode step one by one, without CUDA graphs")
     step_timeout_s: float = flag(25.0, "seconds; a step that takes longer counts as a hung rank and ends the job")
 

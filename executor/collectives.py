@@ -1,10 +1,11 @@
-"""Collectives on tensors over the tp and pp groups: MPI on a CPU, NCCL on GPUs.
+"""Collectives on tensors over the tp and pp groups: MPI on a CPU; NCCL on GPUs, and their own memory for few rows.
 
 The only module that imports torch.distributed. One thread of each rank calls it. MPI uses shared memory within a node.
 """
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 import time
@@ -17,6 +18,12 @@ import torch
 
 from engine.config import ParallelConfig
 from engine.world import World
+from kernels import runs_on
+from kernels.peer_sum import Peers, inbox_shape, peer_sum
+
+_MAX_PEER_ROWS = 256  # more would not run at once, and each waits for its counterparts
+_MAX_PEER_BYTES = 4 << 20  # of a sum; NCCL is faster beyond
+_LOG = logging.getLogger("engine")
 
 
 class Comm:
@@ -25,6 +32,8 @@ class Comm:
     def __init__(self, world: World, parallel: ParallelConfig, device: torch.device) -> None:
         self.parallel = parallel
         self._world = world
+        self._device = device
+        self._peers: Peers | None = None
         if parallel.world_size == 1:
             self._joined: _MpiGroups | _NcclGroups | None = None
         elif device.type == "cuda":
@@ -37,9 +46,33 @@ class Comm:
         assert self._joined is not None, "a single rank has no one to talk to"
         return self._joined
 
+    def share_memory(self, hidden_size: int, dtype: torch.dtype) -> None:
+        """Let few rows of this size be summed through the GPUs' memory, where they reach each other's.
+
+        Every rank calls this. Elsewhere NCCL sums all.
+        """
+        if self.parallel.tp == 1 or not isinstance(self._joined, _NcclGroups):
+            return
+        peers, first = None, self.parallel.rank - self.parallel.tp_rank
+        hosts = self._world.gather(socket.gethostname())[first : first + self.parallel.tp]
+        is_fit = len(set(hosts)) == 1 and hidden_size * dtype.itemsize % 16 == 0 and runs_on(self._device)
+        if self.min_over_ranks(is_fit):
+            try:
+                peers = self._joined.open_inboxes(self.parallel.tp_rank, hidden_size * dtype.itemsize, self._device)
+            except RuntimeError as error:  # the driver's, of GPUs that cannot
+                _LOG.info("the GPUs do not share memory, and NCCL sums all: %s", str(error).splitlines()[0])
+        self._peers = peers if self.min_over_ranks(peers is not None) else None
+
+    def peers_for(self, tensor: torch.Tensor) -> Peers | None:
+        """How kernels may sum this tensor over the tp group themselves; None: call `all_reduce`."""
+        return self._peers if self._peers is not None and self._peers.takes(tensor) else None
+
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the tp group, in place; returns the tensor."""
-        if self.parallel.tp > 1:
+        peers = self.peers_for(tensor)
+        if peers is not None:
+            peer_sum(tensor, peers)
+        elif self.parallel.tp > 1:
             self._groups.all_reduce(tensor)
         return tensor
 
@@ -75,6 +108,7 @@ class Comm:
 
     def close(self) -> None:
         """Leave the groups; every rank calls this after its last collective."""
+        self._peers = None
         if isinstance(self._joined, _NcclGroups):
             self._joined.close()
 
@@ -133,6 +167,21 @@ class _NcclGroups:
             group = dist.new_group(ranks)
             if stage == parallel.pp_rank:
                 self._tp = group
+
+    def open_inboxes(self, rank: int, row_bytes: int, device: torch.device) -> Peers:
+        """Memory that the tp group's GPUs write to. Raises RuntimeError where they cannot."""
+        from torch.distributed import _symmetric_memory as symmetric_memory
+
+        assert self._tp is not None
+        num_ranks, max_rows = self._tp.size(), min(_MAX_PEER_ROWS, _MAX_PEER_BYTES // row_bytes)
+        shape = inbox_shape(num_ranks, max_rows, row_bytes)
+        inbox = symmetric_memory.empty(shape, dtype=torch.int64, device=device)
+        inbox.zero_()
+        torch.cuda.synchronize(device)
+        memory = symmetric_memory.rendezvous(inbox, self._tp)
+        self._dist.barrier(group=self._tp)  # nobody writes before all are zeros
+        addresses = torch.tensor(memory.buffer_ptrs, dtype=torch.int64, device=device)
+        return Peers(rank, addresses, inbox, torch.zeros(max_rows, dtype=torch.int32, device=device))
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         self._dist.all_reduce(tensor, group=self._tp)

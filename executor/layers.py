@@ -6,30 +6,39 @@ All collectives of a forward pass are here, except those at the stage boundary i
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from executor.collectives import Comm
 from executor.matmul import Matmul
 from kernels.add_norm import add_norm
 from kernels.embed import embed
+from kernels.peer_sum import peer_sum_add_norm
 
 
 class Norm:
-    """LayerNorm or RMSNorm over the last axis, after adding to the residual.
+    """LayerNorm or RMSNorm over the last axis, after adding the tp group's products to the residual.
 
     With a bias: LayerNorm, (x − mean) / √(variance + eps) · weight + bias. Without: RMSNorm, x / √(mean of x² + eps) ·
     weight.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, comm: Comm) -> None:
         """weight, bias: [hidden_size]"""
         self.weight = weight
         self.bias = bias
         self.eps = eps
+        self.comm = comm
 
-    def __call__(self, residual: torch.Tensor, hidden: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """[rows, hidden_size] both → (residual + hidden, its norm); without hidden: (residual, its norm)."""
-        return add_norm(residual, hidden, self.weight, self.bias, self.eps)
+    def __call__(self, residual: torch.Tensor, addend: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """[rows, hidden_size] both → (residual + the sum of all ranks' addends, its norm).
+
+        Without an addend: (residual, its norm). An addend is written over.
+        """
+        if addend is not None:
+            peers = self.comm.peers_for(addend)
+            if peers is not None:
+                return peer_sum_add_norm(addend, peers, residual, self.weight, self.bias, self.eps)
+            addend = self.comm.all_reduce(addend)
+        return add_norm(residual, addend, self.weight, self.bias, self.eps)
 
 
 class Linear:
@@ -47,40 +56,31 @@ class Linear:
 
 
 class RowParallelLinear(Linear):
-    """A linear that holds a part of W's rows and gets the same part of x's columns; the tp group sums the products.
+    """A linear that holds a part of W's rows and gets the same part of x's columns: [rows, in / tp] → [rows, out].
 
-    Only the group's first rank keeps the bias, so the sum has it once.
+    The result is this rank's addend of a sum over the tp group, which the next norm makes. Only the group's first rank
+    keeps the bias, so the sum has it once.
     """
 
-    def __init__(self, matmul: Matmul, bias: torch.Tensor | None, comm: Comm) -> None:
-        super().__init__(matmul, bias if comm.parallel.tp_rank == 0 else None)
-        self.comm = comm
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[rows, in / tp] → [rows, out], the whole sum on every rank."""
-        return self.comm.all_reduce(super().__call__(x))
+    def __init__(self, matmul: Matmul, bias: torch.Tensor | None, tp_rank: int) -> None:
+        super().__init__(matmul, bias if tp_rank == 0 else None)
 
 
 class VocabEmbedding:
     """Token embedding, the vocabulary split over the tp group: each rank looks up its own ids, the group adds up.
 
-    Position embeddings, which every rank has, are added after that.
+    Only the group's first rank adds position embeddings, so the sum has them once.
     """
 
     def __init__(self, rows: torch.Tensor, position_rows: torch.Tensor | None, first_id: int, comm: Comm) -> None:
         self.rows = rows  # [vocab_local, hidden]
-        self.position_rows = position_rows  # [max_pos_seq_len, hidden]
+        self.position_rows = position_rows if comm.parallel.tp_rank == 0 else None  # [max_pos_seq_len, hidden]
         self.first_id = first_id
         self.comm = comm
 
     def __call__(self, token_ids: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Embeds token_ids[slots, positions]: [slots, max_seq_len], [tokens], [tokens] → [tokens, hidden]"""
-        if self.comm.parallel.tp == 1:
-            return embed(token_ids, slots, positions, self.rows, self.position_rows)
-        local_ids = token_ids[slots, positions] - self.first_id
-        is_here = (local_ids >= 0) & (local_ids < self.rows.shape[0])
-        embedded = self.comm.all_reduce(F.embedding(local_ids.where(is_here, 0), self.rows) * is_here[:, None])
-        return embedded if self.position_rows is None else embedded + F.embedding(positions, self.position_rows)
+        return self.comm.all_reduce(embed(token_ids, slots, positions, self.rows, self.position_rows, self.first_id))
 
 
 class LMHead:

@@ -164,7 +164,7 @@ class GPT:
 
     def _norm(self, outer: dict[str, WeightSpec], name: str) -> Norm:
         weight, bias = outer[f"{name}.weight"], outer.get(f"{name}.bias")
-        return Norm(self._load(weight), self._load(bias) if bias else None, self.config.layernorm_eps)
+        return Norm(self._load(weight), self._load(bias) if bias else None, self.config.layernorm_eps, self.comm)
 
     def _vocab_rows(self, spec: WeightSpec, vocab: slice) -> torch.Tensor:
         """This rank's rows of a vocabulary's table or bias; rows past its end are zeros."""
@@ -194,7 +194,7 @@ class GPT:
         for layer, layer_cache in zip(layers or self.layers, cache.layers, strict=True):
             residual, hidden = layer.forward(residual, hidden, attention_step, layer_cache)
         if hidden is not None:
-            residual = residual + hidden
+            residual = residual + self.comm.all_reduce(hidden)
         if not parallel.is_last_stage:
             self.comm.send_forward(residual)
             return None
@@ -235,13 +235,14 @@ class Layer:
         def norm(name: str) -> Norm:
             weight = vector(f"{name}.weight")
             assert weight is not None, name
-            return Norm(weight, vector(f"{name}.bias"), config.layernorm_eps)
+            return Norm(weight, vector(f"{name}.bias"), config.layernorm_eps, comm)
 
         def linear(name: str, kind: Callable[..., Linear]) -> Linear:
             weight, bias = weights.pop(f"{name}.weight"), vector(f"{name}.bias")
             matmul = make_matmul(weight if isinstance(weight, QuantizedMatrix) else weight.flatten(1))
             return kind(matmul, None if bias is None else bias.flatten())
 
+        row_parallel = partial(RowParallelLinear, tp_rank=comm.parallel.tp_rank)
         self.input_layernorm = norm("input_layernorm")
         self.mlp_layernorm = norm("post_attention_layernorm") if config.has_post_attention_layernorm else None
         self.query_key_value = linear("attention.query_key_value", Linear)
@@ -251,16 +252,17 @@ class Layer:
             self.head_norms = HeadNorms(q.weight, k.weight, q.bias, k.bias, config.layernorm_eps)
         self.attention = attention
         self.window = window
-        self.dense = linear("attention.dense", partial(RowParallelLinear, comm=comm))
+        self.dense = linear("attention.dense", row_parallel)
         self.up = linear("mlp.dense_h_to_4h", partial(Linear, activation=activation(config)))
-        self.down = linear("mlp.dense_4h_to_h", partial(RowParallelLinear, comm=comm))
+        self.down = linear("mlp.dense_4h_to_h", row_parallel)
 
     def forward(
         self, residual: torch.Tensor, hidden: torch.Tensor | None, step: AttentionStep, cache: LayerCache
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(residual, hidden) of the layer before → the same of this layer; [tokens, hidden_size] each.
 
-        The two are not yet added: the next norm fuses the add. Writes the tokens' keys and values into the cache.
+        hidden is this rank's addend: the next norm sums the tp group's, and adds the sum to the residual. Writes the
+        tokens' keys and values into the cache.
         """
         if self.is_parallel:
             residual, normed = self.input_layernorm(residual, hidden)
@@ -278,12 +280,12 @@ class Layer:
         return normed if self.is_residual_normed else residual, self.mlp(normed)
 
     def attend(self, hidden: torch.Tensor, step: AttentionStep, cache: LayerCache) -> torch.Tensor:
-        """[tokens, hidden_size] → [tokens, hidden_size]"""
+        """[tokens, hidden_size] → this rank's addend, [tokens, hidden_size]"""
         qkv = self.query_key_value(hidden)
         if self.head_norms is not None:
             head_norm(qkv, self.attention.layout, self.head_norms)
         return self.dense(self.attention(qkv, cache, step, self.window))
 
     def mlp(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[tokens, hidden_size] → [tokens, hidden_size]"""
+        """[tokens, hidden_size] → this rank's addend, [tokens, hidden_size]"""
         return self.down(self.up(hidden))

@@ -76,6 +76,8 @@ class TorchExecutor:
         self._local_size = local_size
         # On a GPU the next step is launched before the last one's tokens are read.
         self.num_ahead = 1 if device.type == "cuda" else 0
+        if engine_config.all_reduce == "auto":
+            comm.share_memory(reader.config.hidden_size, reader.dtype)
         with torch.inference_mode():
             self.model = GPT(comm, reader, device, progress, engine_config.weight_format)
         self.max_seq_len = engine_config.max_seq_len or reader.config.max_pos_seq_len

@@ -62,6 +62,15 @@ def add_norm(
 if triton is not None:
 
     @triton.jit
+    def normalize(values, w, b, is_element, eps, has_bias: tl.constexpr, hidden_size: tl.constexpr):
+        """The norm of a row, fp32, 0 beyond its elements; b counts with has_bias only."""
+        if has_bias:
+            values = tl.where(is_element, values - tl.sum(values, 0) / hidden_size, 0.0)
+        variance = tl.sum(values * values, 0) / hidden_size
+        values = values * tl.rsqrt(variance + eps) * w
+        return values + b if has_bias else values
+
+    @triton.jit
     def _kernel(
         residual,  # [rows, hidden_size]
         hidden,  # as residual
@@ -83,6 +92,7 @@ if triton is not None:
         if pdl:
             start_dependents()
         w = tl.load(weight + offsets, mask=is_element, other=0.0).to(tl.float32)
+        b = w
         if has_bias:
             b = tl.load(bias + offsets, mask=is_element, other=0.0).to(tl.float32)
         if pdl:
@@ -93,10 +103,5 @@ if triton is not None:
             stored = values.to(total.dtype.element_ty)
             tl.store(total + places, stored, mask=is_element)
             values = stored.to(tl.float32)
-        if has_bias:
-            values = tl.where(is_element, values - tl.sum(values, 0) / hidden_size, 0.0)
-        variance = tl.sum(values * values, 0) / hidden_size
-        values = values * tl.rsqrt(variance + eps) * w
-        if has_bias:
-            values += b
-        tl.store(normed + places, values.to(normed.dtype.element_ty), mask=is_element)
+        y = normalize(values, w, b, is_element, eps, has_bias, hidden_size)
+        tl.store(normed + places, y.to(normed.dtype.element_ty), mask=is_element)
