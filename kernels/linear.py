@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels import dependent_launch, runs_on, widen
+from kernels import byte_row, dependent_launch, runs_on, widen
 from kernels.activation import ACTIVATIONS
 from kernels.fp8 import FP8
 from kernels.linear_plans import SPLIT_COUNTERS, plan
@@ -19,9 +19,8 @@ try:
     import triton
     import triton.language as tl
 
-    from kernels.activation import activate, gated
     from kernels.dependent_launch import start_dependents, wait_for_predecessors
-    from kernels.widen import bits_to_fp32
+    from kernels.epilogue import finish
 except ImportError:  # a CPU-only torch comes without it
     triton = None
 
@@ -82,6 +81,8 @@ def linear(
     x, is_gated = x.contiguous(), activation == "swiglu"
     if out is None:
         out = torch.empty(len(x), len(weight) // (1 + is_gated), dtype=x.dtype, device=x.device)
+    if tiles.block_m == 1 and scales is not None:
+        return byte_row.launch(x, weight, scales, bias, out, activation, tiles)
     block_m, block_n, block_k, splits, warps, stages = tiles
     (rows, num_in), num_out = x.shape, out.shape[1]
     partials = torch.empty(splits, rows, num_out, dtype=torch.float32, device=x.device) if splits > 1 else out
@@ -103,8 +104,7 @@ def linear(
     )
     grid = (-(-num_out // block_n), splits, -(-rows // block_m))
     if block_m == 1:
-        as_bytes = weight.view(torch.int8) if weight_format == "fp8" else weight
-        _one_row[grid](x, as_bytes, *tensors[2:], num_out, weight_format=weight_format, **constants)
+        _one_row[grid](*tensors, num_out, **constants)
     else:
         sizes = dict(split_len=split_len, splits=splits, block_m=block_m)
         _tile[grid](*tensors, partials, workspace, rows, num_out, **sizes, **constants)
@@ -173,42 +173,6 @@ if triton is not None:
         return tl.load(places, mask=(outs[:, None] < num_out) & (ks[None, :] < num_in), other=0.0)
 
     @triton.jit
-    def _scaled(
-        sums, scales, bias, outs, num_out, has_scales: tl.constexpr, has_bias: tl.constexpr, is_column: tl.constexpr
-    ):
-        """sums [outs] or [outs, rows] · scale + bias, fp32."""
-        if has_scales:
-            scale = tl.load(scales + outs, mask=outs < num_out, other=0.0)
-            sums = sums * (scale[:, None] if is_column else scale)
-        if has_bias:
-            added = tl.load(bias + outs, mask=outs < num_out, other=0.0).to(tl.float32)
-            sums = sums + (added[:, None] if is_column else added)
-        return sums
-
-    @triton.jit
-    def _finish(
-        sums,
-        up_sums,  # of a gated linear
-        scales,
-        bias,
-        outs,
-        num_out,
-        has_scales: tl.constexpr,
-        has_bias: tl.constexpr,
-        activation: tl.constexpr,
-        is_gated: tl.constexpr,
-        is_column: tl.constexpr,
-    ):
-        """activation(sums · scale + bias), fp32."""
-        y = _scaled(sums, scales, bias, outs, num_out, has_scales, has_bias, is_column)
-        if is_gated:
-            up_scales, up_bias = scales + num_out, bias + num_out
-            y = gated(y, _scaled(up_sums, up_scales, up_bias, outs, num_out, has_scales, has_bias, is_column))
-        else:
-            y = activate(y, activation)
-        return y
-
-    @triton.jit
     def _add_splits(partials, counter, places, is_place, sums, size, splits: tl.constexpr):
         """(is_last, sums): the last of a tile's programs gets the sums of all of them."""
         tl.store(partials + tl.program_id(1) * size + places, sums, mask=is_place)
@@ -230,7 +194,6 @@ if triton is not None:
         bias,
         out,
         num_out,
-        weight_format: tl.constexpr,
         num_in: tl.constexpr,
         has_scales: tl.constexpr,
         has_bias: tl.constexpr,
@@ -241,7 +204,7 @@ if triton is not None:
         block_k: tl.constexpr,
         pdl: tl.constexpr,
     ):
-        """A tile of W times one x. The next block of W is on its way while one is multiplied."""
+        """A tile of W, in x's dtype, times one x. The next block of W is on its way while one is multiplied."""
         outs = tl.program_id(0) * block_n + tl.arange(0, block_n)
         ks = tl.arange(0, block_k)
         ups = weight
@@ -266,18 +229,25 @@ if triton is not None:
                 xs = tl.load(x + first + ks).to(tl.float32)
             else:
                 xs = tl.load(x + first + ks, mask=first + ks < num_in, other=0.0).to(tl.float32)
-            if weight_format == "fp8":
-                xs *= 1.2379400392853803e27  # 2^90: the products are far from what fp32 cannot hold
-            sums += bits_to_fp32(w, weight_format) * xs[None, :]
+            sums += w.to(tl.float32) * xs[None, :]
             w = next_w
             if is_gated:
-                up_sums += bits_to_fp32(up, weight_format) * xs[None, :]
+                up_sums += up.to(tl.float32) * xs[None, :]
                 if first + block_k < num_in:
                     up = _load(ups, outs, next_ks, num_out, num_in, is_even)
-        own_sum, up_sum = tl.sum(sums, 1), tl.sum(up_sums, 1)
-        if weight_format == "fp8":  # 2^30: the rest of 2^120
-            own_sum, up_sum = own_sum * 1073741824.0, up_sum * 1073741824.0
-        y = _finish(own_sum, up_sum, scales, bias, outs, num_out, has_scales, has_bias, activation, is_gated, False)
+        y = finish(
+            tl.sum(sums, 1),
+            tl.sum(up_sums, 1),
+            scales,
+            bias,
+            outs,
+            num_out,
+            has_scales,
+            has_bias,
+            activation,
+            is_gated,
+            False,
+        )
         tl.store(out + outs, y.to(out.dtype.element_ty), mask=outs < num_out)
 
     @triton.jit
@@ -347,5 +317,5 @@ if triton is not None:
             counter = workspace + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
             is_last, sums = _add_splits(partials, counter, places, is_place, sums, rows * num_out, splits)
         if is_last:
-            y = _finish(sums, up_sums, scales, bias, outs, num_out, has_scales, has_bias, activation, is_gated, True)
+            y = finish(sums, up_sums, scales, bias, outs, num_out, has_scales, has_bias, activation, is_gated, True)
             tl.store(out + places, y.to(out.dtype.element_ty), mask=is_place)

@@ -24,7 +24,7 @@ class TilePlan(NamedTuple):
     block_k: int  # ins that a program reads at once
     splits: int  # of the in axis
     warps: int
-    stages: int  # of the pipeline
+    stages: int  # of the pipeline; of one row's bytes: blocks on their way
 
 
 def plan(rows: int, num_out: int, num_in: int, weight_format: str, is_gated: bool) -> TilePlan | None:
@@ -35,7 +35,7 @@ def plan(rows: int, num_out: int, num_in: int, weight_format: str, is_gated: boo
     if not 0 < rows <= _FEW_ROWS[weight_format]:
         return None
     if rows == 1:
-        return _plan_one_row(num_out, num_in, weight_format)
+        return _plan_one_row(num_out, num_in) if weight_format == "plain" else _plan_byte_row(num_out, num_in)
     if weight_format != "plain":
         return _plan_bytes(rows, num_out, num_in, is_gated)
     block_m = 16 if rows <= 16 else 32
@@ -58,10 +58,8 @@ def plan(rows: int, num_out: int, num_in: int, weight_format: str, is_gated: boo
     return TilePlan(block_m, 64, 128, min(splits, max(1, num_in // least)), 4, stages)
 
 
-def _plan_one_row(num_out: int, num_in: int, weight_format: str) -> TilePlan:
-    if weight_format != "plain":
-        block_n, block_k, warps = 2, 2048, 4
-    elif num_out >= _VOCABULARY:
+def _plan_one_row(num_out: int, num_in: int) -> TilePlan:
+    if num_out >= _VOCABULARY:
         block_n, block_k, warps = (4, 1024, 4) if num_in <= 2048 else (2, 2048, 4)
     elif num_in >= 16384 or (num_in == 2048 and num_out == 6144):
         block_n, block_k, warps = 4, 1024, 4
@@ -71,10 +69,26 @@ def _plan_one_row(num_out: int, num_in: int, weight_format: str) -> TilePlan:
         block_n, block_k, warps = 2, 2048, 4
     else:
         block_n, block_k, warps = (4, 1024, 4) if num_out <= 1024 else (2, 1024, 2)
+    return TilePlan(1, block_n, _whole_block(num_in, block_k), 1, warps, 1)
+
+
+def _plan_byte_row(num_out: int, num_in: int) -> TilePlan | None:
+    """For one row and weights of one byte; it reads four at once."""
+    if num_in % 4:
+        return None
+    if num_in >= _LONG:
+        block_k, warps, stages = 2048, 4, 2
+    elif num_in % 3072 == 0:
+        block_k, warps, stages = 1024, 1, 1
+    else:
+        block_k, warps, stages = 1024, 2, 2
+    return TilePlan(1, 4, _whole_block(num_in, block_k), 1, warps, stages)
+
+
+def _whole_block(num_in: int, block_k: int) -> int:
+    """A block that divides num_in, if a large one does, so that nothing is masked."""
     divisor = num_in & -num_in  # the largest power of two that divides it
-    if 128 <= divisor < block_k:  # whole blocks, without masks
-        block_k = divisor
-    return TilePlan(1, block_n, block_k, 1, warps, 1)
+    return divisor if 128 <= divisor < block_k else block_k
 
 
 def _plan_bytes(rows: int, num_out: int, num_in: int, is_gated: bool) -> TilePlan:

@@ -49,21 +49,6 @@ def widen(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> tor
 if triton is not None:
 
     @triton.jit
-    def bits_to_fp32(w, weight_format: tl.constexpr):
-        """A weight as fp32. Of int8, and of fp8's bytes as int8, by its bits, which is faster than a conversion.
-
-        weight_format: plain, int8, or fp8, which comes out smaller by 2^120; its NaNs do not survive.
-        """
-        if weight_format == "int8":  # the last bits of 2^23 + 128 + w
-            bits = (w.to(tl.int32) & 0xFF) ^ 0x4B000080
-            return bits.to(tl.float32, bitcast=True) - 8388736.0
-        if weight_format == "fp8":  # sign; 4 bits of the exponent, 3 of the mantissa, as the middle of fp32's
-            bits = w.to(tl.int32)
-            bits = (bits & -2147483648) | ((bits & 0x7F) << 20)
-            return bits.to(tl.float32, bitcast=True)
-        return w.to(tl.float32)
-
-    @triton.jit
     def _kernel(weight, scales, wide, num_in, block: tl.constexpr):
         """One row."""
         row = tl.program_id(0).to(tl.int64)
