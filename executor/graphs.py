@@ -1,7 +1,8 @@
 """Decode steps as CUDA graphs: one launch for the kernels of a step.
 
 Owns the graphs and the memory that they read and write. A graph reads tokens, positions and KV locations from the
-slots' state, so a step needs its slots only. Padding rows use the dummy slot.
+slots' state, so a step needs its slots only. Padding rows use the dummy slot. A pipeline stage's graphs are its part of
+the step; what stages send each other is sent between graphs.
 """
 
 from __future__ import annotations
@@ -102,10 +103,10 @@ class DecodeGraphs:
         cache: KVCache,
         slots: SlotState,
         workspace: torch.Tensor,
-        choosing: choose_tokens.Workspace,
+        choosing: choose_tokens.Workspace | None,
     ) -> None:
         """slots: graphs read and write it. workspace, choosing: of kernels.decode_attention and kernels.choose_tokens,
-        for `max_rows` of as many slots.
+        for `max_rows` of as many slots. choosing: on the last stage only.
 
         Raises RuntimeError where a graph cannot be made.
         """
@@ -118,7 +119,9 @@ class DecodeGraphs:
         # The slots of a step.
         self._inputs = torch.full((self.most,), slots.dummy_slot, dtype=torch.int64, device=slots.device)
         # One for all graphs: a buffer for each would add up to gigabytes with a large vocabulary.
-        self._logits = torch.empty(self.most, model.config.vocab_size, dtype=torch.float32, device=slots.device)
+        rows = self.most if choosing is not None else 0
+        self._logits = torch.empty(rows, model.config.vocab_size, dtype=torch.float32, device=slots.device)
+        self._received = model.new_residual(self.most)
         self._choosing = choosing
         self._graphs = capture("decode steps", self._sizes, self._step, slots.device)
 
@@ -126,11 +129,12 @@ class DecodeGraphs:
         """Free the graphs."""
         release(self._graphs, self._slots.device)
 
-    def run(self, seq_slots: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, seq_slots: np.ndarray) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Compute the next token of each slot [rows], at most `most`, and choose the token after it.
 
         Returns ([2, rows] fp64: the chosen tokens, then their log-probabilities; logits [rows, vocab] fp32). The chosen
-        tokens go into the slots' state, as their next ones. The next step overwrites both results.
+        tokens go into the slots' state, as their next ones. The next step overwrites both results. A stage before the
+        last one sends its residual instead, and returns None.
         """
         rows = len(seq_slots)
         size = next(size for size in self._sizes if size >= rows)
@@ -138,7 +142,11 @@ class DecodeGraphs:
         padded[:rows] = seq_slots
         self._inputs[:size].copy_(torch.from_numpy(padded), non_blocking=True)
         graph, values = self._graphs[size]
+        self._model.receive(rows, self._received)
         graph.replay()
+        if self._choosing is None:
+            self._model.send(values[:rows])
+            return None
         return values[:, :rows], self._logits[:rows]
 
     def _step(self, size: int) -> torch.Tensor:
@@ -146,7 +154,8 @@ class DecodeGraphs:
         positions = slots.positions[seq_slots]
         decodes = DecodeMetadata(slots.kv_loc_table, seq_slots, positions, self._workspace)
         step = StepInput(slots.token_ids, seq_slots, positions, None, decodes)
-        hidden = self._model.forward(step, self._cache)
-        assert hidden is not None, "graphs are made for one pipeline stage only"
+        hidden = self._model.compute(step, self._cache, self._received[:size])
+        if self._choosing is None:
+            return hidden
         logits = self._model.logits(hidden, out=self._logits[:size])
         return choose_tokens.choose_tokens(logits, seq_slots, slots.tensors, self._choosing)

@@ -174,31 +174,50 @@ class GPT:
         return rows.to(self.device)
 
     def forward(self, step: StepInput, cache: KVCache, layers: Iterable[Layer] | None = None) -> torch.Tensor | None:
-        """Run this stage. Returns hidden states [tokens, hidden] on the last stage, None on the others.
+        """Run this stage between its neighbours. Returns what `send` returns.
 
         layers: instead of the loaded ones.
         """
-        parallel = self.comm.parallel
-        num_tokens = step.positions.shape[0]
-        if parallel.is_first_stage:
+        return self.send(self.compute(step, cache, self.receive(step.positions.shape[0]), layers))
+
+    def receive(self, num_tokens: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The residual of the stage before [num_tokens, hidden_size], in the first rows of `out` if given.
+
+        The first stage has none before it: its residual has no columns.
+        """
+        residual = self.new_residual(num_tokens) if out is None else out[:num_tokens]
+        return residual if self.comm.parallel.is_first_stage else self.comm.receive_forward(residual)
+
+    def new_residual(self, num_tokens: int) -> torch.Tensor:
+        """Zeros for `receive` to write to."""
+        columns = 0 if self.comm.parallel.is_first_stage else self.config.hidden_size
+        return torch.zeros(num_tokens, columns, dtype=self.dtype, device=self.device)
+
+    def compute(
+        self, step: StepInput, cache: KVCache, residual: torch.Tensor, layers: Iterable[Layer] | None = None
+    ) -> torch.Tensor:
+        """The residual of the stage before, as `receive` gives it → that of this stage [tokens, hidden_size].
+
+        The last stage's residual is the hidden states.
+        """
+        if self.comm.parallel.is_first_stage:
             residual = self.embedding(step.token_ids, step.slots, step.positions)
             if self.pre_decoder_layernorm is not None:
                 _, residual = self.pre_decoder_layernorm(residual)
-        else:
-            residual = torch.empty(num_tokens, self.config.hidden_size, dtype=self.dtype, device=self.device)
-            self.comm.receive_forward(residual)
         attention_step = self.attention.step(
             step.positions, step.kv_locs, step.decodes, step.prompts, step.ragged, step.chunks
         )
         hidden = None
         for layer, layer_cache in zip(layers or self.layers, cache.layers, strict=True):
             residual, hidden = layer.forward(residual, hidden, attention_step, layer_cache)
-        if hidden is not None:
-            residual = residual + self.comm.all_reduce(hidden)
-        if not parallel.is_last_stage:
-            self.comm.send_forward(residual)
-            return None
-        return residual
+        return residual if hidden is None else residual + self.comm.all_reduce(hidden)
+
+    def send(self, residual: torch.Tensor) -> torch.Tensor | None:
+        """Send the residual to the next stage. The last stage has none: it returns its hidden states."""
+        if self.comm.parallel.is_last_stage:
+            return residual
+        self.comm.send_forward(residual)
+        return None
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """The last stage's hidden states [rows, hidden_size] → logits [rows, vocab] fp32, in `out` if given."""

@@ -1,4 +1,4 @@
-"""Steps with pieces of prompts as CUDA graphs: one launch for all kernels up to the hidden states.
+"""Steps with pieces of prompts as CUDA graphs: one launch for all of a stage's kernels up to the hidden states.
 
 A graph serves every step of up to its number of tokens. Its input has the slots, the positions and the tiles. A decode
 row is a piece of one token. The LM head and the choice of tokens are launched while the graph runs.
@@ -46,16 +46,17 @@ class PromptGraphs:
         most = self._sizes[-1]
         # The slots and positions of a step's tokens, then its tiles. Zeros: captures write to the dummy's KV location.
         self._inputs = torch.zeros(2 * most + _TILE_FIELDS * _num_tiles(most), dtype=torch.int64, device=slots.device)
+        self._received = model.new_residual(most)
         self._graphs = capture("steps with prompts", self._sizes, self._step, slots.device)
 
     def close(self) -> None:
         """Free the graphs."""
         release(self._graphs, self._slots.device)
 
-    def hidden(
+    def compute(
         self, seq_slots: np.ndarray, positions: np.ndarray, pieces: Sequence[tuple[int, int, int]]
     ) -> torch.Tensor | None:
-        """Compute a step's hidden states [tokens, hidden_size]; None where no graph fits the step.
+        """Compute the stage's residual [tokens, hidden_size], not sent yet; None where no graph fits the step.
 
         seq_slots, positions: [tokens] int64; pieces: as `make_tiles` takes them. The next step overwrites the result.
         """
@@ -72,9 +73,10 @@ class PromptGraphs:
         values[size : size + num_tokens] = positions
         values[2 * size : 2 * size + tiles.size] = tiles.ravel()
         self._inputs[: len(values)].copy_(torch.from_numpy(values), non_blocking=True)
-        graph, hidden = self._graphs[size]
+        graph, residual = self._graphs[size]
+        self._model.receive(num_tokens, self._received)
         graph.replay()
-        return hidden[:num_tokens]
+        return residual[:num_tokens]
 
     def _step(self, size: int) -> torch.Tensor:
         slots = self._slots
@@ -82,8 +84,5 @@ class PromptGraphs:
         tiles = self._inputs[2 * size :][: _TILE_FIELDS * _num_tiles(size)].view(-1, _TILE_FIELDS)
         kv_locs = slots.kv_loc_table[seq_slots, positions].long()
         prompts = PromptMetadata(slots.kv_loc_table, tiles)
-        hidden = self._model.forward(
-            StepInput(slots.token_ids, seq_slots, positions, kv_locs, prompts=prompts), self._cache
-        )
-        assert hidden is not None, "graphs are made for one pipeline stage only"
-        return hidden
+        step = StepInput(slots.token_ids, seq_slots, positions, kv_locs, prompts=prompts)
+        return self._model.compute(step, self._cache, self._received[:size])

@@ -85,7 +85,7 @@ class TorchExecutor:
         self.max_mixed_tokens = engine_config.max_mixed_tokens
         self.max_draft_rows = _MAX_DRAFT_ROWS[device.type]
         self.num_blocks = 0
-        # Of kernels.decode_attention and kernels.choose_tokens, on a GPU.
+        # Of kernels.decode_attention and, on the last stage, kernels.choose_tokens, on a GPU.
         self._workspace: torch.Tensor | None = None
         self._choosing: choose_tokens.Workspace | None = None
         self._graphs: DecodeGraphs | None = None
@@ -120,9 +120,10 @@ class TorchExecutor:
         if has_kernels:
             heads_local = config.head_num // comm.parallel.tp
             self._workspace = make_workspace(max_rows(num_slots), heads_local, self.device)
-            rows = max_rows(num_slots + draft_rows)
-            self._choosing = choose_tokens.make_workspace(rows, config.vocab_size, max_seq_len, self.device)
-            if comm.parallel.pp == 1 and not limits.enforce_eager:
+            if comm.parallel.is_last_stage:
+                rows = max_rows(num_slots + draft_rows)
+                self._choosing = choose_tokens.make_workspace(rows, config.vocab_size, max_seq_len, self.device)
+            if not limits.enforce_eager:
                 with torch.inference_mode():
                     self._graphs = DecodeGraphs(self.model, self.cache, self.slots, self._workspace, self._choosing)
                     self._prompt_graphs = PromptGraphs(self.model, self.cache, self.slots, self.max_step_tokens)
@@ -136,27 +137,19 @@ class TorchExecutor:
     @torch.inference_mode()
     def execute(self, plan: Plan) -> StepResult | None:
         """Compute one plan. Returns its output on rank 0, None elsewhere."""
-        parallel = self.comm.parallel
         decode_graphs = self._graphs
         if decode_graphs is not None and not plan.chunks and len(plan.decode_slots) <= decode_graphs.most:
             return self._replay(plan, decode_graphs)
         hidden = self.hidden(plan)
-        if not (parallel.is_first_stage or parallel.is_last_stage):
+        if self._is_middle_stage:
             return None
         layout = OutputLayout.of(plan, self.slots, self.model.config.vocab_size)
-        if hidden is not None:
-            sampled = hidden[self.slots.tensor(layout.token_index)]
-            logits = self.model.logits(sampled) if len(layout.rows) else hidden.new_empty(0)
-            chosen = self._choose(layout, logits)
-            values = gather(layout, chosen, logits, lambda part: self.model.logits(hidden[part]))
-        else:
-            values = torch.empty(sum(layout.sizes), dtype=torch.float64, device=self.device)
-        if len(values):
-            values = self.comm.return_results(values)
-        # Kernels append the tokens that they choose, but not where there are drafts.
-        if hidden is None or self._choosing is None or layout.has_drafts:
-            self._keep_tokens(layout, values)
-        return StepResult(values, layout) if parallel.rank == 0 else None
+        if hidden is None:
+            return self._deliver(layout, None)
+        sampled = hidden[self.slots.tensor(layout.token_index)]
+        logits = self.model.logits(sampled) if len(layout.rows) else hidden.new_empty(0)
+        chosen = self._choose(layout, logits)
+        return self._deliver(layout, gather(layout, chosen, logits, lambda part: self.model.logits(hidden[part])))
 
     @torch.inference_mode()
     def hidden(self, plan: Plan) -> torch.Tensor | None:
@@ -170,18 +163,41 @@ class TorchExecutor:
         slots = np.repeat([slot for slot, *_ in pieces], [length for *_, length in pieces])
         positions = np.concatenate([np.arange(start, start + length) for _, start, length in pieces])
         if self._prompt_graphs is not None:
-            hidden = self._prompt_graphs.hidden(slots, positions, pieces)
-            if hidden is not None:
-                return hidden
+            residual = self._prompt_graphs.compute(slots, positions, pieces)
+            if residual is not None:
+                return self.model.send(residual)
         return self.model.forward(self._input(slots, positions, pieces, num_decodes), self.cache)
 
     def _replay(self, plan: Plan, decode_graphs: DecodeGraphs) -> StepResult | None:
         """A step of decode rows only, through a graph, which chooses the tokens of all rows but a few."""
         self._update(plan)
+        if self._is_middle_stage:  # it gets no tokens, whose places are the next positions
+            slots, positions = self.slots.tensor(np.stack([plan.decode_slots, plan.decode_positions]))
+            self.slots.positions[slots] = positions
+        found = decode_graphs.run(plan.decode_slots)
+        if self._is_middle_stage:
+            return None
         layout = OutputLayout.of(plan, self.slots, self.model.config.vocab_size)
-        chosen, logits = decode_graphs.run(plan.decode_slots)
+        if found is None:
+            return self._deliver(layout, None)
+        chosen, logits = found
         chosen = self._choose_beyond(layout, chosen, logits)
         values = gather(layout, chosen, logits, lambda part: logits[:0]) if layout.has_extras else chosen.flatten()
+        return self._deliver(layout, values)
+
+    @property
+    def _is_middle_stage(self) -> bool:
+        return not (self.comm.parallel.is_first_stage or self.comm.parallel.is_last_stage)
+
+    def _deliver(self, layout: OutputLayout, values: torch.Tensor | None) -> StepResult | None:
+        """Bring a step's output from the last stage, where `values` is given, to the first one, and keep its tokens."""
+        if values is None:
+            values = torch.empty(sum(layout.sizes), dtype=torch.float64, device=self.device)
+        if len(values):
+            values = self.comm.return_results(values)
+        # Kernels append the tokens that they choose, but not where there are drafts.
+        if self._choosing is None or layout.has_drafts:
+            self._keep_tokens(layout, values)
         return StepResult(values, layout) if self.comm.parallel.rank == 0 else None
 
     def _choose(self, layout: OutputLayout, logits: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The way of a step through graphs, on a CPU: a graph's stand-in computes the step anew when it is replayed.
+"""The way of a step through graphs, on a CPU (tests.support.stand_in_graphs).
 
 Everything else is the GPU's: the table of KV locations, padding rows, attention of decode rows and of pieces of
 prompts (by the kernels' references).
@@ -6,16 +6,13 @@ prompts (by the kernels' references).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import GPT2LMHeadModel
 
-import executor.graphs
-import executor.prompt_graphs
 from convert import convert
 from engine.engine import Engine
 from engine.request import Request, SamplingParams
@@ -24,38 +21,17 @@ from executor.runner import StepResult
 from tests.support import hugging_face_models
 from tests.support.checkpoints import make_bloom
 from tests.support.engines import NEW_TOKENS, finish, hf_greedy, make_engine, prompts, request
+from tests.support.ranks import call_ranks, run_engine
 from tests.support.soak import Counter
+from tests.support.stand_in_graphs import KINDS, Replays, stand_in_graphs
 from tests.support.traffic import looping_items, make_request, random_items, results, run_crowd, vocabulary
-
-REPLAYED: list[tuple[str, int]] = []  # kinds and sizes
-
-
-class StandInGraph:
-    """Computes what a CUDA graph of the same size would."""
-
-    def __init__(self, name: str, size: int, step: Callable[[int], torch.Tensor]) -> None:
-        self.key = name, size
-        self.step = step
-        self.values = step(size).clone()
-
-    def replay(self) -> None:
-        REPLAYED.append(self.key)
-        self.values.copy_(self.step(self.key[1]))
-
-
-def capture(name: str, sizes: Sequence[int], step: Callable[[int], torch.Tensor], device: torch.device) -> Any:
-    graphs = {size: StandInGraph(name, size, step) for size in sizes}
-    return {size: (graph, graph.values) for size, graph in graphs.items()}
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(runner, "runs_on", lambda device: True)
-    for module in (executor.graphs, executor.prompt_graphs):
-        monkeypatch.setattr(module, "capture", capture)
-    REPLAYED.clear()
-    yield
-    assert {name for name, _ in REPLAYED} == {"decode steps", "steps with prompts"}
+def graphs() -> Iterator[Replays]:
+    with stand_in_graphs() as replayed:
+        yield replayed
+    assert {name for name, _ in replayed} == KINDS
 
 
 def make(folder: Path, **settings: str) -> Engine:
@@ -63,14 +39,14 @@ def make(folder: Path, **settings: str) -> Engine:
 
 
 def test_tokens_are_hugging_faces(
-    graphs: None, converted: Callable[[int], Path], gpt2_source: tuple[Path, GPT2LMHeadModel]
+    graphs: Replays, converted: Callable[[int], Path], gpt2_source: tuple[Path, GPT2LMHeadModel]
 ) -> None:
     inputs = prompts(9)
     requests = [request(ids, SamplingParams(NEW_TOKENS)) for ids in inputs]
     assert finish(make(converted(1)), requests) == [hf_greedy(gpt2_source[1], ids) for ids in inputs]
-    decodes = {size for name, size in REPLAYED if name == "decode steps"}
+    decodes = {size for name, size in graphs if name == "decode steps"}
     assert decodes <= {1, 2, 4, 8} and 8 in decodes  # six rows and two padding rows
-    assert {size for name, size in REPLAYED if name == "steps with prompts"} == {16, 32}  # up to 24 tokens
+    assert {size for name, size in graphs if name == "steps with prompts"} == {16, 32}  # up to 24 tokens
 
 
 def test_fp8(converted: Callable[[int], Path], request: pytest.FixtureRequest) -> None:
@@ -152,6 +128,18 @@ def test_requests_with_drafts_are_what_they_are_without(
     assert counter.num_accepted > 15
     for without, with_drafts in zip(*found, strict=True):
         assert_close(without, with_drafts)
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 2), (1, 3), (2, 2)], ids=str)
+def test_each_stage_has_graphs_of_its_part(tp: int, pp: int, converted: Callable[[int], Path]) -> None:
+    """Results are those of one rank without graphs: beams, samples and all that may be told of tokens, too."""
+    items = random_items(24, seed=7)
+    expected = run_engine(converted(1), items, 1, 1)
+    flags = ["--tp", str(tp), "--pp", str(pp), "--max-batch-size", "12"]
+    found = call_ranks(tp * pp, "tests.multi.engine_parity:generate_in_graphs", items, str(converted(tp)), *flags)
+    assert_close(expected, found[0][0])
+    assert {name for name, _ in found[0][1]} == KINDS
+    assert all(replays == found[0][1] for _, replays in found)
 
 
 def assert_close(one: Any, other: Any) -> None:

@@ -16,7 +16,7 @@ from convert import convert
 from engine.request import Request, SamplingParams
 from tests.support.checkpoints import make_gpt2
 from tests.support.engines import NEW_TOKENS, SEEDED, make_engine, prompts
-from tests.support.ranks import first_outputs, greedy_items, run_engine, run_logits
+from tests.support.ranks import Ranks, first_outputs, greedy_items, run_engine, run_logits
 from tests.support.soak import Counter, soak_items
 from tests.support.traffic import looping_items, random_items
 
@@ -188,6 +188,25 @@ def test_replays_are_launches_bit_by_bit(converted: Callable[[int], Path]) -> No
     assert torch.equal(tokens, state.token_ids)
     assert torch.equal(torch.stack(replayed), torch.stack(launched))
     engine.executor.close()
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 2), (2, 2)], ids=lambda n: str(n))
+def test_stages_with_graphs_give_the_tokens_of_launches(tp: int, pp: int, converted: Callable[[int], Path]) -> None:
+    """In a crowd; each rank replays graphs, and as many as the others."""
+    skip_without(tp * pp)
+    items = greedy_items(prompts(9, vocab_size=5003, longest=120), NEW_TOKENS) + seeded_items()
+    found = []
+    for more in ([], ["--enforce-eager"]):
+        ranks = Ranks(tp * pp)
+        flags = ["--tp", str(tp), "--pp", str(pp), *FP32, *more]
+        try:
+            parts = ranks.call("tests.multi.engine_parity:generate_and_count", items, str(converted(tp)), *flags)
+        finally:
+            ranks.close()
+        counts = {count for _, count in parts}
+        assert len(counts) == 1 and (counts == {0}) == bool(more)
+        found.append(first_outputs(parts[0][0]))
+    assert found[0] == found[1]
 
 
 def test_log_probs_are_hugging_faces(gpt2_source: tuple[Path, GPT2LMHeadModel], tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import torch
 
 from engine.config import EngineConfig, ParallelConfig
 from engine.engine import follow
@@ -19,6 +21,7 @@ from engine.world import World
 from executor.startup import WeightFolder, connect, load, pick_backend
 from tests.support.engines import step_logits
 from tests.support.soak import Counts, run
+from tests.support.stand_in_graphs import Replays, stand_in_graphs
 from tests.support.traffic import VOCAB_SIZE, make_request, results, run_alone, run_crowd, vocabulary
 from weights.model_config import ModelConfig
 
@@ -53,6 +56,25 @@ def soak(world: World, items: list[dict[str, Any]], *argv: str) -> tuple[list[di
     return found
 
 
+def generate_in_graphs(world: World, items: list[dict[str, Any]], *argv: str) -> tuple[Any, Replays]:
+    """`generate`'s results (None on other ranks) through stand-ins of CUDA graphs, and the rank's replays."""
+    with stand_in_graphs() as replayed:
+        return generate(world, items, *argv), replayed
+
+
+def generate_and_count(world: World, items: list[dict[str, Any]], *argv: str) -> tuple[Any, int]:
+    """`generate`'s results, and how many CUDA graphs the rank has replayed."""
+    replay, count = torch.cuda.CUDAGraph.replay, 0
+
+    def counted(graph: torch.cuda.CUDAGraph) -> None:
+        nonlocal count
+        count += 1
+        replay(graph)
+
+    with patch.object(torch.cuda.CUDAGraph, "replay", counted):
+        return generate(world, items, *argv), count
+
+
 def logits(world: World, prompts: list[list[int]], *argv: str) -> np.ndarray | None:
     """[prompts, vocab] fp32, on the first rank of the last stage."""
     flags, _, _, executor = _load(world, argv)
@@ -77,6 +99,7 @@ def _load(world: World, argv: tuple[str, ...]) -> tuple[argparse.Namespace, Engi
     parser.add_argument("--alone", action="store_true", help="one request after the other instead")
     parser.add_argument("--max-batch-size", type=int, default=5)
     parser.add_argument("--speculative", default="none")
+    parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--num-blocks", type=int, default=0)
     flags = parser.parse_args(argv)
     parallel = ParallelConfig(flags.tp, flags.pp, world.rank)
@@ -89,6 +112,7 @@ def _load(world: World, argv: tuple[str, ...]) -> tuple[argparse.Namespace, Engi
         kv_cache_dtype=flags.kv_cache_dtype,
         max_batch_size=flags.max_batch_size,
         speculative=flags.speculative,
+        enforce_eager=flags.enforce_eager,
         max_step_tokens=max(24, flags.max_batch_size),
         block_size=4,
     )
