@@ -19,6 +19,11 @@ def on_stop_signals(handle: Callable[[int, FrameType | None], None]) -> None:
         signal.signal(number, handle)
 
 
+def ignore_late_signals() -> None:
+    """Ignore SIGUSR1 from now on: Python's end gives it back its default, which kills, and tells in the exit code."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
 def end_start_up(number: int, _frame: FrameType | None) -> None:
     """Exit at once: no request is in flight yet; the launcher ends the other ranks."""
     _LOG.error("%s during start-up; ending the job", signal.Signals(number).name)

@@ -76,8 +76,6 @@ class TorchExecutor:
         self._local_size = local_size
         # On a GPU the next step is launched before the last one's tokens are read.
         self.num_ahead = 1 if device.type == "cuda" else 0
-        if engine_config.all_reduce == "auto":
-            comm.share_memory(reader.config.hidden_size, reader.dtype)
         with torch.inference_mode():
             self.model = GPT(comm, reader, device, progress, engine_config.weight_format)
         self.max_seq_len = engine_config.max_seq_len or reader.config.max_pos_seq_len
@@ -96,6 +94,8 @@ class TorchExecutor:
         config, limits, comm = self.model.config, self._limits, self.comm
         num_slots, max_seq_len = limits.max_batch_size, self.max_seq_len
         draft_rows = self.max_draft_rows if limits.speculative != "none" else 0
+        if limits.all_reduce == "auto":
+            comm.share_memory(config.hidden_size, self.model.dtype)
         shape = CacheShape(
             num_layers=len(comm.parallel.layers(config.num_layer)),
             block_size=limits.block_size,
