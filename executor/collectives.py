@@ -23,6 +23,7 @@ from kernels.peer_sum import Peers, inbox_shape, peer_sum
 
 _MAX_PEER_ROWS = 256  # more would not run at once, and each waits for its counterparts
 _MAX_PEER_BYTES = 4 << 20  # of a sum; NCCL is faster beyond
+_FIRST_SUM_S = 30.0  # another rank may compile the kernel meanwhile
 _LOG = logging.getLogger("engine")
 
 
@@ -49,7 +50,7 @@ class Comm:
     def share_memory(self, hidden_size: int, dtype: torch.dtype) -> None:
         """Let few rows of this size be summed through the GPUs' memory, where they reach each other's.
 
-        Every rank calls this. Elsewhere NCCL sums all.
+        Every rank calls this. Elsewhere NCCL sums all. Raises RuntimeError where what one GPU writes never comes.
         """
         if self.parallel.tp == 1 or not isinstance(self._joined, _NcclGroups):
             return
@@ -59,9 +60,27 @@ class Comm:
         if self.min_over_ranks(is_fit):
             try:
                 peers = self._joined.open_inboxes(self.parallel.tp_rank, hidden_size * dtype.itemsize, self._device)
-            except RuntimeError as error:  # the driver's, of GPUs that cannot
+            except (RuntimeError, ImportError, AttributeError) as error:  # GPUs that cannot, or an old torch
                 _LOG.info("the GPUs do not share memory, and NCCL sums all: %s", str(error).splitlines()[0])
-        self._peers = peers if self.min_over_ranks(peers is not None) else None
+        if self.min_over_ranks(peers is not None) and peers is not None:  # all inboxes are zeros by now
+            self._check(peers, torch.ones(1, hidden_size, dtype=dtype, device=self._device))
+            self._peers = peers
+
+    def _check(self, peers: Peers, addend: torch.Tensor) -> None:
+        """Raise RuntimeError where a first sum does not come, or is wrong."""
+        done = torch.cuda.Event()
+        peer_sum(addend, peers)
+        done.record()
+        deadline = time.monotonic() + _FIRST_SUM_S
+        while not done.query():
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"rank {self.parallel.rank} got no sum through the GPUs' memory within {_FIRST_SUM_S:g} s: set "
+                    f"--all-reduce nccl"
+                )
+            time.sleep(1e-4)
+        if not bool((addend == peers.num_ranks).all()):
+            raise RuntimeError("a sum through the GPUs' memory is wrong: set --all-reduce nccl")
 
     def peers_for(self, tensor: torch.Tensor) -> Peers | None:
         """How kernels may sum this tensor over the tp group themselves; None: call `all_reduce`."""
@@ -179,7 +198,6 @@ class _NcclGroups:
         inbox.zero_()
         torch.cuda.synchronize(device)
         memory = symmetric_memory.rendezvous(inbox, self._tp)
-        self._dist.barrier(group=self._tp)  # nobody writes before all are zeros
         addresses = torch.tensor(memory.buffer_ptrs, dtype=torch.int64, device=device)
         return Peers(rank, addresses, inbox, torch.zeros(max_rows, dtype=torch.int32, device=device))
 
