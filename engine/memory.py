@@ -91,7 +91,7 @@ class SequenceMemory:
 
         Returns None, and gives none, if there are too few.
         """
-        full = [sequence for sequence in group.sequences if sequence.num_tokens > self._end(sequence)]
+        full = [sequence for sequence in group.sequences if sequence.num_computed >= self._end(sequence)]
         num_free = self.blocks.num_free
         if len(full) > num_free:
             return None
@@ -137,7 +137,7 @@ class SequenceMemory:
         sequence.seq_slot, sequence.block_ids, sequence.shared_ids = NO_SLOT, [], []
 
     def _measure(self, group: SequenceGroup) -> None:
-        group.capacity = min(self._end(sequence) for sequence in group.sequences)
+        group.capacity = min(group.max_tokens - 1, *[self._end(sequence) for sequence in group.sequences])
 
     def _end(self, sequence: Sequence) -> int:
         """The first position that its blocks have no place for."""

@@ -7,23 +7,28 @@ import numpy as np
 from engine.plan import BeamReorder, Chunk, NewSequences, Plan
 from engine.sequence import Drafted, PendingOutput, Sequence, SequenceGroup
 
-# With more decode rows the longest sequences come first: the attention of the last one to start is the shortest.
-_MOST_UNSORTED_ROWS = 32
+_NO_ROWS = np.empty(0, dtype=np.int32)
 
 
 class PlanBuilder:
-    """Collects a step: its decode rows as lists, its chunks, and who gets the output."""
+    """Collects a step: its decode rows, its chunks, and who gets the output."""
 
     def __init__(self) -> None:
-        self.seq_slots: list[int] = []
+        self._slots = self._positions = _NO_ROWS  # of the steady rows, as is the next one
+        self._steady: list[Sequence | None] = []
+        self.seq_slots: list[int] = []  # of the other decode rows, as are the next two
         self.positions: list[int] = []
+        self.decoding: list[Sequence | None] = []
         self.chunks: list[Chunk] = []
         self.new_sequences: list[NewSequences] = []
         self.new_blocks: list[tuple[int, int, list[int]]] = []
         self.beam_reorders: list[BeamReorder] = []
         self.banned_ids: dict[int, list[int]] = {}
-        self.decoding: list[Sequence | None] = []
         self.pending = PendingOutput([])  # its sequences: of the chunks, until the plan is finished
+
+    def set_steady(self, slots: np.ndarray, positions: np.ndarray, sequences: list[Sequence | None]) -> None:
+        """Compute the rows of the steady groups (engine.decode_rows)."""
+        self._slots, self._positions, self._steady = slots, positions, sequences
 
     def add_decode(self, sequence: Sequence, position: int) -> None:
         """Compute the sequence's token at the position, and sample the next one."""
@@ -56,21 +61,14 @@ class PlanBuilder:
     @property
     def num_tokens(self) -> int:
         """Tokens that it computes."""
-        return len(self.seq_slots) + sum(chunk.length for chunk in self.chunks)
+        return len(self._steady) + len(self.seq_slots) + sum(chunk.length for chunk in self.chunks)
 
-    def finish(self, slot_type: np.dtype) -> tuple[Plan, PendingOutput] | None:
-        """The plan and its output's owners; None where it computes nothing."""
-        if not self.seq_slots and not self.chunks:
-            return None
-        slots = np.array(self.seq_slots, dtype=slot_type)
-        positions = np.array(self.positions, dtype=np.int32)
-        if len(slots) > _MOST_UNSORTED_ROWS and not self.beam_reorders:  # a search's rows keep their order
-            order = np.argsort(-positions, kind="stable")  # samples of one request stay neighbours
-            slots, positions = slots[order], positions[order]
-            self.decoding = [self.decoding[row] for row in order.tolist()]
-        self.pending.sequences[:0] = self.decoding
+    def finish(self) -> tuple[Plan, PendingOutput]:
+        """The plan and its output's owners."""
+        slots, positions, decoding = self._rows()
         for drafted in self.pending.drafted:
-            drafted.first_row += len(self.decoding)
+            drafted.first_row += len(decoding)
+        self.pending.sequences[:0] = decoding
         plan = Plan(
             slots,
             positions,
@@ -81,3 +79,15 @@ class PlanBuilder:
             self.banned_ids,
         )
         return plan, self.pending
+
+    def _rows(self) -> tuple[np.ndarray, np.ndarray, list[Sequence | None]]:
+        """Slots, positions and owners of the decode rows: the longest ones come first, as in DecodeRows."""
+        if not self.seq_slots:
+            return self._slots, self._positions, self._steady
+        slots = np.concatenate([self._slots, np.array(self.seq_slots, dtype=self._slots.dtype)])
+        positions = np.concatenate([self._positions, np.array(self.positions, dtype=np.int32)])
+        decoding = [*self._steady, *self.decoding]
+        if self.beam_reorders:  # a search's rows keep their order
+            return slots, positions, decoding
+        order = np.argsort(-positions, kind="stable")  # samples of one request stay neighbours
+        return slots[order], positions[order], [decoding[row] for row in order.tolist()]

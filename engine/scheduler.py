@@ -17,6 +17,7 @@ import numpy as np
 from engine.beam import Candidate
 from engine.blocks import BlockAllocator
 from engine.budget import share_budget
+from engine.decode_rows import DecodeRows
 from engine.memory import SequenceMemory
 from engine.metrics import Progress
 from engine.plan import BeamReorder, Chunk, Plan, StepOutput
@@ -67,7 +68,7 @@ class Scheduler:
         self._running: dict[Request, SequenceGroup] = {}  # in the order in which they entered first
         self._preempted: dict[Request, SequenceGroup] = {}
         self._next: SequenceGroup | None = None  # of the first waiting request, when it did not fit
-        self._slot_type = np.min_scalar_type(max_batch_size)  # slots travel in as few bytes as they need
+        self._rows = DecodeRows(np.min_scalar_type(max_batch_size))  # slots travel in as few bytes as they need
         self._pending: deque[PendingOutput] = deque()  # per plan on its way
         self._committed_at = 0.0
         self._num_preempted = 0  # since the last commit
@@ -103,16 +104,11 @@ class Scheduler:
         builder = PlanBuilder()
         prefilling = self._plan_decodes(builder)
         self._admit(builder, prefilling)
-        budget = self.max_step_tokens - builder.num_tokens
-        if builder.num_tokens:
-            budget = min(budget, self.max_mixed_tokens)
-        shares = share_budget([group.num_plannable for group in prefilling], budget)
-        for group, share in zip(prefilling, shares, strict=True):
-            self._plan_chunks(group, share, builder)
-        finished = builder.finish(self._slot_type)
-        if finished is None:
+        if prefilling:
+            self._plan_prompts(prefilling, builder)
+        if not builder.num_tokens:
             return None
-        plan, pending = finished
+        plan, pending = builder.finish()
         self._pending.append(pending)
         return plan
 
@@ -140,7 +136,8 @@ class Scheduler:
             if group.sequences:
                 self._settle(group)
         if self.speculation is not None:
-            self.speculation.look(self._running.values(), self.memory.num_sequences, now)
+            for group in self.speculation.look(self._running.values(), self.memory.num_sequences, now):
+                self._rows.remove(group)
         for request in updated:
             request.on_update(request)
         return progress
@@ -170,10 +167,13 @@ class Scheduler:
             self.cancel(request, SHUTDOWN)
 
     def _plan_decodes(self, builder: PlanBuilder) -> list[SequenceGroup]:
-        """Plan a token for every sequence whose tokens are computed; returns the other running groups."""
-        seq_slots, positions, decoding = builder.seq_slots, builder.positions, builder.decoding
+        """Plan a token for every sequence whose tokens are computed; returns the other running groups.
+
+        Steady groups go on by themselves while their blocks have room.
+        """
+        running = self._running.values()
         prefilling = []
-        for group in list(self._running.values()):
+        for group in [g for g in running if not g.is_steady or g.sequences[0].num_computed >= g.capacity]:
             if not group.is_running:  # it was preempted for an older one, like all after it
                 break
             if group.is_prefilling:
@@ -183,7 +183,8 @@ class Scheduler:
                     self._resume(group, builder)
                 continue
             first = group.sequences[0]
-            if first.num_tokens == group.max_tokens or (group.is_stepwise and group.num_in_flight):
+            if first.num_computed == group.max_tokens - 1 or (group.is_stepwise and group.num_in_flight):
+                self._rows.remove(group)
                 continue
             if group.is_speculating and group.has_unknown:
                 continue
@@ -191,16 +192,11 @@ class Scheduler:
                 break
             if group.is_stepwise:
                 self._plan_stepwise(group, builder)
-                continue
-            if group.is_speculating and self.speculation is not None:
+            elif group.is_speculating and self.speculation is not None:
                 self.speculation.plan(group, builder, self.memory.num_sequences)
-                continue
-            for sequence in group.sequences:  # add_decode in line: the loop is hot
-                seq_slots.append(sequence.seq_slot)
-                positions.append(sequence.num_computed)
-                decoding.append(sequence)
-                sequence.num_computed += 1
-                sequence.num_tokens += 1
+            else:
+                self._rows.add(group)
+        builder.set_steady(*self._rows.step(running))
         return prefilling
 
     def _grow(self, group: SequenceGroup, builder: PlanBuilder) -> bool:
@@ -222,6 +218,7 @@ class Scheduler:
         self.waiting.put_back(group.request)
         group.num_scored = max(group.num_scored, group.sequences[0].num_computed)
         group.is_running = group.is_settled = False
+        self._rows.remove(group)
         for sequence in group.sequences:
             self.memory.release(sequence)
         if self._pending:
@@ -257,6 +254,15 @@ class Scheduler:
             builder.new_sequences.append(new_sequences)
             if group.num_plannable:
                 prefilling.append(group)
+
+    def _plan_prompts(self, groups: list[SequenceGroup], builder: PlanBuilder) -> None:
+        """Plan what there is room for of the known tokens that groups have not computed."""
+        budget = self.max_step_tokens - builder.num_tokens
+        if builder.num_tokens:
+            budget = min(budget, self.max_mixed_tokens)
+        shares = share_budget([group.num_plannable for group in groups], budget)
+        for group, share in zip(groups, shares, strict=True):
+            self._plan_chunks(group, share, builder)
 
     def _plan_chunks(self, group: SequenceGroup, count: int, builder: PlanBuilder) -> None:
         """Plan `count` of the tokens that a group's `num_plannable` counts."""
@@ -306,7 +312,6 @@ class Scheduler:
         for sequence in group.sequences:
             builder.add_decode(sequence, sequence.num_computed)
             sequence.num_computed += 1
-            sequence.num_tokens += 1
 
     def _plan_stepwise(self, group: SequenceGroup, builder: PlanBuilder) -> None:
         """Plan one more token of each sequence of a group that the host decides on token by token."""
@@ -326,7 +331,6 @@ class Scheduler:
             builder.ban(sequence, group.output_ids(sequence))
         for sequence in group.sequences:
             sequence.num_computed += 1
-            sequence.num_tokens += 1
 
     def _append(self, sequences: list[Sequence | None], step: StepOutput, progress: Progress) -> list[Request]:
         """Give each sequence its token; returns the updated requests, in order."""
@@ -378,6 +382,7 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         """Free a sequence's slot and blocks, if it has them; its group leaves with the last one."""
         group = sequence.group
+        self._rows.remove(group)
         group.sequences.remove(sequence)
         if group.is_running:
             self.memory.release(sequence)

@@ -17,7 +17,9 @@ NO_SLOT = -1
 class Sequence:
     """One sample or beam. A step computes some of the tokens from `num_computed` to `num_tokens`.
 
-    num_tokens counts the prompt and every token that a plan samples, known by now or not, and at least one of them.
+    prefill_len: the known tokens that it computes before it samples one: the prompt, or all but the last one that it
+    had when it was preempted.
+
     The blocks hold the tokens from `first_own` on. Those before it are a prompt's that another sequence of the group
     computes: `shared_ids` are its blocks.
     """
@@ -25,12 +27,17 @@ class Sequence:
     group: SequenceGroup
     index: int  # of the sample or beam
     output: Output
-    num_tokens: int
+    prefill_len: int
     num_computed: int = 0
     seq_slot: int = NO_SLOT
     block_ids: list[int] = field(default_factory=list)
     shared_ids: list[int] = field(default_factory=list)
     first_own: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """The prompt and every token that a plan samples, known by now or not, and at least one of them."""
+        return max(self.prefill_len, self.num_computed) + 1
 
 
 @dataclass(eq=False, slots=True)
@@ -47,11 +54,12 @@ class SequenceGroup:
     sequences: list[Sequence] = field(default_factory=list)
     prompt_keys: list[bytes] | None = None  # of the prompt's full blocks (engine.blocks), once they were looked for
     known_keys: list[bytes] | None = None  # of all known tokens', once they were looked for while it waits
-    capacity: int = 0  # tokens that each sequence's blocks can hold at least
+    capacity: int = 0  # tokens of each sequence that can be computed until its group needs more blocks, or has ended
     beams: Beams | None = None  # the beams that the next step continues
     is_running: bool = False  # it has slots and blocks
     is_settled: bool = True  # without slots: all its tokens are known
     is_prefilling: bool = True
+    is_steady: bool = False  # each step computes one token of each sequence (engine.decode_rows)
     is_resumed: bool = False  # it computes tokens again that it had before it was preempted
     num_scored: int = 0  # prompt tokens whose log-probabilities need no more steps
     num_in_flight: int = 0  # plans on their way that sample for it; counted where it is stepwise
@@ -68,7 +76,7 @@ class SequenceGroup:
         is_stepwise = beam_search is not None or (words is not None and words.has_bad)
         group = cls(request, prompt_len + sampling.max_new_tokens, beam_search, is_stepwise)
         outputs = [Output() for _ in range(sampling.width)] if beam_search else request.outputs
-        group.sequences = [Sequence(group, index, output, prompt_len + 1) for index, output in enumerate(outputs)]
+        group.sequences = [Sequence(group, index, output, prompt_len) for index, output in enumerate(outputs)]
         return group
 
     @property
@@ -106,7 +114,7 @@ class SequenceGroup:
         self.is_resumed = num_known > 0
         self.is_speculating, self.draft_ids, self.known_keys = False, [], None
         for sequence in self.sequences:
-            sequence.num_tokens = self.prompt_len + max(num_known, 1)
+            sequence.prefill_len = self.prompt_len + max(num_known - 1, 0)
             sequence.num_computed = 0
         if self.beams is not None:  # each slot gets a beam with its last token: it continues itself
             self.beams = replace(self.beams, parents=list(range(len(self.beams.parents))))
@@ -129,7 +137,6 @@ class Drafted:
         num_drafts, sampled_ids = len(self.draft_ids), step.token_ids[self.first_row :]
         num_accepted = next((i for i in range(num_drafts) if self.draft_ids[i] != sampled_ids[i]), num_drafts)
         sequence.num_computed -= num_drafts - num_accepted
-        sequence.num_tokens -= num_drafts - num_accepted
         num_before, reason = len(output.token_ids), None
         for row in range(self.first_row, self.first_row + num_accepted + 1):
             if row in step.alternatives:

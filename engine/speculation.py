@@ -51,17 +51,18 @@ class Speculation:
             builder.expect(group)
             builder.add_decode(sequence, sequence.num_computed)
         sequence.num_computed += 1 + len(draft_ids)
-        sequence.num_tokens += 1 + len(draft_ids)
 
-    def look(self, groups: Iterable[SequenceGroup], num_sequences: int, now: float) -> None:
-        """Look for drafts of the running groups. now: when the newest tokens came."""
+    def look(self, groups: Iterable[SequenceGroup], num_sequences: int, now: float) -> list[SequenceGroup]:
+        """Look for drafts of the running groups; returns those that have some. now: when the newest tokens came."""
         share = self.share(num_sequences)
         if share < 1 and not self._has_drafts:
-            return
-        self._has_drafts = False
+            return []
         for group in groups:
             if group.can_speculate and not group.is_prefilling:
                 self._look_at(group, share, now)
+        drafted = [group for group in groups if group.draft_ids]
+        self._has_drafts = bool(drafted)
+        return drafted
 
     def _look_at(self, group: SequenceGroup, share: int, now: float) -> None:
         request, output_ids = group.request, group.sequences[0].output.token_ids
@@ -75,7 +76,7 @@ class Speculation:
         most = min(share, request.sampling.max_new_tokens - len(output_ids) - 1)
         group.draft_ids = group.drafter.draft(most)
         if group.draft_ids:
-            group.is_speculating = self._has_drafts = True
+            group.is_speculating = True
         if group.is_speculating and new_ids:
             group.sampled_at = now
 
