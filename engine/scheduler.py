@@ -338,18 +338,19 @@ class Scheduler:
         last: Request | None = None
         num_skipped = 0  # counted instead of the tokens: the loop is hot
         for sequence, token_id, log_prob in zip(sequences, step.token_ids, step.log_probs, strict=True):
-            if sequence is None:
+            if sequence is None or sequence.output.finish_reason is not None:  # a beam's; ended in the meantime
                 num_skipped += 1
                 continue
-            output = sequence.output
-            if output.finish_reason is not None:  # ended while this step was on its way
-                num_skipped += 1
-                continue
-            request = sequence.group.request
-            output.append(token_id, log_prob)
-            reason = request.reason_to_end(output.token_ids)
-            if reason is not None:
-                self._end(sequence, reason, progress)
+            output, request = sequence.output, sequence.group.request
+            output.log_probs.append(log_prob)  # Output.append in line, and few questions: the loop is hot
+            output.cum_log_prob += log_prob
+            token_ids = output.token_ids
+            token_ids.append(token_id)
+            is_full = len(token_ids) == request.sampling.max_new_tokens
+            if is_full or token_id in request.end_ids or request.words is not None:
+                reason = request.reason_to_end(token_ids)
+                if reason is not None:
+                    self._end(sequence, reason, progress)
             if request is not last:
                 updated.append(request)
                 last = request
