@@ -119,9 +119,11 @@ class OutputLayout:
 
     def parse(self, values: torch.Tensor) -> StepOutput:
         """Read the tensor, on the CPU."""
-        parts = iter(values.split(self.sizes))
-        token_ids, log_probs = next(parts).long().tolist(), next(parts).tolist()
-        output = StepOutput(token_ids, log_probs)
+        token_ids, log_probs = values[: 2 * len(self.rows)].numpy().reshape(2, -1)
+        output = StepOutput(token_ids.astype(np.int64).tolist(), log_probs.tolist())
+        if not self.has_extras:
+            return output
+        parts = iter(values.split(self.sizes)[2:])
         output.alternatives = {row: _pairs(next(parts).view(1, 2, -1))[0] for row, _ in self.alternatives}
         for beam in self.beams:
             rows = range(beam.first, beam.first + beam.count)

@@ -67,6 +67,7 @@ class SlotState:
         self.bias_ids = torch.zeros(rows, MOST_LISTED, dtype=torch.int32, device=device)
         self.biases = torch.zeros(rows, MOST_LISTED, device=device)
         self.banned_ids = torch.zeros(rows, MOST_LISTED, dtype=torch.int32, device=device)
+        self._offsets = np.arange(block_size)  # of a block's tokens
         # The host's side, by slot.
         self.requests: dict[int, SlotRequest] = {}
         self.has_long_list = np.zeros(rows, dtype=bool)  # longer than the device's: banned_ids has none of it
@@ -141,15 +142,19 @@ class SlotState:
         """Give slots more blocks: (slot, position, block ids), for the slot's tokens from that position on."""
         if not new_blocks:
             return
-        slots, starts, block_ids = zip(*new_blocks, strict=True)
-        locs = [
-            self._locs_of(ids)[: self.token_ids.shape[1] - start] for start, ids in zip(starts, block_ids, strict=True)
+        size, max_seq_len = self.block_size, self.token_ids.shape[1]
+        blocks = [  # a block's first place in the flat table, its first location, the end of its slot's row
+            (seq_slot * max_seq_len + start + index * size, block_id * size, (seq_slot + 1) * max_seq_len)
+            for seq_slot, start, block_ids in new_blocks
+            for index, block_id in enumerate(block_ids)
         ]
-        places, kv_locs = self.tensor(self._placed(slots, starts, locs))
+        firsts = np.array(blocks, dtype=np.int64).T[:, :, None]
+        values = firsts[:2] + self._offsets
+        places, kv_locs = self.tensor(values[:, values[0] < firsts[2]])
         self.kv_loc_table.view(-1)[places] = kv_locs.int()
         if self.device.type == "cpu":
-            for seq_slot, start, own_locs in zip(slots, starts, locs, strict=True):
-                self._extend_run(seq_slot, start, own_locs)
+            for seq_slot, start, own_ids in new_blocks:
+                self._extend_run(seq_slot, start, self._locs_of(own_ids)[: max_seq_len - start])
 
     def reorder(self, reorder: BeamReorder) -> None:
         """Let each beam continue the first `length` tokens of its parent, in place of its own, and with a new token.
@@ -263,7 +268,7 @@ class SlotState:
 
     def _locs_of(self, block_ids: list[int]) -> np.ndarray:
         blocks = np.asarray(block_ids, dtype=np.int64)[:, None] * self.block_size
-        return (blocks + np.arange(self.block_size)).ravel()
+        return (blocks + self._offsets).ravel()
 
     def _placed(self, slots: Sequence[int], starts: Sequence[int], columns: list[np.ndarray]) -> np.ndarray:
         """[2, values]: the places of each slot's columns from `starts` on in a flat table of slots, and the values."""

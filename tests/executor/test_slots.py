@@ -49,7 +49,9 @@ def test_a_slot_grows_from_a_position_on_and_a_run_of_blocks_goes_on() -> None:
     slots.grow([(0, 8, [4]), (1, 10, [10, 7])])
     assert slots.chunk(0, 0, 11, 1).kv_locs == slice(8, 20)
     assert slots.kv_loc_table[1, :18].tolist() == [*range(8, 14), *range(36, 44), *range(28, 32)]
+    before = slots.kv_loc_table[1].tolist()
     slots.grow([(0, 12, [5, 8, 9])])  # beyond the longest sequence there are no locations
+    assert slots.kv_loc_table[1].tolist() == before
     assert slots.chunk(0, 0, 15, 1).kv_locs == slice(8, 24)
     assert slots.chunk(0, 0, 17, 1).kv_locs.tolist() == [*range(8, 24), 32, 33]
     slots.grow([(0, 12, [6])])  # blocks that were taken back and came again
