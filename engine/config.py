@@ -92,11 +92,11 @@ class EngineConfig:
         "tokens of a request, prompt and output together; 0: the model's positions, or for a model without positions "
         "(BLOOM) its training length (2048 if unknown); such a model takes any length that fits in memory",
     )
-    max_step_tokens: int = flag(0, "prompt tokens computed in one step; 0: 512 on a CPU, 8192 on a GPU")
+    max_step_tokens: int = flag(0, "tokens computed in one step; 0: 512 on a CPU, 8192 on a GPU")
     max_mixed_tokens: int = flag(
         0,
-        "prompt tokens computed in one step with other requests' next tokens, which wait for them; 0: as "
-        "max_step_tokens; 2048 on a GPU: shorter waits, and 0.88 × the output of many requests at once",
+        "tokens computed in one step that has other requests' next tokens, which wait for those of prompts; both kinds "
+        "count; at least max_batch_size; 0: as max_step_tokens",
     )
     block_size: int = flag(16, "tokens in one block of the key-value cache")
     no_prefix_cache: bool = flag(

@@ -63,7 +63,7 @@ class Executor(Protocol):
     num_ahead: int  # plans that may be launched before the last one's tokens are read
     max_seq_len: int  # tokens of a request, prompt and output together
     max_step_tokens: int  # tokens of one plan
-    max_mixed_tokens: int  # prompt tokens of one plan that decodes; 0: as many
+    max_mixed_tokens: int  # tokens of one plan that decodes; 0: as many
     max_draft_rows: int  # rows of a step up to which drafts are worth their time
     num_blocks: int  # of the KV cache, once prepared; 0: it runs whole static batches
 

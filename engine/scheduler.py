@@ -43,8 +43,9 @@ class Scheduler:
     enter, whether that client asked for one prompt or for a thousand.
 
     Each step decodes every running sequence, and spends the rest of `max_step_tokens` on prompts, in chunks where they
-    are long; if it decodes any, at most `max_mixed_tokens` (0: no such limit). Prompts share it so that short ones do
-    not wait for long ones, and long ones go on (engine.budget has the bounds).
+    are long; if it decodes any, the rest of `max_mixed_tokens` (0: as many). Either is raised to `max_batch_size`: then
+    each step has room for a prompt's token, as a prompt's slot has no decode row. Prompts share the room so that short
+    ones do not wait for long ones, and long ones go on (engine.budget has the bounds).
     """
 
     has_token_log_probs = True
@@ -61,7 +62,8 @@ class Scheduler:
     ) -> None:
         self.max_seq_len = max_seq_len
         self.max_step_tokens = max(max_step_tokens, max_batch_size)
-        self.max_mixed_tokens = max_mixed_tokens or self.max_step_tokens
+        most = max_mixed_tokens or self.max_step_tokens
+        self.max_mixed_tokens = min(max(most, max_batch_size), self.max_step_tokens)
         self.memory = SequenceMemory(max_batch_size, block_size, num_blocks, has_prefix_cache)
         self.speculation: Speculation | None = None  # set it, if at all, before the first step
         self.waiting = WaitingQueue()  # the preempted requests are its first ones
@@ -257,10 +259,8 @@ class Scheduler:
 
     def _plan_prompts(self, groups: list[SequenceGroup], builder: PlanBuilder) -> None:
         """Plan what there is room for of the known tokens that groups have not computed."""
-        budget = self.max_step_tokens - builder.num_tokens
-        if builder.num_tokens:
-            budget = min(budget, self.max_mixed_tokens)
-        shares = share_budget([group.num_plannable for group in groups], budget)
+        limit = self.max_mixed_tokens if builder.num_tokens else self.max_step_tokens
+        shares = share_budget([group.num_plannable for group in groups], limit - builder.num_tokens)
         for group, share in zip(groups, shares, strict=True):
             self._plan_chunks(group, share, builder)
 

@@ -28,7 +28,7 @@ def make_engine(
             executor.max_mixed_tokens,
         )
         if engine_config.speculative == "ngram":
-            most = min(executor.max_draft_rows, executor.max_step_tokens)
+            most = min(executor.max_draft_rows, paged.max_mixed_tokens)
             paged.speculation = Speculation(engine_config.speculative_tokens, most)
     else:
         scheduler = StaticScheduler(engine_config.max_batch_size, executor.max_seq_len, model_config.end_id)

@@ -93,4 +93,20 @@ def test_prompts_take_less_room_where_others_decode() -> None:
         plan = s.schedule()
         sizes.append((len(plan.decode_slots), plan.num_tokens))
         s.commit(device.execute(plan))
-    assert sizes == [(1, 65), (1, 65), (1, 65), (0, 256), (0, 256), (0, 256), (0, 40), (1, 1)]
+    assert sizes == [(1, 64), (1, 64), (1, 64), (0, 256), (0, 256), (0, 256), (0, 43), (1, 1)]
+
+
+def test_a_limit_below_the_decode_rows_leaves_room_for_a_token() -> None:
+    s, device = Scheduler(4, 1000, 256, 16, 1000, max_mixed_tokens=1), PaperDevice(16)
+    for token_id in range(3):
+        s.add(Request([token_id] * 3, SamplingParams(10), ()))
+    s.commit(device.execute(s.schedule()))
+    prompt = Request([5] * 6, SamplingParams(1), ())
+    s.add(prompt)
+    steps = 0
+    while not prompt.is_finished:
+        plan = s.schedule()
+        assert (len(plan.decode_slots), plan.num_tokens) in ((3, 4), (4, 4))  # the prompt's last token is a row
+        s.commit(device.execute(plan))
+        steps += 1
+    assert steps == 6
