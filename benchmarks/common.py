@@ -57,6 +57,7 @@ class BenchmarkFlags:
     batches: tuple[int, ...] = flag((1, 8), "batch sizes to time", nargs="+", type=int)
     input_len: int = flag(128, "tokens of a prompt")
     output_len: int = flag(64, "tokens to generate")
+    requests: int = flag(256, "requests that are sent")
     repeats: int = flag(3, "times that each figure is taken")
     only: str = flag("", "only rows whose name has this text")
     folder: str = flag("", "where files are made, for a while; by default the system's temporary folder")

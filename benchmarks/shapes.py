@@ -49,7 +49,7 @@ def for_each_shape(
         **{name: getattr(flags, name) for name in ENGINE_FLAGS},
     )
     for shape in flags.shapes:
-        config = model_config(shape, flags.tp)
+        config = model_config(shape, flags.tp, max(1024, max_seq_len))
         reader = RandomReader(config, comm.parallel.tp_rank, dtype, device)
         executor = TorchExecutor(reader, limits, comm, device, world.local_size)
         executor.prepare()

@@ -50,10 +50,9 @@ def main() -> None:
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sampling", nargs="+", choices=list(SAMPLING), default=list(SAMPLING), help="kinds to time")
-    parser.add_argument("--requests", type=int, default=256, help="requests of the mix (default: 256)")
     add_flags(parser, ModelFlags, "ranks", ("tp", "pp"))
     add_flags(parser, EngineConfig, "engine", ENGINE_FLAGS)
-    add_flags(parser, BenchmarkFlags, "load", ("shapes", "threads", "repeats"), repeats=1)
+    add_flags(parser, BenchmarkFlags, "load", ("shapes", "threads", "requests", "repeats"), repeats=1)
     return parser.parse_args()
 
 
