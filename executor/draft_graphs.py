@@ -59,9 +59,11 @@ class DraftGraphs:
         """Whether a graph can compute the plan: drafts and decode rows only, and kernels can choose after drafts."""
         if not plan.chunks or plan.num_tokens > self._sizes[-1]:
             return False
-        if not all(chunk.draft_ids and chunk.length == 1 + len(chunk.draft_ids) for chunk in plan.chunks):
-            return False
-        return not self._slots.has_long_list[[chunk.seq_slot for chunk in plan.chunks]].any()
+        has_long_list = self._slots.has_long_list
+        return all(
+            chunk.draft_ids and chunk.length == 1 + len(chunk.draft_ids) and not has_long_list[chunk.seq_slot]
+            for chunk in plan.chunks
+        )
 
     def run(self, plan: Plan, rows: SamplingRows) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute a plan that fits: its rows' tokens, and choose the tokens after them.
