@@ -6,14 +6,15 @@ The guess: what followed the last occurrence of the sequence's last tokens follo
 
 from __future__ import annotations
 
-_SIZES = (4, 3, 2)  # tokens of an n-gram; the longest match is the best guess
-_MOST_INDEXED = 4096  # tokens that one call indexes, in some 5 ms: a long prompt must not hold up the engine
+_MOST_COMPARED = 4  # tokens: of two matches, the longer one is the better guess, up to so many
+_MOST_TRIED = 32  # matches
+_MOST_INDEXED = 4096  # tokens that one call indexes, in some 2 ms: a long prompt must not hold up the engine
 _WEIGHT = 0.25  # of the latest guess in the record
 _LEAST_RECORD = 0.5
 
 
 class NgramDrafter:
-    """Drafts for one sequence, from an index of its n-grams: O(1) per token.
+    """Drafts for one sequence, from an index of its pairs of tokens: O(1) per token.
 
     It keeps a record of its guesses. A guess that no step computes counts, too: its first token is compared with the
     token that comes. So a text that does not repeat itself gets few drafts, and one that begins to gets them soon.
@@ -21,8 +22,8 @@ class NgramDrafter:
 
     def __init__(self, prompt_ids: list[int]) -> None:
         self._token_ids = prompt_ids[:]
-        self._ends: dict[tuple[int, ...], int] = {}  # n-gram → the position after its last occurrence
-        self._num_indexed = 0  # the index has the n-grams within so many tokens
+        self._ends: dict[tuple[int, int], int] = {}  # pair → the position after its last occurrence
+        self._earlier = [0, 0]  # by such a position: the one of the pair's occurrence before it, 0 for none
         self._guess: list[int] = []
         self._record = _LEAST_RECORD  # moving average over guesses; 1: all were right
 
@@ -33,12 +34,13 @@ class NgramDrafter:
 
     def extend(self, token_ids: list[int]) -> None:
         """Take the sequence's next tokens, known and final."""
-        for token_id, guess in zip(token_ids, self._guess, strict=False):
-            is_right = token_id == guess
-            self._record += _WEIGHT * (is_right - self._record)
-            if not is_right:
-                break
-        self._guess = []
+        if self._guess:
+            for token_id, guess in zip(token_ids, self._guess, strict=False):
+                is_right = token_id == guess
+                self._record += _WEIGHT * (is_right - self._record)
+                if not is_right:
+                    break
+            self._guess = []
         self._token_ids += token_ids
 
     def draft(self, most: int) -> list[int]:
@@ -46,10 +48,12 @@ class NgramDrafter:
 
         There are no more of them than tokens agree before: a long match is seldom a coincidence.
         """
+        tokens = self._token_ids
         self._index()
-        tokens, start = self._token_ids, self._match()
+        start = self._ends.get((tokens[-2], tokens[-1])) if len(tokens) > 1 else None
         if start is None or most < 1:
             return []
+        start = self._longest(start)
         length = 0
         while length < min(most, start) and tokens[start - 1 - length] == tokens[-1 - length]:
             length += 1
@@ -60,19 +64,24 @@ class NgramDrafter:
         return guess if self._record >= _LEAST_RECORD else []
 
     def _index(self) -> None:
-        """Index the n-grams that a token follows."""
-        tokens, ends = self._token_ids, self._ends
-        last = min(len(tokens) - 1, self._num_indexed + _MOST_INDEXED)
-        for end in range(self._num_indexed + 1, last + 1):
-            for size in _SIZES:
-                if size <= end:
-                    ends[tuple(tokens[end - size : end])] = end
-        self._num_indexed = max(self._num_indexed, last)
+        """Index the pairs that a token follows."""
+        tokens, ends, earlier = self._token_ids, self._ends, self._earlier
+        for end in range(len(earlier), min(len(tokens), len(earlier) + _MOST_INDEXED)):
+            pair = tokens[end - 2], tokens[end - 1]
+            earlier.append(ends.get(pair, 0))
+            ends[pair] = end
 
-    def _match(self) -> int | None:
-        """The position after the last earlier occurrence of the last tokens."""
-        for size in _SIZES:
-            end = self._ends.get(tuple(self._token_ids[-size:]))
-            if end is not None:
-                return end
-        return None
+    def _longest(self, end: int) -> int:
+        """Of the matches that end at `end` or earlier, the longest; of equally long ones the latest."""
+        tokens, earlier = self._token_ids, self._earlier
+        best, best_length = end, 0
+        for _ in range(_MOST_TRIED):
+            length = 2
+            while length < min(_MOST_COMPARED, end) and tokens[end - 1 - length] == tokens[-1 - length]:
+                length += 1
+            if length > best_length:
+                best, best_length = end, length
+            end = earlier[end]
+            if not end or best_length == _MOST_COMPARED:
+                break
+        return best

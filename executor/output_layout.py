@@ -66,7 +66,9 @@ class OutputLayout:
         scored: list[ScoredTokens] = []
         logits_rows: list[int] = []
         if plan.chunks:
-            sampled: list[tuple[int, int, int]] = []  # (slot, position, step token)
+            sampled_slots: list[int] = []
+            sampled_positions: list[int] = []
+            step_tokens: list[int] = []
             first = num_rows = len(slots)
             for chunk in plan.chunks:
                 request = state.requests[chunk.seq_slot]
@@ -75,11 +77,13 @@ class OutputLayout:
                     count, alternatives = min(end, prompt_len - 1) - start, params.num_prompt_log_probs
                     scored.append(ScoredTokens(first + start - chunk.start, count, chunk.seq_slot, start, alternatives))
                 if chunk.sampled_slots and params.next_token_logits and end == prompt_len:
-                    logits_rows.append(num_rows + len(sampled))
+                    logits_rows.append(num_rows + len(sampled_slots))
                 first += chunk.length
-                for back in range(len(chunk.draft_ids), -1, -1):
-                    sampled += [(seq_slot, end - back, first - 1 - back) for seq_slot in chunk.sampled_slots]
-            columns = np.array(sampled, dtype=np.int64).reshape(-1, 3).T
+                num_slots, num_drafts = len(chunk.sampled_slots), len(chunk.draft_ids)  # several slots have no drafts
+                sampled_slots += chunk.sampled_slots * (1 + num_drafts)
+                sampled_positions += [*range(end - num_drafts, end + 1)] * num_slots
+                step_tokens += [*range(first - 1 - num_drafts, first)] * num_slots
+            columns = np.array([sampled_slots, sampled_positions, step_tokens], dtype=np.int64)
             slots, positions, token_index = (
                 np.concatenate(pair) for pair in zip((slots, positions, token_index), columns, strict=True)
             )

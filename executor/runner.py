@@ -16,12 +16,14 @@ from engine.config import EngineConfig
 from engine.plan import Plan, StepOutput
 from executor import graphs, prompt_graphs
 from executor.collectives import Comm
+from executor.draft_graphs import DraftGraphs
 from executor.graphs import DecodeGraphs, max_rows
 from executor.kv_cache import CacheShape, KVCache, PrefillChunk
 from executor.model import GPT, StepInput
 from executor.output_layout import OutputLayout
 from executor.probe import calibrate
 from executor.prompt_graphs import PromptGraphs
+from executor.sampling_rows import SamplingRows
 from executor.slots import SlotState
 from executor.token_choice import choose, gather
 from kernels import choose_tokens, runs_on
@@ -88,6 +90,7 @@ class TorchExecutor:
         self._choosing: choose_tokens.Workspace | None = None
         self._graphs: DecodeGraphs | None = None
         self._prompt_graphs: PromptGraphs | None = None
+        self._draft_graphs: DraftGraphs | None = None
 
     def prepare(self) -> None:
         """Allocate the KV cache, as large on every rank as the rank with the least memory can."""
@@ -119,18 +122,22 @@ class TorchExecutor:
         self.slots = SlotState(num_slots, max_seq_len, limits.block_size, self.num_blocks, self.device)
         if has_kernels:
             heads_local = config.head_num // comm.parallel.tp
-            self._workspace = make_workspace(max_rows(num_slots), heads_local, self.device)
+            rows = max_rows(num_slots + draft_rows)
+            self._workspace = make_workspace(rows, heads_local, self.device)
             if comm.parallel.is_last_stage:
-                rows = max_rows(num_slots + draft_rows)
                 self._choosing = choose_tokens.make_workspace(rows, config.vocab_size, max_seq_len, self.device)
             if not limits.enforce_eager:
                 with torch.inference_mode():
                     self._graphs = DecodeGraphs(self.model, self.cache, self.slots, self._workspace, self._choosing)
                     self._prompt_graphs = PromptGraphs(self.model, self.cache, self.slots, self.max_step_tokens)
+                    if draft_rows and self._choosing is not None and comm.parallel.pp == 1:
+                        self._draft_graphs = DraftGraphs(
+                            self.model, self.cache, self.slots, self._workspace, self._choosing, draft_rows
+                        )
 
     def close(self) -> None:
         """Free what must go before the ranks leave their groups."""
-        for captured in (self._graphs, self._prompt_graphs):
+        for captured in (self._graphs, self._prompt_graphs, self._draft_graphs):
             if captured is not None:
                 captured.close()
 
@@ -140,6 +147,8 @@ class TorchExecutor:
         decode_graphs = self._graphs
         if decode_graphs is not None and not plan.chunks and len(plan.decode_slots) <= decode_graphs.most:
             return self._replay(plan, decode_graphs)
+        if self._draft_graphs is not None and self._draft_graphs.fits(plan):
+            return self._replay_drafts(plan, self._draft_graphs)
         hidden = self.hidden(plan)
         if self._is_middle_stage:
             return None
@@ -155,6 +164,7 @@ class TorchExecutor:
     def hidden(self, plan: Plan) -> torch.Tensor | None:
         """One pass over the plan's tokens: on the last stage, their hidden states [tokens, hidden]."""
         self._update(plan)
+        self.slots.write_drafts(plan.chunks)
         self._leave_prompts(plan)
         num_decodes = len(plan.decode_slots)
         decode_rows = zip(plan.decode_slots.tolist(), plan.decode_positions.tolist(), strict=True)
@@ -180,10 +190,21 @@ class TorchExecutor:
         layout = OutputLayout.of(plan, self.slots, self.model.config.vocab_size)
         if found is None:
             return self._deliver(layout, None)
-        chosen, logits = found
-        chosen = self._choose_beyond(layout, chosen, logits)
-        values = gather(layout, chosen, logits, lambda part: logits[:0]) if layout.has_extras else chosen.flatten()
-        return self._deliver(layout, values)
+        return self._deliver(layout, self._values(layout, *found))
+
+    def _replay_drafts(self, plan: Plan, draft_graphs: DraftGraphs) -> StepResult | None:
+        """A step of drafts and decode rows through a graph, which chooses and appends all tokens but a few."""
+        self._update(plan)
+        layout = OutputLayout.of(plan, self.slots, self.model.config.vocab_size)
+        values = self._values(layout, *draft_graphs.run(plan, layout.rows))
+        return StepResult(values, layout) if self.comm.parallel.rank == 0 else None
+
+    def _values(self, layout: OutputLayout, chosen: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """What the layout holds, of a step through a graph. Kernels can choose for all rows of slots with drafts."""
+        chosen = self._choose_beyond(layout.rows, chosen, logits, appends=True)
+        if layout.has_extras:
+            return gather(layout, chosen, logits, lambda part: logits[:0])
+        return chosen.flatten()
 
     @property
     def _is_middle_stage(self) -> bool:
@@ -206,22 +227,23 @@ class TorchExecutor:
         if self._choosing is None or not len(rows):
             return choose(rows, logits)
         slots, positions = rows.on_device
-        if layout.has_drafts:  # kernels know one row per slot
-            copies, numbers = self.slots.copies(slots, positions), torch.arange(len(rows), device=self.device)
-            chosen = choose_tokens.choose_tokens(logits.contiguous(), numbers, copies, self._choosing)
-        else:
+        row_positions = positions if layout.has_drafts else None  # then a slot may have several rows
+        if row_positions is None:
             self.slots.positions[slots] = positions - self.slots.advance[slots]
-            chosen = choose_tokens.choose_tokens(logits.contiguous(), slots, self.slots.tensors, self._choosing)
-        return self._choose_beyond(layout, chosen, logits)
+        tensors, logits = self.slots.tensors, logits.contiguous()
+        chosen = choose_tokens.choose_tokens(logits, slots, tensors, self._choosing, row_positions)
+        return self._choose_beyond(rows, chosen, logits, appends=not layout.has_drafts)
 
-    def _choose_beyond(self, layout: OutputLayout, chosen: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Choose again for the rows that kernels cannot choose for, and append those tokens, if there are no drafts."""
-        beyond = layout.rows.beyond_kernels()
+    def _choose_beyond(
+        self, rows: SamplingRows, chosen: torch.Tensor, logits: torch.Tensor, appends: bool
+    ) -> torch.Tensor:
+        """Choose again for the rows that kernels cannot choose for; appends: and append those tokens."""
+        beyond = rows.beyond_kernels()
         if not len(beyond):
             return chosen
-        own, index = layout.rows.part(beyond), self.slots.tensor(beyond)
+        own, index = rows.part(beyond), self.slots.tensor(beyond)
         own_chosen = choose(own, logits[index])
-        if not layout.has_drafts:
+        if appends:
             slots, positions = own.on_device
             self.slots.append(slots, positions, own_chosen[0].long())
         return chosen.index_copy(1, index, own_chosen)
@@ -235,7 +257,6 @@ class TorchExecutor:
 
     def _update(self, plan: Plan) -> None:
         self.slots.start(plan.new_sequences)
-        self.slots.write_drafts(plan.chunks)
         self.slots.grow(plan.new_blocks)
         for reorder in plan.beam_reorders:
             self.slots.reorder(reorder)

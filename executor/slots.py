@@ -16,6 +16,7 @@ import torch
 from engine.plan import BeamReorder, Chunk, NewSequences
 from engine.request import SamplingParams
 from executor.kv_cache import PrefillChunk
+from kernels.accept_tokens import accept_tokens
 from kernels.gumbel import as_int64
 from kernels.slot_parameters import MOST_LISTED, Parameter, SlotTensors
 
@@ -194,19 +195,7 @@ class SlotState:
         Such a slot goes on after its first token that is not the draft in its place; what is behind it is computed
         again.
         """
-        rows = torch.arange(len(slots), device=self.device)
-        first_rows = torch.where(slots != slots.roll(1), rows, 0).cummax(0).values  # of each row's slot
-        is_wrong = (self.token_ids[slots, positions] != token_ids).long()
-        wrong_before = is_wrong.cumsum(0) - is_wrong
-        is_kept = wrong_before == wrong_before[first_rows]
-        self.token_ids[slots, positions] = token_ids
-        kept = torch.where(is_kept, positions, 0)
-        self.positions.scatter_reduce_(0, slots, kept, "amax", include_self=False)
-
-    def copies(self, slots: torch.Tensor, positions: torch.Tensor) -> SlotTensors:
-        """A slot for each row that is a copy of slots[row], so far as tokens before positions[row] are known."""
-        copied = SlotTensors(*(tensor[slots] for tensor in self.tensors))
-        return copied._replace(positions=positions - copied.advance)
+        accept_tokens(self.token_ids, self.positions, slots, positions, token_ids)
 
     def chunk(self, seq_slot: int, first_row: int, start: int, length: int) -> PrefillChunk:
         """Describe a slot's tokens [start, start + length), which are the step's rows from `first_row`."""

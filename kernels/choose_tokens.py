@@ -1,5 +1,7 @@
 """Chooses each row's token from its logits by its slot's parameters, and appends it to its sequence, without the host.
 
+In a step with drafts a slot has several rows, each with its position; then kernels.accept_tokens appends.
+
 Two kernels: kernels.survey_logits goes over parts of rows, kernels.pick_tokens over rows. Scores decide between tokens:
 logit / temperature + Gumbel noise (executor.sampler). Scores in fp32 are enough unless two are near each other: in that
 case the kernel computes these again in fp64. So the tokens are those of fp64. Each row depends on its own slot only.
@@ -60,15 +62,22 @@ def workspace_bytes(num_rows: int, vocab_size: int, max_seq_len: int) -> int:
 
 
 def choose_tokens(
-    logits: torch.Tensor, row_slots: torch.Tensor, slots: SlotTensors, workspace: Workspace
+    logits: torch.Tensor,
+    row_slots: torch.Tensor,
+    slots: SlotTensors,
+    workspace: Workspace,
+    positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Choose a token per row, write it to its slot's token_ids at the next position, and set this position.
 
     logits: [rows, vocab] fp32 contiguous, not changed; row_slots: [rows] int64, different but for the dummy's.
+    positions: of the tokens to choose, [rows] int64; then a slot may have several rows, and nothing is written.
     Returns [2, rows] fp64: the tokens, and their log-probabilities by the logits as they are.
     """
     if not runs_on(logits.device):
-        return reference(logits, row_slots, slots)
+        return reference(logits, row_slots, slots, positions)
+    has_positions = positions is not None
+    row_positions = row_slots if positions is None else positions
     rows, vocab_size = logits.shape
     adjusted, carried, floats, ids, groups, short_lists = workspace
     num_parts, part_len = _parts(rows, vocab_size)
@@ -84,9 +93,11 @@ def choose_tokens(
         ids,
         groups,
         row_slots,
+        row_positions,
         *slots,
         slots.token_ids.shape[1],
         floats.stride(0),
+        has_positions,
         vocab_size,
         num_parts,
         part_len,
@@ -106,10 +117,12 @@ def choose_tokens(
         short_lists,
         values,
         row_slots,
+        row_positions,
         *slots[:5],
         slots.token_ids.shape[1],
         floats.stride(0),
         num_parts,
+        has_positions,
         vocab_size,
         _MOST_PARTS,
         _SURVEY_BLOCK,
@@ -128,12 +141,14 @@ def _parts(rows: int, vocab_size: int) -> tuple[int, int]:
     return num_parts, part_len + -part_len % 16  # aligned where rows are
 
 
-def reference(logits: torch.Tensor, row_slots: torch.Tensor, slots: SlotTensors) -> torch.Tensor:
+def reference(
+    logits: torch.Tensor, row_slots: torch.Tensor, slots: SlotTensors, positions: torch.Tensor | None = None
+) -> torch.Tensor:
     """The same in plain torch, on any device, row by row."""
     values = torch.empty(2, len(logits), dtype=torch.float64, device=logits.device)
     for row, slot in enumerate(row_slots.tolist()):
         own = slots.parameters[slot].tolist()
-        position = int(slots.positions[slot] + slots.advance[slot])
+        position = int(slots.positions[slot] + slots.advance[slot] if positions is None else positions[row])
         history = slots.token_ids[slot, :position]
         adjusted = _adjust(logits[row].clone(), history, own, slots, slot)
         if _is_sampled(own):
@@ -142,8 +157,9 @@ def reference(logits: torch.Tensor, row_slots: torch.Tensor, slots: SlotTensors)
             token_id = int(adjusted.argmax())
         values[0, row] = token_id
         values[1, row] = logits[row, token_id] - logits[row].logsumexp(0)
-        slots.token_ids[slot, position] = token_id
-        slots.positions[slot] = position
+        if positions is None:
+            slots.token_ids[slot, position] = token_id
+            slots.positions[slot] = position
     return values
 
 

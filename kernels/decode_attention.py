@@ -1,6 +1,7 @@
-"""Attention of one new token per sequence over all of its tokens; the new keys and values are stored on the way.
+"""Attention of new tokens over all tokens of their sequences; the new keys and values are stored on the way.
 
-Stateless: a row is (slot, position); table[slot] holds the KV locations of the slot's tokens.
+Stateless: a row is (slot, position); table[slot] holds the KV locations of the slot's tokens. A slot has one row, or,
+in a step with drafts, several rows that see each other's tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from kernels import dependent_launch, runs_on
 from kernels.grouped_decode_attention import grouped_launch
 from kernels.heads import CosSin, HeadLayout, rotated_heads
 from kernels.layer_cache import LayerCache
+from kernels.store_kv import store_kv
 
 try:
     import triton
@@ -37,12 +39,17 @@ _BLOCK_ELEMENTS = 2048  # of keys that a program reads at once; half of it witho
 
 
 class DecodeMetadata(NamedTuple):
-    """Rows of one new token each, the same for every layer. All tensors are contiguous, and written before the step."""
+    """Rows of one new token each, the same for every layer. All tensors are contiguous, and written before the step.
+
+    kv_locs: table[slots, positions]. It is needed where a slot has several rows: then the new keys and values of all
+    rows are stored first, with a launch of its own.
+    """
 
     table: torch.Tensor  # [slots, max_seq_len] int32: each slot's KV locations
     slots: torch.Tensor  # [rows] int64
     positions: torch.Tensor  # [rows] int64, of the new tokens
     workspace: torch.Tensor  # of `make_workspace` for as many rows and heads
+    kv_locs: torch.Tensor | None = None  # [rows] int64; None: each row has a slot of its own
 
 
 def make_workspace(num_rows: int, num_heads: int, device: torch.device) -> torch.Tensor:
@@ -98,6 +105,8 @@ def decode_attention(
     """
     if not runs_on(qkv.device):
         return reference(qkv, layout, cache, decodes, slopes, cos_sin, window)
+    if decodes.kv_locs is not None:
+        store_kv(qkv, layout, cache, decodes.kv_locs, cos_sin)
     rows, head_dim = len(qkv), layout.head_dim
     is_grouped = layout.group > 1 and qkv.dtype != torch.float32
     kernel, programs, constants = grouped_launch(layout) if is_grouped else _launch(layout, rows)
@@ -135,6 +144,7 @@ def decode_attention(
         rotated_half=0 if cos_sin is None else cosines.shape[-1],
         has_slopes=slopes is not None,
         is_fp8=key_scales is not None,
+        is_stored=decodes.kv_locs is not None,
         window=window,
         num_splits=splits,
         head_dim=head_dim,
@@ -213,6 +223,13 @@ if triton is not None:
         return is_last, weight_sum, sums
 
     @triton.jit
+    def _as_stored(k, v, key_scale, value_scale, is_fp8: tl.constexpr):
+        """A key and a value in the cache's dtype."""
+        if is_fp8:
+            k, v = cast_fp8(k, key_scale), cast_fp8(v, value_scale)
+        return k, v
+
+    @triton.jit
     def _kernel(
         qkv,
         cosines,  # [rows, rotated_half] fp32
@@ -239,6 +256,7 @@ if triton is not None:
         rotated_half: tl.constexpr,
         has_slopes: tl.constexpr,
         is_fp8: tl.constexpr,
+        is_stored: tl.constexpr,
         window: tl.constexpr,
         num_splits: tl.constexpr,
         head_dim: tl.constexpr,
@@ -246,10 +264,11 @@ if triton is not None:
         block: tl.constexpr,
         pdl: tl.constexpr,
     ):
-        """One head of one sequence, or a split of its tokens; the last program to finish adds up the splits.
+        """One head of one row, or a split of its tokens; the last program to finish adds up the splits.
 
         The keys and values of earlier tokens were written by earlier steps, so their first block is read before the
-        wait. The new token's come from qkv; the split that it belongs to counts it first, and stores it.
+        wait. The new token's come from qkv; the split that it belongs to counts it first, and stores it. With
+        is_stored, this step wrote some of the earlier tokens', and the new one's too: all are read after the wait.
         """
         head, row, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
         d = tl.arange(0, dims)
@@ -263,10 +282,12 @@ if triton is not None:
             first_seen = tl.maximum(position + 1 - window, 0)
         split_len = tl.cdiv(tl.cdiv(position + 1 - first_seen, block), num_splits) * block
         first = first_seen + split * split_len
-        end = tl.minimum(first + split_len, position)
+        end = tl.minimum(first + split_len, position + (1 if is_stored else 0))
         places_of = table + slot * table_stride
         kv_head = head // group
         head_offset = kv_head * head_dim + d
+        if pdl and is_stored:
+            wait_for_predecessors()
         k, v = _load_block(places_of, first + tl.arange(0, block), end, keys, values, place_stride, head_offset, is_dim)
         slope = 0.0
         if has_slopes:
@@ -275,7 +296,7 @@ if triton is not None:
         if is_fp8:
             key_scale, value_scale = tl.load(key_scales + kv_head), tl.load(value_scales + kv_head)
         own_place = tl.load(places_of + position).to(tl.int64) * place_stride + head_offset
-        if pdl:
+        if pdl and not is_stored:
             wait_for_predecessors()
         kv_at = qkv + row * row_stride + kv_head * group_stride * head_dim
         row_cosines, row_sines = cosines + row * rotated_half, sines + row * rotated_half
@@ -286,17 +307,17 @@ if triton is not None:
         largest = -float("inf")
         weight_sum = 0.0
         sums = tl.zeros((dims,), dtype=tl.float32)
-        if (position >= first) & (position < first + split_len):
-            own_k = load_rotated(kv_at + key_base * head_dim, row_cosines, row_sines, d, is_dim, rotated_half)
-            own_v = tl.load(kv_at + value_base * head_dim + d, mask=is_dim, other=0.0)
-            if is_fp8:
-                own_k, own_v = cast_fp8(own_k, key_scale), cast_fp8(own_v, value_scale)
-            is_stored = is_dim & (head % group == 0)
-            tl.store(keys + own_place, own_k, mask=is_stored)
-            tl.store(values + own_place, own_v, mask=is_stored)
-            largest = tl.sum(q * own_k.to(tl.float32), 0)
-            weight_sum = 1.0
-            sums = own_v.to(tl.float32)
+        if not is_stored:
+            if (position >= first) & (position < first + split_len):
+                own_k = load_rotated(kv_at + key_base * head_dim, row_cosines, row_sines, d, is_dim, rotated_half)
+                own_v = tl.load(kv_at + value_base * head_dim + d, mask=is_dim, other=0.0)
+                own_k, own_v = _as_stored(own_k, own_v, key_scale, value_scale, is_fp8)
+                is_element = is_dim & (head % group == 0)
+                tl.store(keys + own_place, own_k, mask=is_element)
+                tl.store(values + own_place, own_v, mask=is_element)
+                largest = tl.sum(q * own_k.to(tl.float32), 0)
+                weight_sum = 1.0
+                sums = own_v.to(tl.float32)
         for start in range(first, end, block):
             t = start + tl.arange(0, block)
             largest, weight_sum, sums = _add_block(

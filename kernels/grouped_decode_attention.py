@@ -114,6 +114,7 @@ if triton is not None:
         rotated_half: tl.constexpr,
         has_slopes: tl.constexpr,
         is_fp8: tl.constexpr,
+        is_stored: tl.constexpr,
         window: tl.constexpr,
         num_splits: tl.constexpr,
         head_dim: tl.constexpr,
@@ -122,7 +123,10 @@ if triton is not None:
         block: tl.constexpr,
         pdl: tl.constexpr,
     ):
-        """The queries of one KV head of one sequence, or a split of its tokens; the last program adds up the splits."""
+        """The queries of one KV head of one row, or a split of its tokens; the last program adds up the splits.
+
+        is_stored: the cache has the row's own key and value already.
+        """
         kv_head, row, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
         g, d = tl.arange(0, tile), tl.arange(0, dims)
         is_dim = d < head_dim
@@ -136,7 +140,7 @@ if triton is not None:
             first_seen = tl.maximum(position + 1 - window, 0)
         split_len = tl.cdiv(tl.cdiv(position + 1 - first_seen, block), num_splits) * block
         first = first_seen + split * split_len
-        end = tl.minimum(first + split_len, position)
+        end = tl.minimum(first + split_len, position + (1 if is_stored else 0))
         places_of = table + slot * table_stride
         head_offset = kv_head * head_dim + d
         slope = tl.zeros((tile,), tl.float32)
@@ -156,16 +160,17 @@ if triton is not None:
         largest = tl.full((tile,), -float("inf"), tl.float32)
         weight_sum = tl.zeros((tile,), tl.float32)
         sums = tl.zeros((tile, dims), tl.float32)
-        if (position >= first) & (position < first + split_len):
-            own_k = load_rotated(kv_at + key_base * head_dim, row_cosines, row_sines, d, is_dim, rotated_half)
-            own_v = tl.load(kv_at + value_base * head_dim + d, mask=is_dim, other=0.0)
-            if is_fp8:
-                own_k, own_v = cast_fp8(own_k, key_scale), cast_fp8(own_v, value_scale)
-            tl.store(keys + own_place, own_k, mask=is_dim)
-            tl.store(values + own_place, own_v, mask=is_dim)
-            largest = tl.sum(q.to(tl.float32) * own_k.to(tl.float32)[None, :], 1) * scale
-            weight_sum = tl.full((tile,), 1.0, tl.float32)
-            sums = tl.zeros((tile, dims), tl.float32) + own_v.to(tl.float32)[None, :]
+        if not is_stored:
+            if (position >= first) & (position < first + split_len):
+                own_k = load_rotated(kv_at + key_base * head_dim, row_cosines, row_sines, d, is_dim, rotated_half)
+                own_v = tl.load(kv_at + value_base * head_dim + d, mask=is_dim, other=0.0)
+                if is_fp8:
+                    own_k, own_v = cast_fp8(own_k, key_scale), cast_fp8(own_v, value_scale)
+                tl.store(keys + own_place, own_k, mask=is_dim)
+                tl.store(values + own_place, own_v, mask=is_dim)
+                largest = tl.sum(q.to(tl.float32) * own_k.to(tl.float32)[None, :], 1) * scale
+                weight_sum = tl.full((tile,), 1.0, tl.float32)
+                sums = tl.zeros((tile, dims), tl.float32) + own_v.to(tl.float32)[None, :]
         for start in range(first, end, block):
             t = start + tl.arange(0, block)
             is_token = t < end

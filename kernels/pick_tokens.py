@@ -32,14 +32,16 @@ def pick(
     short_lists,  # [rows, num_groups] int32: the tokens that a row with a short top_k looks at
     values,  # [2, rows] fp64: the tokens, their log-probabilities
     row_slots,
-    token_ids,  # gets the token at its position
-    positions,  # gets the token's position
+    row_positions,
+    token_ids,  # gets the token at its position, without has_positions
+    positions,  # gets the token's position, likewise
     advance,
     parameters,
     seeds,
     max_seq_len,
     column,
     num_parts,
+    has_positions: tl.constexpr,
     vocab_size: tl.constexpr,
     most_parts: tl.constexpr,
     num_groups: tl.constexpr,
@@ -50,7 +52,7 @@ def pick(
     # Nothing above reads memory: what an earlier kernel wrote is read from here on.
     slot = tl.load(row_slots + row)
     own = parameters + slot * columns.NUM_PARAMETERS
-    position = (tl.load(positions + slot) + tl.load(advance + slot)).to(tl.int32)
+    position = columns.position_of(row, slot, row_positions, positions, advance, has_positions)
     part = tl.arange(0, most_parts)
     is_part = part < num_parts
     part += row.to(tl.int32) * most_parts
@@ -123,8 +125,9 @@ def pick(
     log_prob = tl.load(raw + chosen) - logsumexp
     tl.store(values + row, chosen.to(tl.float64))
     tl.store(values + tl.num_programs(0) + row, log_prob.to(tl.float64))
-    tl.store(token_ids + slot * max_seq_len + position, chosen.to(tl.int64))
-    tl.store(positions + slot, position.to(tl.int64))
+    if not has_positions:
+        tl.store(token_ids + slot * max_seq_len + position, chosen.to(tl.int64))
+        tl.store(positions + slot, position.to(tl.int64))
 
 
 @triton.jit

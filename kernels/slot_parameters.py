@@ -73,6 +73,15 @@ if triton is not None:
     NUM_LISTED = tl.constexpr(MOST_LISTED)
 
     @triton.jit
+    def position_of(row, slot, row_positions, positions, advance, has_positions: tl.constexpr):
+        """Of the token that the row chooses, int32: its own, or its slot's next one."""
+        if has_positions:
+            position = tl.load(row_positions + row)
+        else:
+            position = tl.load(positions + slot) + tl.load(advance + slot)
+        return position.to(tl.int32)
+
+    @triton.jit
     def is_sampled(own):
         """Whether the row at `own` of the parameters is not greedy (engine.request.SamplingParams.is_greedy)."""
         top_k = tl.load(own + TOP_K)

@@ -31,6 +31,7 @@ def survey(
     ids,  # [2, any rows, most_parts] int32: of the maximum, of the best score
     groups,  # [rows, num_groups] fp32: maxima of disjoint groups of the row's tokens, where top_k is short
     row_slots,  # [rows] int64
+    row_positions,  # as row_slots, with has_positions
     token_ids,
     positions,
     advance,
@@ -41,6 +42,7 @@ def survey(
     banned_ids,
     max_seq_len,
     column,  # elements from a column of floats or ids to the next
+    has_positions: tl.constexpr,
     vocab_size: tl.constexpr,
     num_parts: tl.constexpr,
     part_len: tl.constexpr,
@@ -53,7 +55,7 @@ def survey(
     # Nothing above reads memory: what an earlier kernel wrote is read from here on.
     slot = tl.load(row_slots + row)
     own = parameters + slot * columns.NUM_PARAMETERS
-    position = (tl.load(positions + slot) + tl.load(advance + slot)).to(tl.int32)
+    position = columns.position_of(row, slot, row_positions, positions, advance, has_positions)
     num_biases = tl.load(own + columns.NUM_BIASES).to(tl.int32)
     first_banned = columns.first_banned(own, position)
     num_banned = tl.load(own + columns.NUM_BANNED).to(tl.int32)

@@ -137,17 +137,16 @@ def test_the_only_slot_of_a_step_may_have_several_rows(count: int) -> None:
     assert slots.token_ids[1, 1 + count] == 90
 
 
-def test_copies_let_the_rows_of_a_slot_choose_at_their_own_positions() -> None:
-    """kernels.choose_tokens on copies beside executor.sampler, on rows of all kinds; the slots stay as they are."""
+def test_rows_of_a_slot_choose_at_their_own_positions() -> None:
+    """kernels.choose_tokens beside executor.sampler, on rows of all kinds; the slots stay as they are."""
     rows = mixed_rows(60, 211, CPU, seed=3)
     slots, positions = rows.on_device
     slots, positions = slots.repeat_interleave(3), (positions[:, None] - torch.tensor([2, 1, 0])).clamp(1).flatten()
     state = rows.state
     before = [tensor.clone() for tensor in state.tensors]
     logits = mixed_logits(180, 211, CPU)
-    copies = state.copies(slots, positions)
     workspace = make_workspace(180, 211, 64, CPU)
-    tokens = choose_tokens(logits, torch.arange(180), copies, workspace)[0]
+    tokens = choose_tokens(logits, slots, state.tensors, workspace, positions)[0]
     expected = by_sampler(SamplingRows(state, slots.numpy(), positions.numpy()), logits)[0]
     assert tokens.tolist() == expected.tolist()
     assert all(torch.equal(one, other) for one, other in zip(state.tensors, before, strict=True))

@@ -12,6 +12,7 @@ from engine.plan import NewSequences
 from engine.request import SamplingParams
 from executor.sampling_rows import SamplingRows
 from executor.slots import SlotState
+from kernels import accept_tokens
 from kernels.choose_tokens import choose_tokens, make_workspace, reference
 from kernels.gumbel import gumbel, row_states
 from kernels.slot_parameters import Parameter
@@ -58,7 +59,7 @@ def test_tokens_are_the_samplers(count: int, num_padding: int, vocab_size: int) 
 
 
 def test_rows_of_one_slot_choose_at_their_own_positions() -> None:
-    """As in a step with drafts: each row has a copy of its slot."""
+    """As in a step with drafts; the slots stay as they are."""
     rows = mixed_rows(60, 50257, DEVICE, max_seq_len=3000)
     slots, positions = rows.on_device
     slots, positions = (
@@ -68,12 +69,33 @@ def test_rows_of_one_slot_choose_at_their_own_positions() -> None:
     state, before = rows.state, [tensor.clone() for tensor in rows.state.tensors]
     logits = mixed_logits(180, 50257, DEVICE)
     workspace = make_workspace(180, 50257, 3000, DEVICE)
-    copies = state.copies(slots, positions.flatten())
-    found = choose_tokens(logits, torch.arange(180, device=DEVICE), copies, workspace)[0]
+    found = choose_tokens(logits, slots, state.tensors, workspace, positions.flatten())[0]
     own = SamplingRows(state, slots.cpu().numpy(), positions.flatten().cpu().numpy())
     wrong = differences(own, found.tolist(), by_sampler(own, logits)[0].tolist())
     assert not wrong, wrong[:5]
     assert all(torch.equal(one, other) for one, other in zip(state.tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("num_slots", [2, 5, 12, 40])
+def test_tokens_are_accepted_up_to_the_first_wrong_draft(num_slots: int) -> None:
+    """Up to nine rows a slot, and padding rows; two tokens to choose from, so that many drafts are right. 40 slots have
+    more rows than the kernel takes."""
+    rng = np.random.default_rng(num_slots)
+    for num_padding in range(20):
+        counts = rng.integers(1, 10, num_slots)
+        firsts = rng.integers(1, 50, num_slots)
+        slots = np.repeat(rng.permutation(num_slots), counts)
+        positions = np.concatenate([np.arange(*span) for span in zip(firsts, firsts + counts, strict=True)])
+        padding = [num_slots] * num_padding
+        row_slots = torch.tensor([*slots, *padding], device=DEVICE)
+        row_positions = torch.tensor([*positions, *[0] * num_padding], device=DEVICE)
+        chosen_ids = torch.tensor([*rng.integers(0, 2, len(slots)), *[1] * num_padding], device=DEVICE)
+        token_ids = torch.tensor(rng.integers(0, 2, (num_slots + 1, 64)), device=DEVICE)
+        ours, expected = ([token_ids.clone(), torch.zeros_like(token_ids[:, 0])] for _ in range(2))
+        accept_tokens.accept_tokens(*ours, row_slots, row_positions, chosen_ids.double())
+        accept_tokens.reference(*expected, row_slots, row_positions, chosen_ids)
+        assert torch.equal(ours[0], expected[0])
+        assert torch.equal(ours[1], expected[1])
 
 
 def sampled_rows(count: int, params: dict[str, Any], seq_len: int = 40) -> SamplingRows:

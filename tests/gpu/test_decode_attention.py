@@ -98,3 +98,50 @@ def test_attention_by_definition(
         for kept, new in ((kept_k, new_keys), (kept_v, new_values)):
             error = np.linalg.norm(kept.double().cpu().numpy() - new, axis=(1, 2)) / np.linalg.norm(new, axis=(1, 2))
             assert error.max() < limit, dtype
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "has_slopes", "half"), LAYOUTS)
+@pytest.mark.parametrize("window", [0, 5, 1024])
+@pytest.mark.parametrize("first", [0, 30, 700, 2900])
+def test_rows_of_a_slot_see_each_other(
+    first: int, window: int, heads: int, kv_heads: int, head_dim: int, has_slopes: bool, half: int
+) -> None:
+    """Nine rows of one slot, between single rows of others: all keys and values are there before they are read."""
+    rng = np.random.default_rng(first)
+    slots = np.array([4] + [2] * 9 + [0, 3, 3])
+    positions = np.array([77, *range(first, first + 9), 2000, 64, 65])
+    num_rows, num_places = len(slots), 5 * MAX_LEN
+    table = rng.permutation(num_places).reshape(5, MAX_LEN)
+    own_places = table[slots, positions]
+    keys, values = (rng.standard_normal((num_places, kv_heads, head_dim)) for _ in range(2))
+    q, k, v = (rng.standard_normal((num_rows, n, head_dim)) for n in (heads, kv_heads, kv_heads))
+    new_keys, new_values = keys.copy(), values.copy()
+    new_keys[own_places], new_values[own_places] = rotated(k, positions, half), v
+    keys[own_places] = values[own_places] = 100.0  # of the step before: no row may count it
+    no_slopes = np.zeros(heads)
+    expected = np.stack(
+        [
+            by_definition(
+                row,
+                *(
+                    part[table[slot, : position + 1][-window:]].repeat(heads // kv_heads, 1)
+                    for part in (new_keys, new_values)
+                ),
+                alibi_slopes(heads).numpy() if has_slopes else no_slopes,
+            )
+            for row, slot, position in zip(rotated(q, positions, half), slots, positions, strict=True)
+        ]
+    )
+    workspace = make_workspace(num_rows, heads, torch.device("cuda"))
+    tensors = [torch.tensor(part).cuda() for part in (table.astype(np.int32), slots, positions)]
+    decodes = DecodeMetadata(*tensors, workspace, torch.tensor(own_places).cuda())
+    layout = HeadLayout(heads, kv_heads, head_dim, kv_heads != heads)
+    slopes = alibi_slopes(heads).cuda() if has_slopes else None
+    angles = torch.tensor(positions[:, None, None] * 100.0 ** (-np.arange(half) / max(half, 1))).cuda()
+    cos_sin = (angles.cos().float(), angles.sin().float()) if half else None
+    for dtype, limit in ((torch.float32, 4e-6), (torch.bfloat16, 1.2e-2), (torch.float16, 2e-3)):
+        qkv, kept_k, kept_v = (torch.tensor(part).cuda().to(dtype) for part in (packed(q, k, v), keys, values))
+        ours = decode_attention(qkv, layout, LayerCache(kept_k, kept_v), decodes, slopes, cos_sin, window)
+        error = np.linalg.norm(ours.double().cpu().numpy() - expected.reshape(num_rows, -1)) / np.linalg.norm(expected)
+        assert error < limit, (dtype, error)
+        assert not workspace.any()

@@ -13,7 +13,9 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from convert import convert
+from engine.plan import Chunk, Plan
 from engine.request import Request, SamplingParams
+from executor.output_layout import OutputLayout
 from tests.support.checkpoints import make_gpt2
 from tests.support.engines import NEW_TOKENS, SEEDED, make_engine, prompts
 from tests.support.ranks import Ranks, first_outputs, greedy_items, run_engine, run_logits
@@ -140,10 +142,11 @@ def test_requests_are_with_drafts_what_they_are_without(
     items = looping_items(60)
     folder = convert(gpt2_source[0], tmp_path / "ft_models", tp, "fp32")
     flags = [*FP32, "--max-batch-size", "6"]
-    found = [run_engine(folder, items, tp, pp, *flags, *more) for more in ((), ("--speculative", "ngram"))]
+    drafts = ["--speculative", "ngram"]
+    found = [run_engine(folder, items, tp, pp, *flags, *more) for more in ([], drafts, [*drafts, "--enforce-eager"])]
     texts = [[[o["token_ids"] for o in result["outputs"]] for result in results] for results in found]
-    different = [index for index, (without, drafted) in enumerate(zip(*texts, strict=True)) if without != drafted]
-    assert not different, [(items[index], found[0][index], found[1][index]) for index in different[:3]]
+    different = [index for index, outputs in enumerate(zip(*texts, strict=True)) if outputs != (outputs[0],) * 3]
+    assert not different, [(items[index], *(results[index] for results in found)) for index in different[:3]]
 
 
 @pytest.mark.parametrize("enforce_eager", [False, True])
@@ -207,6 +210,46 @@ def test_stages_with_graphs_give_the_tokens_of_launches(tp: int, pp: int, conver
         assert len(counts) == 1 and (counts == {0}) == bool(more)
         found.append(first_outputs(parts[0][0]))
     assert found[0] == found[1]
+
+
+def test_replays_of_steps_with_drafts_are_launches_bit_by_bit(converted: Callable[[int], Path]) -> None:
+    """Steps that compute known tokens again, beside their kernels launched one by one from the same state."""
+    engine = make_engine(converted(1), device="cuda", data_type="fp32", max_batch_size=8, speculative="ngram")
+    samplings = [{}, {"top_p": 0.9, "random_seed": 3}, {"top_k": 20, "repetition_penalty": 1.3, "random_seed": 4}]
+    requests = [
+        Request(ids, SamplingParams(300, **sampling), ())
+        for ids, sampling in zip(prompts(3, vocab_size=5003, longest=120), samplings, strict=True)
+    ]
+    for request in requests:
+        engine.submit(request)
+    while not all(len(request.output_ids) > 60 for request in requests):
+        engine.step()
+    graphs, state = engine.executor._draft_graphs, engine.executor.slots
+    assert graphs is not None
+    slots = [engine.scheduler._running[request].sequences[0].seq_slot for request in requests]
+    texts = [request.prompt_ids + request.output_ids for request in requests]
+    starts = [len(text) - 40 for text in texts]
+    for num_drafts, num_right in ((drafts, right) for drafts in range(1, 9) for right in range(drafts + 1)):
+        draft_ids = texts[0][starts[0] + 1 :][:num_drafts]
+        draft_ids[num_right:] = [5002] * (num_drafts - num_right)
+        chunks = [Chunk(slots[0], starts[0], 1 + num_drafts, [slots[0]], draft_ids=draft_ids)]
+        chunks.append(Chunk(slots[2], starts[2], 3, [slots[2]], draft_ids=texts[2][starts[2] + 1 :][:2]))
+        plan = Plan(np.array(slots[1:2], dtype=np.uint8), np.array(starts[1:2], dtype=np.int32), chunks)
+        assert graphs.fits(plan)
+        rows = OutputLayout.of(plan, state, 5003).rows
+        size = next(size for size in graphs._sizes if size >= len(rows))
+        before = state.token_ids.clone(), state.positions.clone()
+        found = []
+        with torch.inference_mode():
+            for run in (lambda: graphs.run(plan, rows)[0], lambda: graphs._step(size)[:, : len(rows)]):  # noqa: B023
+                values = run()
+                found.append([values.clone(), state.token_ids.clone(), state.positions.clone()])
+                for tensor, old in zip((state.token_ids, state.positions), before, strict=True):
+                    tensor.copy_(old)
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+        moves = [1 + num_right, 1, 3]  # the drafts that were right, and one token more
+        assert found[0][2][slots].tolist() == [start + move for start, move in zip(starts, moves, strict=True)]
+    engine.executor.close()
 
 
 def test_log_probs_are_hugging_faces(gpt2_source: tuple[Path, GPT2LMHeadModel], tmp_path: Path) -> None:

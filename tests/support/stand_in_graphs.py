@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import torch
 
+import executor.draft_graphs
 import executor.graphs
 import executor.prompt_graphs
 from executor import runner
@@ -42,6 +43,6 @@ def stand_in_graphs() -> Iterator[Replays]:
 
     with ExitStack() as patches:
         patches.enter_context(patch.object(runner, "runs_on", lambda device: True))
-        for module in (executor.graphs, executor.prompt_graphs):
+        for module in (executor.graphs, executor.prompt_graphs, executor.draft_graphs):
             patches.enter_context(patch.object(module, "capture", capture))
         yield replayed
