@@ -19,7 +19,7 @@ from engine.plan import Chunk
 from engine.request import Request, SamplingParams
 from executor import runner
 from executor.runner import StepResult
-from executor.slots import SlotState
+from executor.slots import SlotRequest, SlotState
 from tests.support import hugging_face_models
 from tests.support.checkpoints import make_bloom
 from tests.support.engines import NEW_TOKENS, finish, hf_greedy, make_engine, prompts, request
@@ -115,7 +115,7 @@ def test_requests_with_drafts_are_what_they_are_without(
     graphs: Replays, converted: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of one slot see each other, and the slot goes on after the first wrong draft. Drafts, and decode rows of all
-    kinds beside them, go through graphs; beside pieces of prompts they do not."""
+    kinds beside them, go through graphs. Beside pieces of prompts they do not, nor where kernels cannot choose."""
     monkeypatch.setattr(runner, "StepResult", lambda values, layout: StepResult(values.clone(), layout))
     launched: list[Chunk] = []
     write_drafts = SlotState.write_drafts
@@ -124,7 +124,14 @@ def test_requests_with_drafts_are_what_they_are_without(
         launched.extend(chunk for chunk in chunks if chunk.draft_ids)
         write_drafts(slots, chunks)
 
+    describe = SlotState._describe
+
+    def describe_as_long(slots: SlotState, seq_slot: int, request: SlotRequest) -> None:
+        describe(slots, seq_slot, request)
+        slots.has_long_list[seq_slot] = request.prompt_len % 3 == 1  # kernels are not to choose for it
+
     monkeypatch.setattr(SlotState, "write_drafts", record)
+    monkeypatch.setattr(SlotState, "_describe", describe_as_long)
     items = looping_items(12)
     loop, late = {"max_new_tokens": 60, "logit_bias": [[5, 100.0]]}, {"max_new_tokens": 3}
     items += [{"prompt_ids": [1, 2, 3], "sampling": loop}, {"prompt_ids": list(range(60)), "sampling": late}]
@@ -140,12 +147,12 @@ def test_requests_with_drafts_are_what_they_are_without(
         engine.submit(requests[12])
         while len(requests[12].output_ids) < 20:
             engine.step()
-        assert not launched
+        num_beyond = len(launched)
         finish(engine, requests[13:])
         found.append([results(one) for one in requests])
     sizes = [size for name, size in graphs if name == "steps with drafts"]
-    assert set(sizes) == {2, 4, 8, 16} and len(sizes) > 25
-    assert len(launched) > 1
+    assert set(sizes) >= {4, 8, 16} and len(sizes) > 10
+    assert 0 < num_beyond < len(launched)
     assert counter.num_accepted > 15
     for without, with_drafts in zip(*found, strict=True):
         assert_close(without, with_drafts)
