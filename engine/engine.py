@@ -43,6 +43,8 @@ class Scheduling(Protocol):
     @property
     def num_running(self) -> int: ...  # requests
     @property
+    def num_cohorts(self) -> int: ...  # parts of the running requests that are planned in turn, 1 at least
+    @property
     def kv_cache_usage(self) -> float: ...  # share of its blocks
     @property
     def max_seq_len(self) -> int: ...  # tokens of a request, prompt and output together
@@ -60,7 +62,8 @@ class Scheduling(Protocol):
 class Executor(Protocol):
     """Runs plans (executor.runner.TorchExecutor, executor.fastertransformer.FasterTransformerExecutor)."""
 
-    num_ahead: int  # plans that may be launched before the last one's tokens are read
+    num_ahead: int  # plans of a cohort that may be launched before the last one's tokens are read
+    num_stages: int  # pipeline stages, which may compute different plans at the same time
     max_seq_len: int  # tokens of a request, prompt and output together
     max_step_tokens: int  # tokens of one plan
     max_mixed_tokens: int  # tokens of one plan that decodes; 0: as many
@@ -198,9 +201,11 @@ class Engine:
             if self.observer is not None:
                 self.observer.count_plan(plan.num_tokens)
             with self._limit(plan.num_steps):
-                self.world.send(plan)
+                self.world.post(plan)
                 self._launched.append(self.executor.execute(plan))
-        if self._launched and (plan is None or len(self._launched) > self.executor.num_ahead):
+        if self._launched and plan is None:
+            self._commit()
+        while len(self._launched) >= self.scheduler.num_cohorts * (1 + self.executor.num_ahead):
             self._commit()
         # A commit without a plan may have freed slots or blocks for a waiting request: then there is work at once.
         return bool(self._launched) or self.scheduler.has_work

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from engine.cohorts import Cohort
 from engine.plan import BeamReorder, Chunk, NewSequences, Plan
 from engine.sequence import Drafted, PendingOutput, Sequence, SequenceGroup
 
@@ -13,7 +14,7 @@ _NO_ROWS = np.empty(0, dtype=np.int32)
 class PlanBuilder:
     """Collects a step: its decode rows, its chunks, and who gets the output."""
 
-    def __init__(self) -> None:
+    def __init__(self, cohort: Cohort) -> None:
         self._slots = self._positions = _NO_ROWS  # of the steady rows, as is the next one
         self._steady: list[Sequence | None] = []
         self.seq_slots: list[int] = []  # of the other decode rows, as are the next two
@@ -24,7 +25,7 @@ class PlanBuilder:
         self.new_blocks: list[tuple[int, int, list[int]]] = []
         self.beam_reorders: list[BeamReorder] = []
         self.banned_ids: dict[int, list[int]] = {}
-        self.pending = PendingOutput([])  # its sequences: of the chunks, until the plan is finished
+        self.pending = PendingOutput([], cohort)  # its sequences: of the chunks, until the plan is finished
 
     def set_steady(self, slots: np.ndarray, positions: np.ndarray, sequences: list[Sequence | None]) -> None:
         """Compute the rows of the steady groups (engine.decode_rows)."""

@@ -4,7 +4,7 @@ Stateless towards tensors: a plan holds numbers. Scheduling uses one quantity pe
 computes some of the tokens between it and `num_tokens`. `schedule` may run again before `commit` gets the last plan's
 tokens: it counts on one token per running sequence and plan, and the device feeds that token to the next step. A
 sequence that turns out to have ended then costs one token, which is dropped. The host decides on beams and bad words
-token by token, so their requests skip a plan that is made too early.
+token by token, so their requests skip a plan that is made too early. A plan is of one cohort (engine.cohorts).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from engine.beam import Candidate
 from engine.blocks import BlockAllocator
 from engine.budget import share_budget
-from engine.decode_rows import DecodeRows
+from engine.cohorts import Cohort, Cohorts
 from engine.memory import SequenceMemory
 from engine.metrics import Progress
 from engine.plan import BeamReorder, Chunk, Plan, StepOutput
@@ -36,16 +36,16 @@ class Scheduler:
     tokens that it has, which are computed again. So its tokens stay the same, and those on their way count.
 
     Nothing starves. Requests run in the order in which they entered first; a preempted one keeps its place in it and
-    enters before all that wait. The oldest running request is never preempted and gets a token from each step (every
-    other one where the host decides on its tokens and plans are made ahead), so a request that was preempted enters
-    again at the latest when all older ones have ended. Origins take turns (engine.waiting): before a request of a new
-    origin, at most one request of each origin that waits already enters. So with one other client it is the second to
-    enter, whether that client asked for one prompt or for a thousand.
+    enters before all that wait. The oldest running request is never preempted and gets a token from each step of its
+    cohort (every other one where the host decides on its tokens and plans are made ahead), so a request that was
+    preempted enters again at the latest when all older ones have ended. Origins take turns (engine.waiting): before a
+    request of a new origin, at most one request of each origin that waits already enters. So with one other client it
+    is the second to enter, whether that client asked for one prompt or for a thousand.
 
-    Each step decodes every running sequence, and spends the rest of `max_step_tokens` on prompts, in chunks where they
-    are long; if it decodes any, the rest of `max_mixed_tokens` (0: as many). Either is raised to `max_batch_size`: then
-    each step has room for a prompt's token, as a prompt's slot has no decode row. Prompts share the room so that short
-    ones do not wait for long ones, and long ones go on (engine.budget has the bounds).
+    Each step decodes every running sequence of a cohort, and spends the rest of `max_step_tokens` on prompts, in chunks
+    where they are long; if it decodes any, the rest of `max_mixed_tokens` (0: as many). Either is raised to
+    `max_batch_size`: then each step has room for a prompt's token, as a prompt's slot has no decode row. Prompts share
+    the room so that short ones do not wait for long ones, and long ones go on (engine.budget has the bounds).
     """
 
     has_token_log_probs = True
@@ -59,6 +59,7 @@ class Scheduler:
         num_blocks: int,
         has_prefix_cache: bool = True,
         max_mixed_tokens: int = 0,
+        num_cohorts: int = 1,
     ) -> None:
         self.max_seq_len = max_seq_len
         self.max_step_tokens = max(max_step_tokens, max_batch_size)
@@ -70,7 +71,7 @@ class Scheduler:
         self._running: dict[Request, SequenceGroup] = {}  # in the order in which they entered first
         self._preempted: dict[Request, SequenceGroup] = {}
         self._next: SequenceGroup | None = None  # of the first waiting request, when it did not fit
-        self._rows = DecodeRows(np.min_scalar_type(max_batch_size))  # slots travel in as few bytes as they need
+        self._cohorts = Cohorts(num_cohorts, np.min_scalar_type(max_batch_size))  # slots travel in as few bytes as fit
         self._pending: deque[PendingOutput] = deque()  # per plan on its way
         self._committed_at = 0.0
         self._num_preempted = 0  # since the last commit
@@ -88,6 +89,10 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def num_cohorts(self) -> int:
+        return self._cohorts.num_busy(len(self.waiting))
+
+    @property
     def kv_cache_usage(self) -> float:
         return 1 - self.blocks.num_free / self.blocks.num_blocks
 
@@ -103,9 +108,16 @@ class Scheduler:
 
     def schedule(self) -> Plan | None:
         """The next step, or None where there is nothing to compute."""
-        builder = PlanBuilder()
-        prefilling = self._plan_decodes(builder)
-        self._admit(builder, prefilling)
+        for _ in self._cohorts:
+            plan = self._plan_cohort(self._cohorts.next())
+            if plan is not None:
+                return plan
+        return None
+
+    def _plan_cohort(self, cohort: Cohort) -> Plan | None:
+        builder = PlanBuilder(cohort)
+        prefilling = self._plan_decodes(cohort, builder)
+        self._admit(cohort, builder, prefilling)
         if prefilling:
             self._plan_prompts(prefilling, builder)
         if not builder.num_tokens:
@@ -117,8 +129,8 @@ class Scheduler:
     def commit(self, step: StepOutput) -> Progress:
         """Take the output of the oldest plan that is not committed yet."""
         pending = self._pending.popleft()
-        since = self._committed_at
-        now = self._committed_at = time.monotonic()
+        since = pending.cohort.committed_at
+        now = self._committed_at = pending.cohort.committed_at = time.monotonic()
         progress, num_others = pending.measure(now)
         progress.num_preempted, self._num_preempted = self._num_preempted, 0
         progress.num_queried, progress.num_hit = self.memory.num_queried, self.memory.num_hit
@@ -139,7 +151,7 @@ class Scheduler:
                 self._settle(group)
         if self.speculation is not None:
             for group in self.speculation.look(self._running.values(), self.memory.num_sequences, now):
-                self._rows.remove(group)
+                self._cohorts[group.cohort].rows.remove(group)
         for request in updated:
             request.on_update(request)
         return progress
@@ -168,12 +180,12 @@ class Scheduler:
         for request in self.unfinished():
             self.cancel(request, SHUTDOWN)
 
-    def _plan_decodes(self, builder: PlanBuilder) -> list[SequenceGroup]:
-        """Plan a token for every sequence whose tokens are computed; returns the other running groups.
+    def _plan_decodes(self, cohort: Cohort, builder: PlanBuilder) -> list[SequenceGroup]:
+        """Plan a token for every sequence whose tokens are computed; returns the other running groups of the cohort.
 
         Steady groups go on by themselves while their blocks have room.
         """
-        running = self._running.values()
+        running = cohort.groups.values()
         prefilling = []
         for group in [g for g in running if not g.is_steady or g.sequences[0].num_computed >= g.capacity]:
             if not group.is_running:  # it was preempted for an older one, like all after it
@@ -186,7 +198,7 @@ class Scheduler:
                 continue
             first = group.sequences[0]
             if first.num_computed == group.max_tokens - 1 or (group.is_stepwise and group.num_in_flight):
-                self._rows.remove(group)
+                cohort.rows.remove(group)
                 continue
             if group.is_speculating and group.has_unknown:
                 continue
@@ -197,8 +209,8 @@ class Scheduler:
             elif group.is_speculating and self.speculation is not None:
                 self.speculation.plan(group, builder, self.memory.num_sequences)
             else:
-                self._rows.add(group)
-        builder.set_steady(*self._rows.step(running))
+                cohort.rows.add(group)
+        builder.set_steady(*cohort.rows.step(running))
         return prefilling
 
     def _grow(self, group: SequenceGroup, builder: PlanBuilder) -> bool:
@@ -215,12 +227,11 @@ class Scheduler:
     def _preempt(self, group: SequenceGroup) -> None:
         """Take a group's slots and blocks: it waits, until its tokens are known and there is room for them."""
         self._num_preempted += 1
-        del self._running[group.request]
+        self._stop_running(group)
         self._preempted[group.request] = group
         self.waiting.put_back(group.request)
         group.num_scored = max(group.num_scored, group.sequences[0].num_computed)
         group.is_running = group.is_settled = False
-        self._rows.remove(group)
         for sequence in group.sequences:
             self.memory.release(sequence)
         if self._pending:
@@ -234,9 +245,10 @@ class Scheduler:
         if group.is_resumed:
             group.sampled_at = group.sampled_at or self._committed_at
 
-    def _admit(self, builder: PlanBuilder, prefilling: list[SequenceGroup]) -> None:
-        """Let waiting requests enter, in their order, until one does not fit."""
-        while self.waiting:
+    def _admit(self, cohort: Cohort, builder: PlanBuilder, prefilling: list[SequenceGroup]) -> None:
+        """Let waiting requests enter the cohort, in their order, until one does not fit or the cohort has its share."""
+        num_requests = len(self._running) + len(self.waiting)
+        while self.waiting and len(cohort.groups) * len(self._cohorts) < num_requests:
             request = self.waiting.first
             group = self._preempted.get(request) or self._next
             if group is None or group.request is not request:
@@ -252,6 +264,7 @@ class Scheduler:
             self._preempted.pop(request, None)
             self._next = None
             self._running[request] = group
+            cohort.enter(group)
             request.times.scheduled = request.times.scheduled or time.monotonic()
             builder.new_sequences.append(new_sequences)
             if group.num_plannable:
@@ -383,14 +396,18 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         """Free a sequence's slot and blocks, if it has them; its group leaves with the last one."""
         group = sequence.group
-        self._rows.remove(group)
+        self._cohorts[group.cohort].rows.remove(group)
         group.sequences.remove(sequence)
         if group.is_running:
             self.memory.release(sequence)
         if group.sequences:
             return
         if group.is_running:
-            del self._running[group.request]
+            self._stop_running(group)
         else:
             del self._preempted[group.request]
             self.waiting.remove(group.request)
+
+    def _stop_running(self, group: SequenceGroup) -> None:
+        del self._running[group.request]
+        self._cohorts[group.cohort].leave(group)

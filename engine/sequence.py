@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from engine.beam import Beams, BeamSearch
 from engine.metrics import Progress
 from engine.ngram import NgramDrafter
 from engine.plan import StepOutput
 from engine.request import Output, Request
+
+if TYPE_CHECKING:
+    from engine.cohorts import Cohort
 
 NO_SLOT = -1
 
@@ -57,6 +61,7 @@ class SequenceGroup:
     capacity: int = 0  # tokens of each sequence that can be computed until its group needs more blocks, or has ended
     beams: Beams | None = None  # the beams that the next step continues
     is_running: bool = False  # it has slots and blocks
+    cohort: int = 0  # where it runs, or ran last (engine.cohorts)
     is_settled: bool = True  # without slots: all its tokens are known
     is_prefilling: bool = True
     is_steady: bool = False  # each step computes one token of each sequence (engine.decode_rows)
@@ -160,6 +165,7 @@ class PendingOutput:
     """Who gets the output of a plan that is on its way, in the order of engine.plan.StepOutput's lists."""
 
     sequences: list[Sequence | None]  # per token; None for a beam's and for those of `drafted`
+    cohort: Cohort
     beam_groups: list[SequenceGroup] = field(default_factory=list)
     scored_prompts: list[Request] = field(default_factory=list)
     first_logits: list[Request] = field(default_factory=list)

@@ -26,6 +26,7 @@ def make_engine(
             executor.num_blocks,
             not engine_config.no_prefix_cache,
             executor.max_mixed_tokens,
+            executor.num_stages,
         )
         if engine_config.speculative == "ngram":
             most = min(executor.max_draft_rows, paged.max_mixed_tokens)

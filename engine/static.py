@@ -92,6 +92,10 @@ class StaticScheduler:
     def num_running(self) -> int:
         return len(self._running)
 
+    @property
+    def num_cohorts(self) -> int:
+        return 1
+
     def check(self, request: Request) -> None:
         """Raise ParameterError for a request that the op cannot run. May be called from any thread."""
         params = request.sampling

@@ -10,6 +10,7 @@ import pickle
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,6 +23,7 @@ from mpi4py import MPI  # noqa: E402 - the import initializes MPI, after the var
 
 _HEADER_BYTES = 3584  # holds a plan of 512 decode rows; below MPI's eager limit
 _LENGTH_BYTES = 8
+_MOST_POSTED = 16  # messages that MPI keeps for ranks that are late
 _YIELD_S = 0.002  # a waiting rank yields its core for so long, then it sleeps
 _SLEEP_SHARE = 0.01  # a sleep lasts this share of the wait so far: the largest relative delay of a message
 _LONGEST_SLEEP_S = 0.005  # a poll costs about 50 µs: 1 % of a core
@@ -66,13 +68,13 @@ class Group:
         """Gather every rank's array [n], in rank order, into out [ranks · n]."""
         self._comm.Allgather(array, out)
 
-    def send(self, array: np.ndarray, rank: int) -> None:
-        """Send the array to one rank of the group, which calls `receive`."""
-        self._comm.Send(array, dest=rank)
+    def send(self, array: np.ndarray, rank: int) -> MPI.Request:
+        """Start to send the array to one rank of the group, which calls `receive`."""
+        return self._comm.Isend(array, dest=rank)
 
-    def receive(self, array: np.ndarray, rank: int) -> None:
-        """Receive into the array, from one rank of the group."""
-        self._comm.Recv(array, source=rank)
+    def receive(self, array: np.ndarray, rank: int) -> MPI.Request:
+        """Start to receive into the array, from one rank of the group."""
+        return self._comm.Irecv(array, source=rank)
 
     def broadcast(self, value: Any) -> Any:
         """Return the first rank's value on every rank."""
@@ -96,22 +98,32 @@ class World:
         node.Free()
         self.all_ranks = Group(self._comm)
         self._buffer = np.zeros(_HEADER_BYTES, dtype=np.uint8)
+        self._posted: deque[MPI.Request] = deque()  # oldest first; each keeps its message
 
     def split(self, color: int, key: int) -> Group:
         """The group of the ranks with the same color, in order of key; every rank of the world calls this."""
         return Group(self._comm.Split(color=color, key=key))
 
     def send(self, message: Any) -> None:
-        """Rank 0: send a picklable message to all other ranks; they call `receive`."""
+        """Rank 0: send a picklable message to all other ranks, which call `receive`, and wait until they have it."""
+        self.post(message)
+        while self._posted:
+            self._wait(self._posted.popleft())
+
+    def post(self, message: Any) -> None:
+        """As `send`, but rank 0 does not wait where the message is small: a rank may still compute an earlier plan."""
         if self.size == 1:
             return
+        while self._posted and (self._posted[0].Test() or len(self._posted) >= _MOST_POSTED):
+            self._wait(self._posted.popleft())
         payload = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+        header = np.zeros(_HEADER_BYTES, dtype=np.uint8)
         inline = len(payload) <= _HEADER_BYTES - _LENGTH_BYTES
-        self._buffer[:_LENGTH_BYTES] = np.frombuffer(len(payload).to_bytes(_LENGTH_BYTES, "little"), np.uint8)
+        header[:_LENGTH_BYTES] = np.frombuffer(len(payload).to_bytes(_LENGTH_BYTES, "little"), np.uint8)
         if inline:
-            self._buffer[_LENGTH_BYTES : _LENGTH_BYTES + len(payload)] = np.frombuffer(payload, np.uint8)
-        self._wait(self._comm.Ibcast(self._buffer, root=0))
-        if not inline:
+            header[_LENGTH_BYTES : _LENGTH_BYTES + len(payload)] = np.frombuffer(payload, np.uint8)
+        self._posted.append(self._comm.Ibcast(header, root=0))
+        if not inline:  # MPI keeps no copy: while rank 0 waits for a GPU, nobody would send it
             self._wait(self._comm.Ibcast(np.frombuffer(payload, np.uint8), root=0))
 
     def receive(self, timeout_s: float | None = None) -> Any:

@@ -9,9 +9,10 @@ import logging
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,14 +28,26 @@ _FIRST_SUM_S = 30.0  # another rank may compile the kernel meanwhile
 _LOG = logging.getLogger("engine")
 
 
+class Transfer(NamedTuple):
+    """A message on its way. Its tensor stays as it is until it is done."""
+
+    wait: Callable[[], object]  # a GPU's current stream waits, and the host goes on
+    is_done: Callable[[], bool]
+    tensor: torch.Tensor
+
+
 class Comm:
-    """This rank's tp and pp groups: collectives on tensors of the computation's device."""
+    """This rank's tp and pp groups: collectives on tensors of the computation's device.
+
+    A stage never waits for what it sends, so it computes the next step while another stage computes this one.
+    """
 
     def __init__(self, world: World, parallel: ParallelConfig, device: torch.device) -> None:
         self.parallel = parallel
         self._world = world
         self._device = device
         self._peers: Peers | None = None
+        self._sent: deque[Transfer] = deque()  # oldest first
         if parallel.world_size == 1:
             self._joined: _MpiGroups | _NcclGroups | None = None
         elif device.type == "cuda":
@@ -104,26 +117,35 @@ class Comm:
         return parts.movedim(0, -2).flatten(-2)
 
     def send_forward(self, tensor: torch.Tensor) -> None:
-        """Send the tensor to the same tp rank of the next stage."""
-        self._groups.send(tensor.contiguous(), self.parallel.rank + self.parallel.tp)
+        """Start to send the tensor to the same tp rank of the next stage. It must not be changed any more."""
+        self._send(tensor.contiguous(), self.parallel.rank + self.parallel.tp)
 
     def receive_forward(self, tensor: torch.Tensor) -> torch.Tensor:
         """Receive into the tensor, from the same tp rank of the previous stage; returns the tensor."""
-        self._groups.receive(tensor, self.parallel.rank - self.parallel.tp)
+        self._groups.receive(tensor, self.parallel.rank - self.parallel.tp).wait()
         return tensor
 
-    def return_results(self, values: torch.Tensor) -> torch.Tensor:
-        """Copy the last stage's results to the first stage; middle stages do nothing. Returns the values."""
-        parallel = self.parallel
-        if parallel.pp > 1 and parallel.is_last_stage:
-            self._groups.send(values, parallel.tp_rank)
-        elif parallel.pp > 1 and parallel.is_first_stage:
-            self._groups.receive(values, parallel.tp_rank + (parallel.pp - 1) * parallel.tp)
-        return values
+    def return_results(self, values: torch.Tensor) -> None:
+        """On the last of several stages: start to send results to the first one. They must not be changed any more."""
+        self._send(values, self.parallel.tp_rank)
+
+    def receive_results(self, values: torch.Tensor) -> Transfer:
+        """On the first of several stages: start to receive the last one's results into `values`."""
+        return self._groups.receive(values, self.parallel.tp_rank + (self.parallel.pp - 1) * self.parallel.tp)
+
+    def _send(self, tensor: torch.Tensor, rank: int) -> None:
+        while self._sent and self._sent[0].is_done():
+            self._sent.popleft()
+        self._sent.append(self._groups.send(tensor, rank))
 
     def min_over_ranks(self, value: int) -> int:
         """The smallest of all ranks' values."""
         return value if self.parallel.world_size == 1 else self._world.all_ranks.min(value)
+
+    def settle(self) -> None:
+        """Wait for all that was sent."""
+        while self._sent:
+            self._sent.popleft().wait()
 
     def close(self) -> None:
         """Leave the groups; every rank calls this after its last collective."""
@@ -150,11 +172,13 @@ class _MpiGroups:
     def all_gather(self, parts: torch.Tensor, tensor: torch.Tensor) -> None:
         self._tp.all_gather(_bytes(tensor), _bytes(parts))
 
-    def send(self, tensor: torch.Tensor, rank: int) -> None:
-        self._world.send(_bytes(tensor), rank)
+    def send(self, tensor: torch.Tensor, rank: int) -> Transfer:
+        request = self._world.send(_bytes(tensor), rank)
+        return Transfer(request.Wait, request.Test, tensor)
 
-    def receive(self, tensor: torch.Tensor, rank: int) -> None:
-        self._world.receive(_bytes(tensor), rank)
+    def receive(self, tensor: torch.Tensor, rank: int) -> Transfer:
+        request = self._world.receive(_bytes(tensor), rank)
+        return Transfer(request.Wait, request.Test, tensor)
 
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray:
@@ -186,6 +210,15 @@ class _NcclGroups:
             group = dist.new_group(ranks)
             if stage == parallel.pp_rank:
                 self._tp = group
+        # (source, destination) → a group of the two. NCCL runs a group's operations one after another, so each
+        # direction has its own: no message waits for one of another step.
+        self._pairs: dict[tuple[int, int], Any] = {}
+        for source in range(parallel.world_size) if parallel.pp > 1 else ():
+            destination = (source + parallel.tp) % parallel.world_size  # the last stage sends to the first one
+            group = dist.new_group(sorted((source, destination)))
+            if parallel.rank in (source, destination):
+                self._pairs[source, destination] = group
+        self._rank = parallel.rank
 
     def open_inboxes(self, rank: int, row_bytes: int, device: torch.device) -> Peers:
         """Memory that the tp group's GPUs write to. Raises RuntimeError where they cannot."""
@@ -207,11 +240,15 @@ class _NcclGroups:
     def all_gather(self, parts: torch.Tensor, tensor: torch.Tensor) -> None:
         self._dist.all_gather_into_tensor(parts.view(-1, *parts.shape[2:]), tensor, group=self._tp)
 
-    def send(self, tensor: torch.Tensor, rank: int) -> None:
-        self._dist.send(tensor, rank)
+    def send(self, tensor: torch.Tensor, rank: int) -> Transfer:
+        work = self._dist.isend(tensor, rank, group=self._pairs[self._rank, rank])
+        assert work is not None, "this rank is one of the two"
+        return Transfer(work.wait, work.is_completed, tensor)
 
-    def receive(self, tensor: torch.Tensor, rank: int) -> None:
-        self._dist.recv(tensor, rank)
+    def receive(self, tensor: torch.Tensor, rank: int) -> Transfer:
+        work = self._dist.irecv(tensor, rank, group=self._pairs[rank, self._rank])
+        assert work is not None, "this rank is one of the two"
+        return Transfer(work.wait, work.is_completed, tensor)
 
     def close(self) -> None:
         self._dist.destroy_process_group()

@@ -44,6 +44,7 @@ class FasterTransformerExecutor:
     """Holds this rank's weights, the op around them (once `prepare` is called), and executes whole batches."""
 
     num_ahead = 0
+    num_stages = 1  # of several, all compute a batch to its end
     num_blocks = 0
     max_step_tokens = max_mixed_tokens = max_draft_rows = 0
 

@@ -216,7 +216,7 @@ class GPT:
         """Send the residual to the next stage. The last stage has none: it returns its hidden states."""
         if self.comm.parallel.is_last_stage:
             return residual
-        self.comm.send_forward(residual)
+        self.comm.send_forward(residual.clone())  # the next step writes over a graph's residual
         return None
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

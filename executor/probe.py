@@ -109,8 +109,10 @@ def _report(
         figures[0] = (logits - expected).norm() / expected.norm()
         figures[1] = (logits.argmax(1) == expected.argmax(1)).double().mean()
         figures[2] = len(logits)
-    if comm.parallel.is_first_stage or comm.parallel.is_last_stage:
-        figures = comm.return_results(figures)
+    if comm.parallel.pp > 1 and comm.parallel.is_last_stage:
+        comm.return_results(figures)
+    elif comm.parallel.pp > 1 and comm.parallel.is_first_stage:
+        comm.receive_results(figures).wait()
     if comm.parallel.rank == 0:
         error, share, count = figures.tolist()
         _LOG.info(

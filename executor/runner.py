@@ -15,7 +15,7 @@ import torch
 from engine.config import EngineConfig
 from engine.plan import Plan, StepOutput
 from executor import graphs, prompt_graphs
-from executor.collectives import Comm
+from executor.collectives import Comm, Transfer
 from executor.draft_graphs import DraftGraphs
 from executor.graphs import DecodeGraphs, max_rows
 from executor.kv_cache import CacheShape, KVCache, PrefillChunk
@@ -23,6 +23,7 @@ from executor.model import GPT, StepInput
 from executor.output_layout import OutputLayout
 from executor.probe import calibrate
 from executor.prompt_graphs import PromptGraphs
+from executor.returning import ReturningResults
 from executor.sampling_rows import SamplingRows
 from executor.slots import SlotState
 from executor.token_choice import choose, gather
@@ -40,16 +41,27 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 class StepResult:
-    """What one step gave, perhaps still on its way from the device."""
+    """What one step gave, perhaps still on its way from the device, or from the last stage."""
 
-    def __init__(self, values: torch.Tensor, layout: OutputLayout) -> None:
+    def __init__(
+        self,
+        values: torch.Tensor,
+        layout: OutputLayout,
+        transfer: Transfer | None = None,
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
+        """transfer: of the values, if they come from another stage. stream: then a GPU's, for the copy to the host."""
         self._layout = layout
         self._event = None
+        self._transfer = transfer  # the values stay allocated until the copy is done
         if values.device.type == "cuda":
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._values.copy_(values, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            with torch.cuda.stream(stream):
+                if transfer is not None:
+                    transfer.wait()
+                self._values.copy_(values, non_blocking=True)
+                self._event.record()
         else:
             self._values = values
 
@@ -57,6 +69,8 @@ class StepResult:
         """Tokens, and what else was asked for."""
         if self._event is not None:
             self._event.synchronize()
+        elif self._transfer is not None:
+            self._transfer.wait()
         return self._layout.parse(self._values)
 
 
@@ -78,6 +92,7 @@ class TorchExecutor:
         self._local_size = local_size
         # On a GPU the next step is launched before the last one's tokens are read.
         self.num_ahead = 1 if device.type == "cuda" else 0
+        self.num_stages = comm.parallel.pp
         with torch.inference_mode():
             self.model = GPT(comm, reader, device, progress, engine_config.weight_format)
         self.max_seq_len = engine_config.max_seq_len or reader.config.max_pos_seq_len
@@ -88,6 +103,8 @@ class TorchExecutor:
         # Of kernels.decode_attention and, on the last stage, kernels.choose_tokens, on a GPU.
         self._workspace: torch.Tensor | None = None
         self._choosing: choose_tokens.Workspace | None = None
+        self._returning: ReturningResults | None = None  # on the first of several stages
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # of results, beside the steps
         self._graphs: DecodeGraphs | None = None
         self._prompt_graphs: PromptGraphs | None = None
         self._draft_graphs: DraftGraphs | None = None
@@ -120,6 +137,8 @@ class TorchExecutor:
             raise RuntimeError(f"no memory is left on {self.device} for a key-value cache; use more ranks")
         self.cache = KVCache(shape, self.num_blocks, self.device, scales)
         self.slots = SlotState(num_slots, max_seq_len, limits.block_size, self.num_blocks, self.device)
+        if comm.parallel.pp > 1 and comm.parallel.is_first_stage:
+            self._returning = ReturningResults(num_slots, self._keep_tokens)
         if has_kernels:
             heads_local = config.head_num // comm.parallel.tp
             rows = max_rows(num_slots + draft_rows)
@@ -136,7 +155,10 @@ class TorchExecutor:
                         )
 
     def close(self) -> None:
-        """Free what must go before the ranks leave their groups."""
+        """Receive what is on its way, and free what must go before the ranks leave their groups."""
+        if self._returning is not None:
+            self._returning.settle()
+        self.comm.settle()
         for captured in (self._graphs, self._prompt_graphs, self._draft_graphs):
             if captured is not None:
                 captured.close()
@@ -211,15 +233,22 @@ class TorchExecutor:
         return not (self.comm.parallel.is_first_stage or self.comm.parallel.is_last_stage)
 
     def _deliver(self, layout: OutputLayout, values: torch.Tensor | None) -> StepResult | None:
-        """Bring a step's output from the last stage, where `values` is given, to the first one, and keep its tokens."""
+        """Keep a step's tokens, and bring its output from the last stage, where `values` is given, to the first one."""
+        is_rank_0 = self.comm.parallel.rank == 0
         if values is None:
+            assert self._returning is not None
             values = torch.empty(sum(layout.sizes), dtype=torch.float64, device=self.device)
-        if len(values):
-            values = self.comm.return_results(values)
+            if not len(values):
+                return StepResult(values, layout) if is_rank_0 else None
+            transfer = self.comm.receive_results(values)
+            self._returning.add(layout, transfer)
+            return StepResult(values, layout, transfer, self._copies) if is_rank_0 else None
         # Kernels append the tokens that they choose, but not where there are drafts.
         if self._choosing is None or layout.has_drafts:
             self._keep_tokens(layout, values)
-        return StepResult(values, layout) if self.comm.parallel.rank == 0 else None
+        if self.num_stages > 1 and len(values):
+            self.comm.return_results(values.clone())  # the next step writes over a graph's values
+        return StepResult(values, layout) if is_rank_0 else None
 
     def _choose(self, layout: OutputLayout, logits: torch.Tensor) -> torch.Tensor:
         """Choose each row's token: [2, rows] fp64. Kernels also append it to its sequence, if there are no drafts."""
@@ -256,6 +285,8 @@ class TorchExecutor:
             keep(slots, positions, values[: len(rows)].long())
 
     def _update(self, plan: Plan) -> None:
+        if self._returning is not None:
+            self._returning.take_for(plan)
         self.slots.start(plan.new_sequences)
         self.slots.grow(plan.new_blocks)
         for reorder in plan.beam_reorders:

@@ -46,15 +46,19 @@ def results(request: Request) -> list[Any]:
     return [*outputs, request.prompt_log_probs]
 
 
-def scheduler(num_blocks: int, max_batch_size: int = 8, max_step_tokens: int = 16) -> Scheduler:
-    return Scheduler(max_batch_size, 1000, max_step_tokens, block_size=4, num_blocks=num_blocks)
+def scheduler(num_blocks: int, max_batch_size: int = 8, max_step_tokens: int = 16, num_cohorts: int = 1) -> Scheduler:
+    return Scheduler(
+        max_batch_size, 1000, max_step_tokens, block_size=4, num_blocks=num_blocks, num_cohorts=num_cohorts
+    )
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 2])
+@pytest.mark.parametrize(("num_cohorts", "ahead"), [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (3, 1)])
 @pytest.mark.parametrize("num_blocks", [42, 60])
-def test_requests_that_are_preempted_have_the_results_of_their_solo_runs(ahead: int, num_blocks: int) -> None:
+def test_requests_that_are_preempted_have_the_results_of_their_solo_runs(
+    num_cohorts: int, ahead: int, num_blocks: int
+) -> None:
     rng = random.Random(num_blocks)
-    s = scheduler(num_blocks, max_batch_size=16)
+    s = scheduler(num_blocks, max_batch_size=16, num_cohorts=num_cohorts)
     requests = [random_request(rng) for _ in range(80)]
     assert run(s, PaperDevice(4), requests, ahead) > 10
     assert s.blocks.num_free == num_blocks
@@ -64,11 +68,11 @@ def test_requests_that_are_preempted_have_the_results_of_their_solo_runs(ahead: 
         assert results(request) == results(alone)
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
-def test_requests_end_in_any_state_and_free_everything(ahead: int) -> None:
+@pytest.mark.parametrize(("num_cohorts", "ahead"), [(1, 0), (1, 1), (2, 1)])
+def test_requests_end_in_any_state_and_free_everything(num_cohorts: int, ahead: int) -> None:
     """Cancelled while they wait, compute a prompt, decode, or are preempted."""
     rng = random.Random(ahead)
-    s, device = scheduler(42, max_batch_size=16), PaperDevice(4)
+    s, device = scheduler(42, max_batch_size=16, num_cohorts=num_cohorts), PaperDevice(4)
     requests: list[Request] = []
     launched = []
     cancelled_in = set()

@@ -160,10 +160,11 @@ def test_requests_with_drafts_are_what_they_are_without(
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 2), (1, 3), (2, 2)], ids=str)
 def test_each_stage_has_graphs_of_its_part(tp: int, pp: int, converted: Callable[[int], Path]) -> None:
-    """Results are those of one rank without graphs: beams, samples and all that may be told of tokens, too."""
+    """Results are those of one rank without graphs: beams, samples and all that may be told of tokens, too. Plans are
+    made ahead, as on a GPU."""
     items = random_items(24, seed=7)
     expected = run_engine(converted(1), items, 1, 1)
-    flags = ["--tp", str(tp), "--pp", str(pp), "--max-batch-size", "12"]
+    flags = ["--tp", str(tp), "--pp", str(pp), "--max-batch-size", "12", "--num-ahead", "1"]
     found = call_ranks(tp * pp, "tests.multi.engine_parity:generate_in_graphs", items, str(converted(tp)), *flags)
     assert_close(expected, found[0][0])
     assert {name for name, _ in found[0][1]} == KINDS

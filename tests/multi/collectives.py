@@ -23,6 +23,30 @@ def check(world: World) -> None:
             comm.send_forward(torch.full((4, 3), 7 + parallel.tp_rank, dtype=dtype).t())  # not contiguous
         else:
             assert comm.receive_forward(torch.empty(3, 4, dtype=dtype)).eq(7 + parallel.tp_rank).all()
-    tokens = torch.tensor([5, 6]) if parallel.is_last_stage else torch.zeros(2, dtype=torch.int64)
-    assert comm.return_results(tokens).tolist() == [5, 6]
+    if parallel.is_last_stage:
+        comm.return_results(torch.tensor([5, 6]))
+    else:
+        tokens = torch.zeros(2, dtype=torch.int64)
+        comm.receive_results(tokens).wait()
+        assert tokens.tolist() == [5, 6]
+    check_that_no_stage_waits(comm)
     assert comm.min_over_ranks(10 - world.rank) == 7
+
+
+def check_that_no_stage_waits(comm: Comm) -> None:
+    """Several messages of a MiB, far more than MPI keeps for a rank that is late, go out before any comes in."""
+    sent = [torch.full((1 << 17,), float(number), dtype=torch.float64) for number in range(3)]
+    found = [torch.empty_like(tensor) for tensor in sent]
+    if comm.parallel.is_first_stage:
+        for tensor in sent:
+            comm.send_forward(tensor)
+        transfers = [comm.receive_results(tensor) for tensor in found]
+        for transfer in transfers:
+            transfer.wait()
+    else:
+        for tensor in sent:
+            comm.return_results(tensor)
+        for tensor in found:
+            comm.receive_forward(tensor)
+    comm.settle()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, sent, strict=True))

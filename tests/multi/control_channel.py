@@ -25,9 +25,27 @@ def main() -> None:
     assert world.gather(world.rank**2) == [rank**2 for rank in range(world.size)]
     assert world.agree("late" if world.rank == 1 else None) == "late"
     assert world.agree(None) is None
+    check_post_does_not_wait(world)
     check_waiting_is_cheap(world)
     if "--silent" in sys.argv:
         check_timeout(world)
+
+
+def check_post_does_not_wait(world: World) -> None:
+    """Rank 0 goes on while the others do not listen yet."""
+    messages = [bytes([number]) * 3500 for number in range(12)]
+    world.barrier()
+    if world.rank == 0:
+        started = time.monotonic()
+        for message in messages:
+            world.post(message)
+        assert time.monotonic() - started < 1
+        world.send("last")
+        assert time.monotonic() - started > 1.5
+    else:
+        time.sleep(2)
+        for message in [*messages, "last"]:
+            assert world.receive() == message
 
 
 def check_waiting_is_cheap(world: World) -> None:

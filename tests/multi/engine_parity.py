@@ -30,7 +30,7 @@ def generate(world: World, items: list[dict[str, Any]], *argv: str) -> list[dict
     """traffic.results of each item, on rank 0."""
     flags, limits, model_config, executor = _load(world, argv)
     if world.rank > 0:
-        follow(world, executor, Watchdog(), limits.step_timeout_s)
+        _follow(world, executor, limits)
         return None
     words = vocabulary(max(VOCAB_SIZE, model_config.vocab_size))
     requests = [make_request({"end_id": model_config.end_id, **item}, words) for item in items]
@@ -38,6 +38,7 @@ def generate(world: World, items: list[dict[str, Any]], *argv: str) -> list[dict
     (run_alone if flags.alone else run_crowd)(engine, requests)
     engine.stop(10)
     engine.run()
+    executor.close()
     if flags.engine == "torch":
         assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
     return [results(request) for request in requests]
@@ -47,12 +48,13 @@ def soak(world: World, items: list[dict[str, Any]], *argv: str) -> tuple[list[di
     """tests.support.soak.run of the items, on rank 0."""
     _, limits, model_config, executor = _load(world, argv)
     if world.rank > 0:
-        follow(world, executor, Watchdog(), limits.step_timeout_s)
+        _follow(world, executor, limits)
         return None
     engine = make_engine(executor, model_config, limits, world, Watchdog())
     found = run(engine, items)
     engine.stop(10)
     engine.run()
+    executor.close()
     return found
 
 
@@ -83,6 +85,11 @@ def logits(world: World, prompts: list[list[int]], *argv: str) -> np.ndarray | N
     return np.stack(rows) if parallel.is_last_stage and parallel.tp_rank == 0 else None
 
 
+def _follow(world: World, executor: Any, limits: EngineConfig) -> None:
+    follow(world, executor, Watchdog(), limits.step_timeout_s)
+    executor.close()
+
+
 def _load(world: World, argv: tuple[str, ...]) -> tuple[argparse.Namespace, EngineConfig, ModelConfig, Any]:
     """Flags, limits, the model's config and the prepared executor."""
     parser = argparse.ArgumentParser()
@@ -99,6 +106,7 @@ def _load(world: World, argv: tuple[str, ...]) -> tuple[argparse.Namespace, Engi
     parser.add_argument("--alone", action="store_true", help="one request after the other instead")
     parser.add_argument("--max-batch-size", type=int, default=5)
     parser.add_argument("--speculative", default="none")
+    parser.add_argument("--num-ahead", type=int, default=0, help="of the executor, if more than its own")
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--num-blocks", type=int, default=0)
     flags = parser.parse_args(argv)
@@ -121,5 +129,6 @@ def _load(world: World, argv: tuple[str, ...]) -> tuple[argparse.Namespace, Engi
     backend = pick_backend(limits, model_config, flags.lib_path, world.local_rank, flags.pp)
     executor = load(weights, limits, parallel, world, connect(world, parallel, backend), backend)
     executor.prepare()
+    executor.num_ahead = max(executor.num_ahead, flags.num_ahead)
     executor.num_blocks = flags.num_blocks or executor.num_blocks
     return flags, limits, model_config, executor

@@ -166,7 +166,8 @@ def _log_prob(digest: int, token_id: int) -> float:
 
 
 def run(scheduler: Scheduler, device: PaperDevice, requests: list[Request], ahead: int = 0) -> int:
-    """Run requests to their ends, committing each plan `ahead` plans late; returns the number of preemptions."""
+    """Run requests to their ends, committing each plan `ahead` plans of its cohort late, as engine.engine does; returns
+    the number of preemptions."""
     for request in requests:
         scheduler.check(request)
         scheduler.add(request)
@@ -176,7 +177,9 @@ def run(scheduler: Scheduler, device: PaperDevice, requests: list[Request], ahea
         plan = scheduler.schedule()
         if plan is not None:
             launched.append(device.execute(plan))
-        if launched and (plan is None or len(launched) > ahead):
+        if launched and plan is None:
+            num_preempted += scheduler.commit(launched.popleft()).num_preempted
+        while len(launched) >= scheduler.num_cohorts * (1 + ahead):
             num_preempted += scheduler.commit(launched.popleft()).num_preempted
         if not launched and not scheduler.has_work:
             return num_preempted

@@ -45,4 +45,5 @@ def stand_in_graphs() -> Iterator[Replays]:
         patches.enter_context(patch.object(runner, "runs_on", lambda device: True))
         for module in (executor.graphs, executor.prompt_graphs, executor.draft_graphs):
             patches.enter_context(patch.object(module, "capture", capture))
+            patches.enter_context(patch.object(module, "release", lambda graphs, device: None))
         yield replayed

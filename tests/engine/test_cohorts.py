@@ -1,0 +1,135 @@
+"""Pipeline stages are busy: what is on its way while a plan is made, by the engine with a device on paper."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from engine.engine import Engine
+from engine.plan import Plan, StepOutput
+from engine.request import Request, SamplingParams
+from engine.scheduler import Scheduler
+from engine.watchdog import Watchdog
+from engine.world import World
+from tests.support.paper_device import PaperDevice
+
+
+class PaperStages:
+    """An executor of several stages. Notes each plan's slots, beside those of the plans whose tokens are not read."""
+
+    max_seq_len, max_step_tokens, max_mixed_tokens, max_draft_rows, num_blocks = 1000, 64, 64, 1, 200
+
+    def __init__(self, num_stages: int, num_ahead: int) -> None:
+        self.num_stages, self.num_ahead = num_stages, num_ahead
+        self.steps: list[tuple[set[int], list[set[int]]]] = []
+        self._device = PaperDevice(4)
+        self._on_their_way: list[set[int]] = []
+
+    def prepare(self) -> None: ...
+    def close(self) -> None: ...
+
+    def execute(self, plan: Plan) -> Any:
+        slots = {*plan.decode_slots.tolist(), *(chunk.seq_slot for chunk in plan.chunks)}
+        self.steps.append((slots, self._on_their_way[:]))
+        self._on_their_way.append(slots)
+        return Result(self._device.execute(plan), self._on_their_way)
+
+
+class Result:
+    def __init__(self, output: StepOutput, on_their_way: list[set[int]]) -> None:
+        self._output, self._on_their_way = output, on_their_way
+
+    def wait(self) -> StepOutput:
+        self._on_their_way.pop(0)
+        return self._output
+
+
+def make(num_stages: int, num_ahead: int = 0) -> tuple[Engine, PaperStages]:
+    stages = PaperStages(num_stages, num_ahead)
+    scheduler = Scheduler(8, 1000, 64, block_size=4, num_blocks=stages.num_blocks, num_cohorts=num_stages)
+    return Engine(scheduler, stages, World(), Watchdog(), 60, 100), stages
+
+
+def request(output_len: int = 20) -> Request:
+    return Request([1, 2, 3], SamplingParams(output_len), ())
+
+
+def finish(engine: Engine, requests: list[Request]) -> None:
+    for one in requests:
+        engine.submit(one)
+    while engine.step():
+        pass
+    assert all(len(one.output_ids) == one.sampling.max_new_tokens for one in requests)
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+def test_stages_compute_different_sequences(num_stages: int) -> None:
+    engine, stages = make(num_stages)
+    finish(engine, [request() for _ in range(6)])
+    for slots, others in stages.steps:
+        assert len(slots) == 6 // num_stages
+        assert all(slots.isdisjoint(other) for other in others)
+    num_others = [len(others) for _, others in stages.steps]
+    assert num_others == [*range(num_stages - 1), *[num_stages - 1] * (19 * num_stages + 1)]
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
+def test_one_sequence_is_not_planned_before_its_token_is_read(num_stages: int) -> None:
+    engine, stages = make(num_stages)
+    finish(engine, [request()])
+    assert stages.steps == [({0}, [])] * 20
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
+def test_on_a_gpu_each_sequence_is_planned_once_ahead(num_stages: int) -> None:
+    engine, stages = make(num_stages, num_ahead=1)
+    finish(engine, [request() for _ in range(6)])
+    full = stages.steps[2 * num_stages : 19 * num_stages]
+    assert {len(others) for _, others in full} == {2 * num_stages - 1}
+    assert all(others.count(slots) == 1 for slots, others in full)
+    assert len(stages.steps) == 20 * num_stages
+
+
+def test_cohorts_are_as_large_as_each_other_when_requests_come_one_by_one() -> None:
+    engine, stages = make(2)
+    for _ in range(8):
+        engine.submit(request())
+        for _ in range(2):
+            engine.step()
+    assert {len(slots) for slots, _ in stages.steps[-2:]} == {4}
+
+
+def test_new_requests_take_the_places_of_those_that_ended() -> None:
+    """All of one cohort."""
+    engine, stages = make(2)
+    short, long = [request(4) for _ in range(2)], [request(40) for _ in range(2)]
+    for one in short + long:
+        engine.submit(one)
+    while not all(one.is_finished for one in short):
+        engine.step()
+    for _ in range(3):
+        engine.step()
+    assert stages.steps[-2][0] == stages.steps[-1][0]
+    for _ in range(2):
+        engine.submit(request(30))
+    for _ in range(4):
+        engine.step()
+    (one, _), (other, before) = stages.steps[-2:]
+    assert len(one) == len(other) == 2 and before == [one]
+
+
+def test_gaps_are_between_tokens_of_one_cohort(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    engine, _ = make(2)
+    engine.scheduler.add(request(3))
+    engine.scheduler.add(request(3))
+    device, gaps = PaperDevice(4), []
+    while engine.scheduler.has_work:
+        plans = [plan for plan in (engine.scheduler.schedule(), engine.scheduler.schedule()) if plan is not None]
+        for output in [device.execute(plan) for plan in plans]:
+            now += 1
+            gaps += engine.scheduler.commit(output).gaps
+    assert gaps == [(2.0, 1)] * 4
