@@ -269,6 +269,8 @@ class Scheduler:
             builder.new_sequences.append(new_sequences)
             if group.num_plannable:
                 prefilling.append(group)
+            else:  # all that it had was found
+                self._resume(group, builder)
 
     def _plan_prompts(self, groups: list[SequenceGroup], builder: PlanBuilder) -> None:
         """Plan what there is room for of the known tokens that groups have not computed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -114,6 +115,27 @@ def test_the_newest_leaves_and_enters_again_before_those_that_wait() -> None:
         assert a in s._running or a.is_finished  # the oldest one stays
         assert not (c in s._running and b in s._preempted)
     assert order == [a, b, c]
+
+
+def test_a_preempted_request_whose_blocks_are_all_found_goes_on_at_once() -> None:
+    """Alone, too: its plan once held no tokens and was not sent, so no rank heard of its new slot."""
+    num_alone = 0
+    for prompt_len, output_len in itertools.product(range(1, 9), range(6, 16)):
+        s, device = scheduler(num_blocks=6), PaperDevice(4)
+        requests = [Request([1] * 5, SamplingParams(output_len), ()), Request([2] * prompt_len, SamplingParams(14), ())]
+        for request in requests:
+            s.check(request)
+            s.add(request)
+        while s.has_work:
+            plan = s.schedule()
+            again = [new for new in plan.new_sequences if new.output_ids]
+            num_alone += bool(again) and not plan.chunks and len(plan.decode_slots) == 1
+            s.commit(device.execute(plan))
+        for request in requests:
+            alone = copy(request)
+            run(scheduler(100), PaperDevice(4), [alone])
+            assert results(request) == results(alone)
+    assert num_alone > 3
 
 
 def test_prompt_log_probs_are_delivered_once() -> None:
