@@ -6,11 +6,15 @@ from the last stage. Meanwhile the first stage computes the plans of the other c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from engine.decode_rows import DecodeRows
 from engine.request import Request
 from engine.sequence import SequenceGroup
+
+FEW = 16  # requests; fewer are in one cohort
 
 
 class Cohort:
@@ -32,9 +36,24 @@ class Cohort:
         self.rows.remove(group)
         del self.groups[group.request]
 
+    def move(self, count: int, other: Cohort, running: Mapping[Request, SequenceGroup]) -> None:
+        """Let the newest requests run in another cohort. running: all that run, in their order."""
+        if not count:
+            return
+        for group in list(self.groups.values())[-count:]:
+            self.leave(group)
+            other.enter(group)
+        other.groups = {request: group for request, group in running.items() if request in other.groups}
+
 
 class Cohorts(list[Cohort]):
-    """All cohorts. They are about as large: a cohort takes no more than its share of all requests."""
+    """All cohorts. They are about as large: a cohort takes no more than its share of all requests.
+
+    Few requests are in one cohort. Several cohorts cost the time of the slowest stage for each of them, and the last
+    stage has the LM head besides its layers. What they save is the time of each row, which is little for few rows.
+
+    most_running: the requests that run, or would if there were room for all.
+    """
 
     def __init__(self, count: int, slot_type: np.dtype) -> None:
         super().__init__(Cohort(index, slot_type) for index in range(count))
@@ -45,6 +64,29 @@ class Cohorts(list[Cohort]):
         self._turn = (self._turn + 1) % len(self)
         return self[self._turn]
 
-    def num_busy(self, num_waiting: int) -> int:
-        """Cohorts that have requests, or get some of those that wait; at least 1."""
-        return max(1, min(sum(bool(cohort.groups) for cohort in self) + num_waiting, len(self)))
+    def num_busy(self, most_running: int) -> int:
+        """Cohorts that have requests, or get some; at least 1."""
+        if most_running >= FEW:
+            return len(self)
+        return max(1, sum(bool(cohort.groups) for cohort in self))
+
+    def has_room(self, cohort: Cohort, most_running: int) -> bool:
+        """Whether a cohort may take one more request."""
+        if most_running >= FEW:
+            return len(cohort.groups) * len(self) < most_running
+        return bool(cohort.groups) or not any(other.groups for other in self)
+
+    def balance(self, running: Mapping[Request, SequenceGroup], most_running: int) -> None:
+        """Move requests where cohorts have become too different, or all requests into one where they have become few.
+
+        A move makes the first stage wait once. running: all that run, in their order.
+        """
+        by_size = sorted(self, key=lambda cohort: len(cohort.groups))
+        smallest, largest = by_size[0], by_size[-1]
+        if most_running < FEW // 2:
+            for cohort in by_size[:-1]:
+                cohort.move(len(cohort.groups), largest, running)
+            return
+        share = -(-most_running // len(self))
+        if most_running >= FEW and len(largest.groups) > 1.25 * share + 1:
+            largest.move(min(len(largest.groups) - share, share - len(smallest.groups)), smallest, running)

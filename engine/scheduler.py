@@ -89,8 +89,13 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def _most_running(self) -> int:
+        """Requests that run, or would if there were blocks for all."""
+        return min(len(self._running) + len(self.waiting), self.memory.num_slots)
+
+    @property
     def num_cohorts(self) -> int:
-        return self._cohorts.num_busy(len(self.waiting))
+        return self._cohorts.num_busy(self._most_running)
 
     @property
     def kv_cache_usage(self) -> float:
@@ -108,6 +113,8 @@ class Scheduler:
 
     def schedule(self) -> Plan | None:
         """The next step, or None where there is nothing to compute."""
+        if len(self._cohorts) > 1:
+            self._cohorts.balance(self._running, self._most_running)
         for _ in self._cohorts:
             plan = self._plan_cohort(self._cohorts.next())
             if plan is not None:
@@ -247,8 +254,8 @@ class Scheduler:
 
     def _admit(self, cohort: Cohort, builder: PlanBuilder, prefilling: list[SequenceGroup]) -> None:
         """Let waiting requests enter the cohort, in their order, until one does not fit or the cohort has its share."""
-        num_requests = len(self._running) + len(self.waiting)
-        while self.waiting and len(cohort.groups) * len(self._cohorts) < num_requests:
+        most = self._most_running
+        while self.waiting and self._cohorts.has_room(cohort, most):
             request = self.waiting.first
             group = self._preempted.get(request) or self._next
             if group is None or group.request is not request:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from engine import cohorts
 from engine.engine import Engine
 from engine.plan import Plan, StepOutput
 from engine.request import Request, SamplingParams
@@ -44,6 +45,12 @@ class Result:
     def wait(self) -> StepOutput:
         self._on_their_way.pop(0)
         return self._output
+
+
+@pytest.fixture(autouse=True)
+def two_requests_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a cohort each."""
+    monkeypatch.setattr(cohorts, "FEW", 2)
 
 
 def make(num_stages: int, num_ahead: int = 0) -> tuple[Engine, PaperStages]:
@@ -101,23 +108,41 @@ def test_cohorts_are_as_large_as_each_other_when_requests_come_one_by_one() -> N
     assert {len(slots) for slots, _ in stages.steps[-2:]} == {4}
 
 
-def test_new_requests_take_the_places_of_those_that_ended() -> None:
-    """All of one cohort."""
+def test_cohorts_are_as_large_as_each_other_when_one_of_them_has_ended() -> None:
+    """Requests that run move, and new ones take what is their cohort's share."""
     engine, stages = make(2)
-    short, long = [request(4) for _ in range(2)], [request(40) for _ in range(2)]
+    short, long = [request(4) for _ in range(4)], [request(40) for _ in range(4)]
     for one in short + long:
         engine.submit(one)
     while not all(one.is_finished for one in short):
         engine.step()
-    for _ in range(3):
-        engine.step()
-    assert stages.steps[-2][0] == stages.steps[-1][0]
-    for _ in range(2):
-        engine.submit(request(30))
-    for _ in range(4):
-        engine.step()
-    (one, _), (other, before) = stages.steps[-2:]
-    assert len(one) == len(other) == 2 and before == [one]
+    for num_each in (2, 4):
+        for _ in range(8):
+            engine.step()
+        (one, _), (other, before) = stages.steps[-2:]
+        assert len(one) == len(other) == num_each and before == [one] and one.isdisjoint(other)
+        for _ in range(4):
+            engine.submit(request(30))
+    while engine.step():
+        pass
+    assert all(len(one.output_ids) == one.sampling.max_new_tokens for one in short + long)
+
+
+def test_few_requests_are_in_one_cohort(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are left over of many, too, once they are half as many."""
+    monkeypatch.setattr(cohorts, "FEW", 6)
+    engine, stages = make(2)
+    finish(engine, [request() for _ in range(5)])
+    assert {len(slots) for slots, _ in stages.steps} == {5}
+    requests = [request(4 * count) for count in range(1, 9)]
+    for one in requests:
+        engine.submit(one)
+    while engine.step():
+        pass
+    steps = [(len(slots), len(others)) for slots, others in stages.steps[20:]]
+    assert steps[:8] == [(4, 0), *[(4, 1)] * 7]
+    assert steps[-8:] == [(2, 0)] * 4 + [(1, 0)] * 4
+    assert all(len(one.output_ids) == one.sampling.max_new_tokens for one in requests)
 
 
 def test_gaps_are_between_tokens_of_one_cohort(monkeypatch: pytest.MonkeyPatch) -> None:

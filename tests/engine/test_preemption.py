@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from engine import cohorts
 from engine.request import CANCELLED, Request, SamplingParams
 from engine.scheduler import Scheduler
 from tests.support.paper_device import VOCAB_SIZE, PaperDevice, run
@@ -47,6 +48,12 @@ def results(request: Request) -> list[Any]:
     return [*outputs, request.prompt_log_probs]
 
 
+@pytest.fixture(autouse=True)
+def six_requests_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So cohorts, if there are several, become one and several again."""
+    monkeypatch.setattr(cohorts, "FEW", 6)
+
+
 def scheduler(num_blocks: int, max_batch_size: int = 8, max_step_tokens: int = 16, num_cohorts: int = 1) -> Scheduler:
     return Scheduler(
         max_batch_size, 1000, max_step_tokens, block_size=4, num_blocks=num_blocks, num_cohorts=num_cohorts
@@ -77,7 +84,7 @@ def test_requests_end_in_any_state_and_free_everything(num_cohorts: int, ahead: 
     requests: list[Request] = []
     launched = []
     cancelled_in = set()
-    for _ in range(700):
+    for _ in range(1500):
         if rng.random() < 0.4:
             requests.append(random_request(rng))
             s.check(requests[-1])
@@ -91,7 +98,7 @@ def test_requests_end_in_any_state_and_free_everything(num_cohorts: int, ahead: 
             cancelled_in.add(None if group is None else (group.is_running, group.is_settled, group.is_prefilling))
             s.cancel(victim, CANCELLED)
             assert victim.is_finished
-        if launched and (plan is None or len(launched) > ahead):
+        if launched and (plan is None or len(launched) >= s.num_cohorts * (1 + ahead)):
             s.commit(launched.pop(0))
     while launched or s.has_work:
         plan = s.schedule()

@@ -13,6 +13,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from engine import cohorts
 from engine.config import EngineConfig, ParallelConfig
 from engine.engine import follow
 from engine.startup import make_engine
@@ -24,6 +25,8 @@ from tests.support.soak import Counts, run
 from tests.support.stand_in_graphs import Replays, stand_in_graphs
 from tests.support.traffic import VOCAB_SIZE, make_request, results, run_alone, run_crowd, vocabulary
 from weights.model_config import ModelConfig
+
+cohorts.FEW = 4  # the crowds here are small
 
 
 def generate(world: World, items: list[dict[str, Any]], *argv: str) -> list[dict[str, Any]] | None:
