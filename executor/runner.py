@@ -158,6 +158,7 @@ class TorchExecutor:
         """Receive what is on its way, and free what must go before the ranks leave their groups."""
         if self._returning is not None:
             self._returning.settle()
+            self._returning = None  # it refers back: the executor's memory would stay until a collection
         self.comm.settle()
         for captured in (self._graphs, self._prompt_graphs, self._draft_graphs):
             if captured is not None:
