@@ -40,10 +40,11 @@ def main() -> None:
     comm.close()
     if world.rank == 0:
         print(f"{world.size} ranks, {flags.hidden_size} bf16 a row, microseconds")
-        print(f"{'rows':>6} {'KB':>7} {'NCCL':>8} {'memory':>8} {'ratio':>6}")
+        print(f"{'rows':>6} {'KB':>7} {'NCCL':>8} {'memory':>8}")
         for row in rows:
             size = row["rows"] * flags.hidden_size * 2 / 1e3
-            print(f"{row['rows']:>6} {size:>7.0f} {row['nccl']:>8.1f} {row['memory']:>8.1f} {row['ratio']:>6.2f}")
+            memory = f"{row['memory']:>8.1f}" if "memory" in row else f"{'-':>8}"
+            print(f"{row['rows']:>6} {size:>7.0f} {row['nccl']:>8.1f} {memory}")
         report(device, benchmark="all_reduce", ranks=world.size, hidden_size=flags.hidden_size, rows=rows)
 
 
@@ -73,13 +74,12 @@ def measure(norm: Norm, batch: int, flags: argparse.Namespace, device: torch.dev
             x, total = addend, residual
             for _ in range(_CHAIN):
                 total, x = norm(total, x)
-    times = {kind: [_replay(graph) for _ in range(flags.repeats)][1:] for kind, graph in graphs.items()}
-    found = {kind: float(np.median(values)) / _CHAIN for kind, values in times.items()}
+    turns = [{kind: _replay(graph) for kind, graph in graphs.items()} for _ in range(flags.repeats + 1)][1:]
+    found = {kind: float(np.median([turn[kind] for turn in turns])) / _CHAIN for kind in graphs}
     torch.cuda.synchronize(device)
     for graph in graphs.values():
         graph.reset()
-    memory = found.get("memory", float("nan"))
-    return {"rows": batch, "nccl": found["nccl"], "memory": memory, "ratio": found["nccl"] / memory}
+    return {"rows": batch, **found}
 
 
 def _replay(graph: torch.cuda.CUDAGraph) -> float:

@@ -10,7 +10,8 @@ gaps    --requests sequences decode when a prompt of --prompt-len tokens arrives
         sequence before the prompt and beside it, and the time to the prompt's first token, for each of --limits, the
         values of the server's --max-mixed-tokens.
 behind  32 prompts of half as many tokens run when a request of one token arrives: the time to its first token. The
-        bound: it comes from the next step that is planned; on a GPU, one more is launched before.
+        bound: it comes from the next step that is planned; on a GPU, one more is launched before, and with pipeline
+        stages as many for each.
 
 Prints a table for each part, in milliseconds, then one JSON line.
 """
@@ -118,7 +119,7 @@ def renew(engine: Engine, has_prefix_cache: bool, max_mixed_tokens: int) -> None
     """Give an idle engine a scheduler of other settings, which knows of nothing that was computed before."""
     memory, executor = engine.scheduler.memory, engine.executor
     limits = executor.max_seq_len, executor.max_step_tokens, memory.block_size, executor.num_blocks
-    engine.scheduler = Scheduler(memory.num_slots, *limits, has_prefix_cache, max_mixed_tokens)
+    engine.scheduler = Scheduler(memory.num_slots, *limits, has_prefix_cache, max_mixed_tokens, executor.num_stages)
 
 
 def measure(
@@ -202,10 +203,10 @@ def _behind(flags: argparse.Namespace, engine: Engine, draw: Callable[[int], np.
     short = Timed(draw(1), 1)
     send(engine, prompts)
     before = step_until(engine, lambda: any(one.times for one in prompts))
+    bound = engine.scheduler.num_cohorts * (1 + engine.executor.num_ahead)
     send(engine, [short])
     steps = step_until(engine, lambda: bool(short.times))
     end(engine, [*prompts, short])
-    bound = 1 + engine.executor.num_ahead
     return {
         "max_mixed_tokens": limit,
         "first_token_ms": short.wait_ms,

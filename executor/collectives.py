@@ -22,7 +22,8 @@ from engine.world import World
 from kernels import runs_on
 from kernels.peer_sum import Peers, inbox_shape, peer_sum
 
-_MAX_PEER_ROWS = 256  # more would not run at once, and each waits for its counterparts
+# A row waits for the same row of the other ranks. All start their rows in the same order, so each row gets its turn.
+_MAX_PEER_ROWS = 256
 _MAX_PEER_BYTES = 4 << 20  # of a sum; NCCL is faster beyond
 _FIRST_SUM_S = 30.0  # another rank may compile the kernel meanwhile
 _LOG = logging.getLogger("engine")
@@ -67,17 +68,26 @@ class Comm:
         """
         if self.parallel.tp == 1 or not isinstance(self._joined, _NcclGroups):
             return
-        peers, first = None, self.parallel.rank - self.parallel.tp_rank
+        first = self.parallel.rank - self.parallel.tp_rank
         hosts = self._world.gather(socket.gethostname())[first : first + self.parallel.tp]
         is_fit = len(set(hosts)) == 1 and hidden_size * dtype.itemsize % 16 == 0 and runs_on(self._device)
-        if self.min_over_ranks(is_fit):
-            try:
-                peers = self._joined.open_inboxes(self.parallel.tp_rank, hidden_size * dtype.itemsize, self._device)
-            except (RuntimeError, ImportError, AttributeError) as error:  # GPUs that cannot, or an old torch
-                _LOG.info("the GPUs do not share memory, and NCCL sums all: %s", str(error).splitlines()[0])
-        if self.min_over_ranks(peers is not None) and peers is not None:  # all inboxes are zeros by now
+        groups, row_bytes = self._joined, hidden_size * dtype.itemsize
+        inbox = self._make(is_fit, lambda: groups.new_inbox(row_bytes, self._device))
+        peers = self._make(inbox is not None, lambda: groups.open_inboxes(self.parallel.tp_rank, inbox))
+        if peers is not None:
             self._check(peers, torch.ones(1, hidden_size, dtype=dtype, device=self._device))
             self._peers = peers
+
+    def _make(self, is_wanted: bool, make: Callable[[], Any]) -> Any:
+        """What `make` gives, if all ranks want it and it works on all; else None. All are done with it then."""
+        made = None
+        if self.min_over_ranks(is_wanted):
+            try:
+                made = make()
+            except (RuntimeError, ImportError, AttributeError) as error:  # GPUs that cannot, or an old torch
+                cause = str(error).partition("\n")[0] or type(error).__name__
+                _LOG.info("the GPUs do not share memory, and NCCL sums all: %s", cause)
+        return made if self.min_over_ranks(made is not None) else None
 
     def _check(self, peers: Peers, addend: torch.Tensor) -> None:
         """Raise RuntimeError where a first sum does not come, or is wrong."""
@@ -220,19 +230,24 @@ class _NcclGroups:
                 self._pairs[source, destination] = group
         self._rank = parallel.rank
 
-    def open_inboxes(self, rank: int, row_bytes: int, device: torch.device) -> Peers:
-        """Memory that the tp group's GPUs write to. Raises RuntimeError where they cannot."""
+    def new_inbox(self, row_bytes: int, device: torch.device) -> torch.Tensor:
+        """Zeros that other GPUs may be let write to. Raises RuntimeError where there is no such memory."""
         from torch.distributed import _symmetric_memory as symmetric_memory
 
         assert self._tp is not None
-        num_ranks, max_rows = self._tp.size(), min(_MAX_PEER_ROWS, _MAX_PEER_BYTES // row_bytes)
-        shape = inbox_shape(num_ranks, max_rows, row_bytes)
-        inbox = symmetric_memory.empty(shape, dtype=torch.int64, device=device)
-        inbox.zero_()
+        shape = inbox_shape(self._tp.size(), min(_MAX_PEER_ROWS, _MAX_PEER_BYTES // row_bytes), row_bytes)
+        inbox = symmetric_memory.empty(shape, dtype=torch.int64, device=device).zero_()
         torch.cuda.synchronize(device)
+        return inbox
+
+    def open_inboxes(self, rank: int, inbox: torch.Tensor) -> Peers:
+        """Let the tp group's GPUs write to each other's inboxes. Raises RuntimeError where they cannot."""
+        from torch.distributed import _symmetric_memory as symmetric_memory
+
+        assert self._tp is not None
         memory = symmetric_memory.rendezvous(inbox, self._tp)
-        addresses = torch.tensor(memory.buffer_ptrs, dtype=torch.int64, device=device)
-        return Peers(rank, addresses, inbox, torch.zeros(max_rows, dtype=torch.int32, device=device))
+        addresses = torch.tensor(memory.buffer_ptrs, dtype=torch.int64, device=inbox.device)
+        return Peers(rank, addresses, inbox, torch.zeros(inbox.shape[1], dtype=torch.int32, device=inbox.device))
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         self._dist.all_reduce(tensor, group=self._tp)
@@ -309,7 +324,7 @@ class TorchPairs:
         if not found:
             raise RuntimeError(f"no answer over {self.kind} within {self._timeout_s:g} s: {remedy}")
         if isinstance(found[0], Exception):
-            raise RuntimeError(f"{self.kind} fails ({str(found[0]).strip().splitlines()[0][:200]}): {remedy}")
+            raise RuntimeError(f"{self.kind} fails ({str(found[0]).strip().partition(chr(10))[0][:200]}): {remedy}")
         return found[0]
 
     def _measure(self, rank: int) -> float:

@@ -31,7 +31,7 @@ class Norm:
     def __call__(self, residual: torch.Tensor, addend: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """[rows, hidden_size] both → (residual + the sum of all ranks' addends, its norm).
 
-        Without an addend: (residual, its norm). An addend is written over.
+        Without an addend: (residual, its norm). An addend may be written over.
         """
         if addend is not None:
             peers = self.comm.peers_for(addend)

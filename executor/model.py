@@ -204,6 +204,8 @@ class GPT:
             residual = self.embedding(step.token_ids, step.slots, step.positions)
             if self.pre_decoder_layernorm is not None:
                 _, residual = self.pre_decoder_layernorm(residual)
+        else:  # as the embedding, the copy starts the step's chain of dependent launches
+            residual = residual.clone()
         attention_step = self.attention.step(
             step.positions, step.kv_locs, step.decodes, step.prompts, step.ragged, step.chunks
         )

@@ -5,7 +5,7 @@ Rules for a kernel that is launched with `options`:
 - Every program calls `wait_for_predecessors` before it reads what other kernels of the step wrote, and before its
   first write. Weights, and what was written before the step, may be read earlier. After the wait all predecessors are
   complete, because each of them has waited too.
-- The first kernel of a step is launched without the options (kernels.embed).
+- The first kernel of a step is launched without the options: kernels.embed, or a later stage's copy of its residual.
 """
 
 from __future__ import annotations

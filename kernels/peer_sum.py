@@ -6,8 +6,8 @@ fewer bytes where there are more than two ranks).
 
 A message is a row of 64-bit words: 32 bits of data, 32 bits of stamp. A word arrives whole, so a reader that sees the
 stamp of this sum has the data too: no barrier and no flag (NCCL's LL protocol does the same). A row's stamp is the
-number of its sums so far. Two buffers take turns. That is enough: a rank writes into a buffer again after it has the
-messages of the sum in between, and the kernel that sent each of those began after its rank's last read of the buffer.
+number of its sums so far. Two buffers take turns. That is enough: a rank writes into a buffer again after a sum in
+between, for which each rank sent its part only when the kernel of its last read of the buffer was complete.
 """
 
 from __future__ import annotations
