@@ -31,7 +31,7 @@ from engine.config import EngineConfig, ParallelConfig
 from engine.engine import Engine, follow
 from engine.flags import add_flags, flag, from_flags
 from engine.judge import attempt, num_ranks
-from engine.signals import SecondSignal, end_start_up, ignore_late_signals, on_stop_signals
+from engine.signals import SecondSignal, end_start_up, ignore_late_sigusr1, on_stop_signals
 from engine.startup import make_engine
 from engine.watchdog import Watchdog
 from engine.world import Mail, World, check_size
@@ -389,5 +389,5 @@ def _drain_in_background(engine: Engine, front_ends: Sequence[FrontEnd], drain_t
 
 if __name__ == "__main__":
     code = main()
-    ignore_late_signals()
+    ignore_late_sigusr1()
     sys.exit(code)

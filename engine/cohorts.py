@@ -14,7 +14,7 @@ from engine.decode_rows import DecodeRows
 from engine.request import Request
 from engine.sequence import SequenceGroup
 
-FEW = 16  # requests; fewer are in one cohort
+FEW = 16  # requests; fewer begin in one cohort
 
 
 class Cohort:
@@ -40,6 +40,7 @@ class Cohort:
         """Let the newest requests run in another cohort. running: all that run, in their order."""
         if not count:
             return
+        other.committed_at = max(other.committed_at, self.committed_at)  # when the moved ones' last tokens came
         for group in list(self.groups.values())[-count:]:
             self.leave(group)
             other.enter(group)
@@ -52,7 +53,7 @@ class Cohorts(list[Cohort]):
     Few requests are in one cohort. Several cohorts cost the time of the slowest stage for each of them, and the last
     stage has the LM head besides its layers. What they save is the time of each row, which is little for few rows.
 
-    most_running: the requests that run, or would if there were room for all.
+    In all methods, most_running: the requests that run, or would if their cohorts took all that wait and fit.
     """
 
     def __init__(self, count: int, slot_type: np.dtype) -> None:

@@ -37,7 +37,7 @@ class DecodeRows:
         group.is_steady = False
 
     def step(self, groups: Iterable[SequenceGroup]) -> tuple[np.ndarray, np.ndarray, list[Sequence | None]]:
-        """Slots, positions and sequences of the next step's rows; counts these tokens. groups: all that run."""
+        """Slots, positions and sequences of the next step's rows; counts these tokens. groups: the cohort's."""
         if self._is_stale:
             self._arrange(groups)
         for sequence in self._sequences:

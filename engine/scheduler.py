@@ -74,6 +74,7 @@ class Scheduler:
         self._cohorts = Cohorts(num_cohorts, np.min_scalar_type(max_batch_size))  # slots travel in as few bytes as fit
         self._pending: deque[PendingOutput] = deque()  # per plan on its way
         self._committed_at = 0.0
+        self._most_fitting = self.memory.num_slots  # requests, as far as admissions have shown
         self._num_preempted = 0  # since the last commit
 
     @property
@@ -90,8 +91,8 @@ class Scheduler:
 
     @property
     def _most_running(self) -> int:
-        """Requests that run, or would if there were blocks for all."""
-        return min(len(self._running) + len(self.waiting), self.memory.num_slots)
+        """Requests that run, or would if their cohorts took all that wait and fit."""
+        return min(len(self._running) + len(self.waiting), self._most_fitting)
 
     @property
     def num_cohorts(self) -> int:
@@ -172,7 +173,7 @@ class Scheduler:
             self.waiting.remove(request)
         else:
             if request.times.first_token:
-                request.times.last_token = group.sampled_at or self._committed_at
+                request.times.last_token = group.sampled_at or self._cohorts[group.cohort].committed_at
             if group.beam_search is not None:
                 request.outputs = group.beam_search.results()
             self._leave_all(group)
@@ -250,12 +251,11 @@ class Scheduler:
         """Note that nothing of a preempted group is on its way any more."""
         group.settle()
         if group.is_resumed:
-            group.sampled_at = group.sampled_at or self._committed_at
+            group.sampled_at = group.sampled_at or self._cohorts[group.cohort].committed_at
 
     def _admit(self, cohort: Cohort, builder: PlanBuilder, prefilling: list[SequenceGroup]) -> None:
         """Let waiting requests enter the cohort, in their order, until one does not fit or the cohort has its share."""
-        most = self._most_running
-        while self.waiting and self._cohorts.has_room(cohort, most):
+        while self.waiting and self._cohorts.has_room(cohort, self._most_running):
             request = self.waiting.first
             group = self._preempted.get(request) or self._next
             if group is None or group.request is not request:
@@ -266,11 +266,13 @@ class Scheduler:
             if new_sequences is None and self.memory.take_back(self._running.values()):
                 new_sequences = self.memory.admit(group)
             if new_sequences is None:
+                self._most_fitting = len(self._running) + 1
                 return
             self.waiting.take(request)
             self._preempted.pop(request, None)
             self._next = None
             self._running[request] = group
+            self._most_fitting = max(self._most_fitting, len(self._running) + 1)
             cohort.enter(group)
             request.times.scheduled = request.times.scheduled or time.monotonic()
             builder.new_sequences.append(new_sequences)
@@ -281,8 +283,10 @@ class Scheduler:
 
     def _plan_prompts(self, groups: list[SequenceGroup], builder: PlanBuilder) -> None:
         """Plan what there is room for of the known tokens that groups have not computed."""
-        limit = self.max_mixed_tokens if builder.num_tokens else self.max_step_tokens
-        shares = share_budget([group.num_plannable for group in groups], limit - builder.num_tokens)
+        # Sequences of other cohorts wait for this step, too.
+        is_mixed = builder.num_tokens or any(not group.is_prefilling for group in self._running.values())
+        limit = self.max_mixed_tokens if is_mixed else self.max_step_tokens
+        shares = share_budget([group.num_plannable for group in groups], max(0, limit - builder.num_tokens))
         for group, share in zip(groups, shares, strict=True):
             self._plan_chunks(group, share, builder)
 

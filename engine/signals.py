@@ -19,8 +19,11 @@ def on_stop_signals(handle: Callable[[int, FrameType | None], None]) -> None:
         signal.signal(number, handle)
 
 
-def ignore_late_signals() -> None:
-    """Ignore SIGUSR1 from now on: Python's end gives it back its default, which kills, and tells in the exit code."""
+def ignore_late_sigusr1() -> None:
+    """Ignore SIGUSR1 from now on: it would kill once Python's end has given it back its default.
+
+    So would SIGTERM and SIGINT, but who sends those wants the process to end in any case.
+    """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 

@@ -238,17 +238,16 @@ class TorchExecutor:
         is_rank_0 = self.comm.parallel.rank == 0
         if values is None:
             assert self._returning is not None
-            values = torch.empty(sum(layout.sizes), dtype=torch.float64, device=self.device)
-            if not len(values):
-                return StepResult(values, layout) if is_rank_0 else None
+            # A number at least: so the first stage is never further ahead of the last one than its plans are.
+            values = torch.empty(max(1, sum(layout.sizes)), dtype=torch.float64, device=self.device)
             transfer = self.comm.receive_results(values)
             self._returning.add(layout, transfer)
             return StepResult(values, layout, transfer, self._copies) if is_rank_0 else None
         # Kernels append the tokens that they choose, but not where there are drafts.
         if self._choosing is None or layout.has_drafts:
             self._keep_tokens(layout, values)
-        if self.num_stages > 1 and len(values):
-            self.comm.return_results(values.clone())  # the next step writes over a graph's values
+        if self.num_stages > 1:  # the next step writes over a graph's values
+            self.comm.return_results(values.clone() if len(values) else values.new_zeros(1))
         return StepResult(values, layout) if is_rank_0 else None
 
     def _choose(self, layout: OutputLayout, logits: torch.Tensor) -> torch.Tensor:

@@ -126,8 +126,7 @@ class SlotState:
                 locs.append(own_locs)
                 if self.device.type == "cpu":
                     self._set_run(seq_slot, own_locs)
-        starts = [0] * len(slots)
-        parts = [self._placed(slots, starts, tokens), self._placed(slots, starts, locs)]
+        parts = [self._placed(slots, tokens), self._placed(slots, locs)]
         parts.append(np.array([slots, seeds, positions], dtype=np.int64))
         parts.append(np.array(parameters, dtype=np.float64).view(np.int64))
         on_device = self.tensor(np.concatenate([part.ravel() for part in parts])).split([part.size for part in parts])
@@ -259,10 +258,10 @@ class SlotState:
         blocks = np.asarray(block_ids, dtype=np.int64)[:, None] * self.block_size
         return (blocks + self._offsets).ravel()
 
-    def _placed(self, slots: Sequence[int], starts: Sequence[int], columns: list[np.ndarray]) -> np.ndarray:
-        """[2, values]: the places of each slot's columns from `starts` on in a flat table of slots, and the values."""
+    def _placed(self, slots: Sequence[int], columns: list[np.ndarray]) -> np.ndarray:
+        """[2, values]: the places of each slot's first columns in a flat table of slots, and the values."""
         lens = np.array([len(values) for values in columns])
-        shifts = np.array(slots) * self.token_ids.shape[1] + np.array(starts) - (lens.cumsum() - lens)
+        shifts = np.array(slots) * self.token_ids.shape[1] - (lens.cumsum() - lens)
         return np.stack([np.repeat(shifts, lens) + np.arange(lens.sum()), np.concatenate(columns)])
 
     def _measure_run(self, seq_slot: int) -> None:

@@ -158,3 +158,56 @@ def test_gaps_are_between_tokens_of_one_cohort(monkeypatch: pytest.MonkeyPatch) 
             now += 1
             gaps += engine.scheduler.commit(output).gaps
     assert gaps == [(2.0, 1)] * 4
+
+
+def test_cohorts_are_as_large_as_each_other_when_blocks_are_few() -> None:
+    """Each request takes 5 blocks of 4 tokens in the end, 2 at first: 20 fit for some steps, and 50 want to run."""
+    stages = PaperStages(2, num_ahead=1)
+    scheduler = Scheduler(64, 1000, 64, block_size=4, num_blocks=40, num_cohorts=2)
+    engine, requests = Engine(scheduler, stages, World(), Watchdog(), 60, 100), [request(16) for _ in range(50)]
+    for one in requests:
+        engine.submit(one)
+    while not all(one.is_finished for one in requests[:30]):
+        engine.step()
+    sizes = [len(slots) for slots, _ in stages.steps[8:]]
+    unequal = [pair for pair in zip(sizes, sizes[1:], strict=False) if max(pair) > 1.25 * sum(pair) / 2 + 3]
+    assert len(unequal) < len(sizes) / 5, unequal
+    while engine.step():
+        pass
+    assert all(len(one.output_ids) == 16 for one in requests)
+
+
+def test_requests_that_move_have_no_gap_since_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(cohorts, "FEW", 6)
+    engine, _ = make(2)
+    device, gaps, added = PaperDevice(4), [], 0
+    while engine.scheduler.has_work or added < 8:
+        if added < 8:  # the sixth lets requests move to the second cohort
+            engine.scheduler.add(request(12))
+            added += 1
+        plans = [plan for plan in (engine.scheduler.schedule(), engine.scheduler.schedule()) if plan is not None]
+        for output in [device.execute(plan) for plan in plans]:
+            now += 1
+            gaps += engine.scheduler.commit(output).gaps
+    assert max(gap for gap, _ in gaps) <= 4
+
+
+def test_prompts_are_limited_beside_sequences_of_another_cohort(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cohorts, "FEW", 3)  # so two decode in one cohort, and two prompts are the other one
+    scheduler = Scheduler(8, 1000, 64, block_size=4, num_blocks=200, max_mixed_tokens=16, num_cohorts=2)
+    device = PaperDevice(4)
+    for one in (request(30), request(30)):
+        scheduler.add(one)
+    for _ in range(4):
+        scheduler.commit(device.execute(scheduler.schedule()))
+    for _ in range(2):
+        scheduler.add(Request([5] * 60, SamplingParams(2), ()))
+    lengths = []
+    while scheduler.has_work:
+        plan = scheduler.schedule()
+        if plan.chunks:
+            lengths.append(plan.num_tokens)
+        scheduler.commit(device.execute(plan))
+    assert sum(lengths) > 100 and max(lengths) <= 16
