@@ -60,7 +60,7 @@ def test_two_nodes_answer_and_drain(nodes: Nodes, tp: int, pp: int) -> None:
         )
         assert payload < crossed < 1.3 * payload
         assert server.stop(signal.SIGUSR1) == 0, server.text
-    assert not nodes.processes()
+    assert not nodes.remaining()
 
 
 STEP_TIMEOUT_S = 5

@@ -84,6 +84,7 @@ def logits(world: World, prompts: list[list[int]], *argv: str) -> np.ndarray | N
     """[prompts, vocab] fp32, on the first rank of the last stage."""
     flags, _, _, executor = _load(world, argv)
     rows = step_logits(executor, prompts)
+    executor.close()  # what it sent last may be on its way
     parallel = ParallelConfig(flags.tp, flags.pp, world.rank)
     return np.stack(rows) if parallel.is_last_stage and parallel.tp_rank == 0 else None
 

@@ -137,6 +137,13 @@ class Nodes:
                     found.append(process)
         return found
 
+    def remaining(self, timeout_s: float = 5.0) -> list[psutil.Process]:
+        """What is left of mpirun's processes: the shell of its daemon ends a moment after mpirun."""
+        deadline = time.monotonic() + timeout_s
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return left
+
     def _ip(self, node: str, *command: str) -> str:
         return _run("ip", "-n", f"{self.prefix}{node}", *command)
 
