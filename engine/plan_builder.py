@@ -37,6 +37,65 @@ class PlanBuilder:
         self.positions.append(position)
         self.decoding.append(sequence if sequence.group.beam_search is None else None)
 
+    def add_chunk(self, sequence: Sequence, length: int) -> None:
+        """Compute the next `length` known tokens of a sequence. The last ones of a prompt sample its first token."""
+        group, request = sequence.group, sequence.group.request
+        sampling, is_beam = request.sampling, group.beam_search is not None
+        start = sequence.num_computed
+        end = sequence.num_computed = start + length
+        is_last = end == sequence.num_tokens - 1 and not group.is_resumed
+        sampled = [] if not is_last else [sequence] if is_beam else group.sequences
+        wants_more = sampling.width > 1 or sampling.prompt_log_probs or sampling.next_token_logits
+        if length == 1 and is_last and not wants_more:
+            self.add_decode(sequence, start)
+        else:
+            slots = [other.seq_slot for other in sampled]
+            scored_from = max(start, group.num_scored)
+            is_scored = sampling.prompt_log_probs and scored_from < min(end, group.prompt_len - 1)
+            self.chunks.append(Chunk(sequence.seq_slot, start, length, slots, scored_from if is_scored else None))
+            self.pending.sequences += [None] if is_beam and is_last else sampled
+            if is_scored:
+                self.pending.scored_prompts.append(request)
+            if is_last and sampling.next_token_logits:
+                self.pending.first_logits.append(request)
+        if is_last:
+            group.is_prefilling = False
+            self.pending.started.append(group)
+            for other in sampled:
+                self.ban(other, [])
+            if group.is_stepwise:
+                self.expect(group)
+
+    def resume(self, group: SequenceGroup) -> None:
+        """Compute the next token of each sequence of a group that has computed its known tokens again."""
+        group.is_prefilling = False
+        if group.is_stepwise:
+            self.add_stepwise(group)
+            return
+        self.expect(group)
+        for sequence in group.sequences:
+            self.add_decode(sequence, sequence.num_computed)
+            sequence.num_computed += 1
+
+    def add_stepwise(self, group: SequenceGroup) -> None:
+        """Compute one more token of each sequence of a group that the host decides on token by token."""
+        sequences = group.sequences
+        if group.beam_search is not None:
+            beams = group.beams
+            assert beams is not None, "a search without beams has ended"
+            slots = [sequence.seq_slot for sequence in sequences]
+            parents = [slots[parent] for parent in beams.parents]
+            sequences = sequences[: len(parents)]
+            start = sequences[0].num_computed
+            reorder = BeamReorder(slots[: len(parents)], parents, start, beams.token_ids, beams.scores)
+            self.beam_reorders.append(reorder)
+        self.expect(group)
+        for sequence in sequences:
+            self.add_decode(sequence, sequence.num_computed)
+            self.ban(sequence, group.output_ids(sequence))
+        for sequence in group.sequences:
+            sequence.num_computed += 1
+
     def add_drafts(self, sequence: Sequence, draft_ids: list[int]) -> None:
         """Compute the sequence's next token and drafts after it, and sample a token after each."""
         slot, length = sequence.seq_slot, 1 + len(draft_ids)

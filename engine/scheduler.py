@@ -20,7 +20,7 @@ from engine.budget import share_budget
 from engine.cohorts import Cohort, Cohorts
 from engine.memory import SequenceMemory
 from engine.metrics import Progress
-from engine.plan import BeamReorder, Chunk, Plan, StepOutput
+from engine.plan import Plan, StepOutput
 from engine.plan_builder import PlanBuilder
 from engine.request import SHUTDOWN, Request, check_length
 from engine.sequence import PendingOutput, Sequence, SequenceGroup
@@ -202,7 +202,7 @@ class Scheduler:
                 if group.num_plannable:
                     prefilling.append(group)
                 else:
-                    self._resume(group, builder)
+                    builder.resume(group)
                 continue
             first = group.sequences[0]
             if first.num_computed == group.max_tokens - 1 or (group.is_stepwise and group.num_in_flight):
@@ -213,7 +213,7 @@ class Scheduler:
             if first.num_computed >= group.capacity and not self._grow(group, builder):
                 break
             if group.is_stepwise:
-                self._plan_stepwise(group, builder)
+                builder.add_stepwise(group)
             elif group.is_speculating and self.speculation is not None:
                 self.speculation.plan(group, builder, self.memory.num_sequences)
             else:
@@ -279,7 +279,7 @@ class Scheduler:
             if group.num_plannable:
                 prefilling.append(group)
             else:  # all that it had was found
-                self._resume(group, builder)
+                builder.resume(group)
 
     def _plan_prompts(self, groups: list[SequenceGroup], builder: PlanBuilder) -> None:
         """Plan what there is room for of the known tokens that groups have not computed."""
@@ -295,68 +295,10 @@ class Scheduler:
         is_prompt_computed = group.sequences[0].num_computed >= group.prompt_len
         for sequence in group.sequences if is_prompt_computed else group.sequences[:1]:
             if length := min(sequence.num_tokens - 1 - sequence.num_computed, count):
-                self._plan_chunk(sequence, length, builder)
+                start = sequence.num_computed
+                builder.add_chunk(sequence, length)
+                self.memory.keep_prompt(sequence, start, start + length)
                 count -= length
-
-    def _plan_chunk(self, sequence: Sequence, length: int, builder: PlanBuilder) -> None:
-        """Plan the next `length` known tokens of a sequence. The last ones of a prompt sample its first token."""
-        group, request = sequence.group, sequence.group.request
-        sampling, is_beam = request.sampling, group.beam_search is not None
-        start = sequence.num_computed
-        end = sequence.num_computed = start + length
-        self.memory.keep_prompt(sequence, start, end)
-        is_last = end == sequence.num_tokens - 1 and not group.is_resumed
-        sampled = [] if not is_last else [sequence] if is_beam else group.sequences
-        wants_more = sampling.width > 1 or sampling.prompt_log_probs or sampling.next_token_logits
-        if length == 1 and is_last and not wants_more:
-            builder.add_decode(sequence, start)
-        else:
-            slots = [other.seq_slot for other in sampled]
-            scored_from = max(start, group.num_scored)
-            is_scored = sampling.prompt_log_probs and scored_from < min(end, group.prompt_len - 1)
-            builder.chunks.append(Chunk(sequence.seq_slot, start, length, slots, scored_from if is_scored else None))
-            builder.pending.sequences += [None] if is_beam and is_last else sampled
-            if is_scored:
-                builder.pending.scored_prompts.append(request)
-            if is_last and sampling.next_token_logits:
-                builder.pending.first_logits.append(request)
-        if is_last:
-            group.is_prefilling = False
-            builder.pending.started.append(group)
-            for other in sampled:
-                builder.ban(other, [])
-            if group.is_stepwise:
-                builder.expect(group)
-
-    def _resume(self, group: SequenceGroup, builder: PlanBuilder) -> None:
-        """Plan the next token of each sequence of a group that has computed its known tokens again."""
-        group.is_prefilling = False
-        if group.is_stepwise:
-            self._plan_stepwise(group, builder)
-            return
-        builder.expect(group)
-        for sequence in group.sequences:
-            builder.add_decode(sequence, sequence.num_computed)
-            sequence.num_computed += 1
-
-    def _plan_stepwise(self, group: SequenceGroup, builder: PlanBuilder) -> None:
-        """Plan one more token of each sequence of a group that the host decides on token by token."""
-        sequences = group.sequences
-        if group.beam_search is not None:
-            beams = group.beams
-            assert beams is not None, "a search without beams has ended"
-            slots = [sequence.seq_slot for sequence in sequences]
-            parents = [slots[parent] for parent in beams.parents]
-            sequences = sequences[: len(parents)]
-            start = sequences[0].num_computed
-            reorder = BeamReorder(slots[: len(parents)], parents, start, beams.token_ids, beams.scores)
-            builder.beam_reorders.append(reorder)
-        builder.expect(group)
-        for sequence in sequences:
-            builder.add_decode(sequence, sequence.num_computed)
-            builder.ban(sequence, group.output_ids(sequence))
-        for sequence in group.sequences:
-            sequence.num_computed += 1
 
     def _append(self, sequences: list[Sequence | None], step: StepOutput, progress: Progress) -> list[Request]:
         """Give each sequence its token; returns the updated requests, in order."""

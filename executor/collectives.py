@@ -29,6 +29,11 @@ _FIRST_SUM_S = 30.0  # another rank may compile the kernel meanwhile
 _LOG = logging.getLogger("engine")
 
 
+def _first_line(error: Exception) -> str:
+    """Of the message, or the error's kind where there is none: torch's messages have many lines."""
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
+
+
 class Transfer(NamedTuple):
     """A message on its way. Its tensor stays as it is until it is done."""
 
@@ -85,8 +90,7 @@ class Comm:
             try:
                 made = make()
             except (RuntimeError, ImportError, AttributeError) as error:  # GPUs that cannot, or an old torch
-                cause = str(error).partition("\n")[0] or type(error).__name__
-                _LOG.info("the GPUs do not share memory, and NCCL sums all: %s", cause)
+                _LOG.info("the GPUs do not share memory, and NCCL sums all: %s", _first_line(error))
         return made if self.min_over_ranks(made is not None) else None
 
     def _check(self, peers: Peers, addend: torch.Tensor) -> None:
@@ -324,7 +328,7 @@ class TorchPairs:
         if not found:
             raise RuntimeError(f"no answer over {self.kind} within {self._timeout_s:g} s: {remedy}")
         if isinstance(found[0], Exception):
-            raise RuntimeError(f"{self.kind} fails ({str(found[0]).strip().partition(chr(10))[0][:200]}): {remedy}")
+            raise RuntimeError(f"{self.kind} fails ({_first_line(found[0])}): {remedy}")
         return found[0]
 
     def _measure(self, rank: int) -> float:
