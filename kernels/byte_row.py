@@ -17,7 +17,7 @@ try:
     import triton.language as tl
 
     from kernels.dependent_launch import start_dependents, wait_for_predecessors
-    from kernels.epilogue import finish
+    from kernels.linear_parts import finish, load_tile
 except ImportError:  # a CPU-only torch comes without it
     triton = None
 
@@ -117,14 +117,6 @@ if triton is not None:
         return a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32)
 
     @triton.jit
-    def _load(weight, outs, words, num_out, row_words: tl.constexpr, is_even: tl.constexpr):
-        """W's tile [outs, words]; zeros beyond it, whose products with x's zeros count nothing."""
-        places = weight + outs[:, None].to(tl.int64) * row_words + words[None, :]
-        if is_even:
-            return tl.load(places)
-        return tl.load(places, mask=(outs[:, None] < num_out) & (words[None, :] < row_words), other=0)
-
-    @triton.jit
     def _add(sums, words, x0, x1, x2, x3, is_fp8: tl.constexpr):
         """sums + the four weights of each word times x's four numbers."""
         w0, w1, w2, w3 = _weights(words, is_fp8)
@@ -164,13 +156,13 @@ if triton is not None:
             ups = weight + num_out * row_words  # W's second half
         if pdl:
             start_dependents()
-        w = _load(weight, outs, words, num_out, row_words, is_even)
+        w = load_tile(weight, outs, words, num_out, row_words, is_even)
         up = w
         if is_gated:
-            up = _load(ups, outs, words, num_out, row_words, is_even)
+            up = load_tile(ups, outs, words, num_out, row_words, is_even)
         second = w
         if is_two_ahead and block_k < num_in:
-            second = _load(weight, outs, words + step, num_out, row_words, is_even)
+            second = load_tile(weight, outs, words + step, num_out, row_words, is_even)
         if pdl:
             wait_for_predecessors()
         sums = tl.zeros((block_n, step), tl.float32)
@@ -179,10 +171,10 @@ if triton is not None:
             ahead = second
             if is_two_ahead:
                 if first + 2 * step < row_words:
-                    ahead = _load(weight, outs, words + first + 2 * step, num_out, row_words, is_even)
+                    ahead = load_tile(weight, outs, words + first + 2 * step, num_out, row_words, is_even)
             else:
                 if first + step < row_words:
-                    ahead = _load(weight, outs, words + first + step, num_out, row_words, is_even)
+                    ahead = load_tile(weight, outs, words + first + step, num_out, row_words, is_even)
             if is_even:
                 quads = tl.load(x + first + words)
             else:
@@ -197,7 +189,7 @@ if triton is not None:
             if is_gated:
                 up_sums = _add(up_sums, up, x0, x1, x2, x3, is_fp8)
                 if first + step < row_words:
-                    up = _load(ups, outs, words + first + step, num_out, row_words, is_even)
+                    up = load_tile(ups, outs, words + first + step, num_out, row_words, is_even)
         y = finish(
             tl.sum(sums, 1),
             tl.sum(up_sums, 1),

@@ -20,7 +20,7 @@ try:
     import triton.language as tl
 
     from kernels.dependent_launch import start_dependents, wait_for_predecessors
-    from kernels.epilogue import finish
+    from kernels.linear_parts import finish, load_tile
 except ImportError:  # a CPU-only torch comes without it
     triton = None
 
@@ -165,14 +165,6 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sca
 if triton is not None:
 
     @triton.jit
-    def _load(weight, outs, ks, num_out, num_in: tl.constexpr, is_even: tl.constexpr):
-        """W's tile [outs, ks]."""
-        places = weight + outs[:, None].to(tl.int64) * num_in + ks[None, :]
-        if is_even:
-            return tl.load(places)
-        return tl.load(places, mask=(outs[:, None] < num_out) & (ks[None, :] < num_in), other=0.0)
-
-    @triton.jit
     def _add_splits(partials, counter, places, is_place, sums, size, splits: tl.constexpr):
         """(is_last, sums): the last of a tile's programs gets the sums of all of them."""
         tl.store(partials + tl.program_id(1) * size + places, sums, mask=is_place)
@@ -212,10 +204,10 @@ if triton is not None:
             ups = weight + num_out * num_in  # W's second half
         if pdl:
             start_dependents()
-        w = _load(weight, outs, ks, num_out, num_in, is_even)
+        w = load_tile(weight, outs, ks, num_out, num_in, is_even)
         up = w
         if is_gated:
-            up = _load(ups, outs, ks, num_out, num_in, is_even)
+            up = load_tile(ups, outs, ks, num_out, num_in, is_even)
         if pdl:
             wait_for_predecessors()
         sums = tl.zeros((block_n, block_k), tl.float32)
@@ -224,7 +216,7 @@ if triton is not None:
             next_w = w
             next_ks = ks + first + block_k
             if first + block_k < num_in:
-                next_w = _load(weight, outs, next_ks, num_out, num_in, is_even)
+                next_w = load_tile(weight, outs, next_ks, num_out, num_in, is_even)
             if is_even:
                 xs = tl.load(x + first + ks).to(tl.float32)
             else:
@@ -234,7 +226,7 @@ if triton is not None:
             if is_gated:
                 up_sums += up.to(tl.float32) * xs[None, :]
                 if first + block_k < num_in:
-                    up = _load(ups, outs, next_ks, num_out, num_in, is_even)
+                    up = load_tile(ups, outs, next_ks, num_out, num_in, is_even)
         y = finish(
             tl.sum(sums, 1),
             tl.sum(up_sums, 1),
@@ -288,10 +280,10 @@ if triton is not None:
             ups = weight + num_out * num_in  # W's second half
         if pdl:
             start_dependents()
-        w = _load(weight, outs, ks, num_out, num_in, is_even)
+        w = load_tile(weight, outs, ks, num_out, num_in, is_even)
         up = w
         if is_gated:
-            up = _load(ups, outs, ks, num_out, num_in, is_even)
+            up = load_tile(ups, outs, ks, num_out, num_in, is_even)
         if pdl:
             wait_for_predecessors()
         xs = tl.load(x + ms[None, :] * num_in + ks[:, None], mask=is_row & (ks[:, None] < num_in), other=0.0)
@@ -301,14 +293,14 @@ if triton is not None:
             up_sums = tl.dot(up.to(xs.dtype), xs)
         for k in range(first + block_k, min(first + split_len, num_in), block_k):
             ks = k + tl.arange(0, block_k)
-            w = _load(weight, outs, ks, num_out, num_in, is_even)
+            w = load_tile(weight, outs, ks, num_out, num_in, is_even)
             if is_even:
                 xs = tl.load(x + ms[None, :] * num_in + ks[:, None], mask=is_row, other=0.0)
             else:
                 xs = tl.load(x + ms[None, :] * num_in + ks[:, None], mask=is_row & (ks[:, None] < num_in), other=0.0)
             sums = tl.dot(w.to(xs.dtype), xs, sums)
             if is_gated:
-                up = _load(ups, outs, ks, num_out, num_in, is_even)
+                up = load_tile(ups, outs, ks, num_out, num_in, is_even)
                 up_sums = tl.dot(up.to(xs.dtype), xs, up_sums)
         places = ms[None, :].to(tl.int64) * num_out + outs[:, None]
         is_place = is_row & (outs[:, None] < num_out)

@@ -1,4 +1,4 @@
-"""The end of a linear's kernel: scales, bias, activation. For kernels to call; stateless."""
+"""What the linears' kernels share: how they read W, and their end, with scales, bias and activation. Stateless."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ except ImportError:  # a CPU-only torch comes without it
 
 
 if triton is not None:
+
+    @triton.jit
+    def load_tile(weight, outs, ks, num_out, num_in: tl.constexpr, is_even: tl.constexpr):
+        """W's tile [outs, ks], zeros beyond W. weight: [num_out, num_in] of any dtype, words of several weights too."""
+        places = weight + outs[:, None].to(tl.int64) * num_in + ks[None, :]
+        if is_even:
+            return tl.load(places)
+        return tl.load(places, mask=(outs[:, None] < num_out) & (ks[None, :] < num_in), other=0.0)
 
     @triton.jit
     def _scaled(
