@@ -322,7 +322,10 @@ def test_streams_refuse_alike(server: Server, case: str) -> None:
     ids=["refused by the stub", "refused by rank 0"],
 )
 def test_a_large_request_leaves_its_memory_to_others(server: Server, rows: int, times: int, expected: str) -> None:
-    """Long strings once stayed in glibc's arenas, of which each thread had one. The requests take 240 MB and more."""
+    """Long strings once stayed in glibc's arenas, of which each thread had one. The requests take 240 MB and more.
+
+    PyTriton's loop keeps one message, the last that it read, until the next one comes: 20 to 40 MB of these requests.
+    """
     (pid,) = server.rank_pids
 
     def megabytes() -> int:
@@ -342,9 +345,9 @@ def test_a_large_request_leaves_its_memory_to_others(server: Server, rows: int, 
         with pytest.raises(tritonclient.http.InferenceServerException, match=expected):
             answer.get_result()
     deadline = time.monotonic() + 20
-    while megabytes() > before + 30 and time.monotonic() < deadline:
+    while megabytes() > before + 60 and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert megabytes() <= before + 30
+    assert megabytes() <= before + 60
 
 
 def test_the_server_is_well_after_all_that(server: Server) -> None:
