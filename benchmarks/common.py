@@ -127,14 +127,16 @@ def claim_device(world: World, wish: str, threads: int) -> torch.device:
 def weight_bytes(config: ModelConfig, dtype: torch.dtype, weight_format: str = "none") -> int:
     """Bytes that one decode step must read: all weights but the embedding lookups; the tied head counts once.
 
-    weight_format: of the layers' matrices, as in EngineConfig; int8 and fp8 take a byte for each weight.
+    weight_format: of the layers' matrices, as in EngineConfig: a byte for each weight; w8a8: of the head's, too.
     """
     specs = [spec for spec in weight_specs(config) if spec.name not in ("wpe", "lm_head.weight")]
-    layer_matrices = sum(spec.num_elements(1) for spec in specs if spec.is_matrix and spec.name.startswith("layers."))
-    matrix_bytes = dtype.itemsize if weight_format == "none" else 1
-    return (
-        sum(spec.num_elements(1) for spec in specs) - layer_matrices
-    ) * dtype.itemsize + layer_matrices * matrix_bytes
+
+    def is_byte(spec: WeightSpec) -> bool:
+        if spec.name == "wte":  # or as large as an untied head
+            return weight_format == "w8a8"
+        return spec.is_matrix and weight_format != "none"
+
+    return sum(spec.num_elements(1) * (1 if is_byte(spec) else dtype.itemsize) for spec in specs)
 
 
 def hardware(device: torch.device) -> str:

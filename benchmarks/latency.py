@@ -57,7 +57,8 @@ def measure(
 ) -> list[dict[str, float]]:
     """A row for every batch size of one shape."""
     rows = []
-    peers = {name: PEERS[name](config, device, dtype, weight_format(flags) == "int8") for name in flags.compare}
+    is_int8 = weight_format(flags) in ("int8", "w8a8")
+    peers = {name: PEERS[name](config, device, dtype, is_int8) for name in flags.compare}
     prompts = np.random.default_rng(0).integers(0, config.vocab_size, (max(flags.batches), flags.input_len))
     for batch in flags.batches:
         ours: list[tuple[float, float]] = []

@@ -68,7 +68,7 @@ def for_each_shape(
 
 
 def weight_format(flags: argparse.Namespace) -> str:
-    """none, int8 or fp8."""
+    """none, int8, fp8 or w8a8."""
     return EngineConfig(quantization=flags.quantization, int8_mode=flags.int8_mode).weight_format
 
 

@@ -57,6 +57,9 @@ class ParallelConfig:
         return range(first, first + size + (stage < num_larger))
 
 
+_INT8_MODES = {1: "int8", 2: "w8a8"}  # FasterTransformer's numbers
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """The engine's settings: sizes, data types, device, limits."""
@@ -75,10 +78,13 @@ class EngineConfig:
     quantization: str = flag(
         "none",
         "stores the layers' matrices in one byte per number, with a scale for each column; fp8 needs a GPU of compute "
-        "capability 8.9, or a CPU, which computes it slowly",
-        choices=("none", "int8", "fp8"),
+        "capability 8.9, or a CPU, which computes it slowly; w8a8 is int8 that also rounds activations and has the LM "
+        "head in int8, for a CPU with VNNI",
+        choices=("none", "int8", "fp8", "w8a8"),
     )
-    int8_mode: int = flag(0, "1: FasterTransformer's name for --quantization int8", choices=(0, 1))
+    int8_mode: int = flag(
+        0, "FasterTransformer's names: 1 is --quantization int8, 2 is --quantization w8a8", choices=(0, 1, 2)
+    )
     kv_cache_dtype: str = flag(
         "auto",
         "number format of the key-value cache; auto: data_type; fp8: half of bf16's bytes, with a scale for each layer "
@@ -135,10 +141,13 @@ class EngineConfig:
             raise ValueError(f"kv_cache_fraction is {self.kv_cache_fraction}; it must lie between 0 and 1")
         if not self.step_timeout_s > 0:
             raise ValueError(f"step_timeout_s is {self.step_timeout_s}; it must be above 0")
-        if self.int8_mode and self.quantization == "fp8":
-            raise ValueError("quantization is fp8, and int8_mode is 1, which is quantization int8; set one of them")
+        if self.int8_mode and self.quantization not in ("none", self.weight_format):
+            raise ValueError(
+                f"quantization is {self.quantization}, and int8_mode is {self.int8_mode}, which is quantization "
+                f"{self.weight_format}; set one of them"
+            )
 
     @property
     def weight_format(self) -> str:
-        """none, int8 or fp8: of `quantization`, or of FasterTransformer's name for int8."""
-        return "int8" if self.int8_mode else self.quantization
+        """none, int8, fp8 or w8a8: `quantization`, or what FasterTransformer's `int8_mode` names."""
+        return _INT8_MODES.get(self.int8_mode, self.quantization)

@@ -43,6 +43,8 @@ def make_matmul(weight: torch.Tensor | QuantizedMatrix) -> Matmul:
             return GpuMatmul(weight.values, weight.scales)
         # Without VNNI, oneDNN adds pairs of products in 16 bits, which overflow.
         is_int8_safe = weight.values.dtype != FP8 and torch.cpu._is_vnni_supported()
+        if weight.rounds_rows and not is_int8_safe:
+            raise ValueError("the weights are w8a8, which needs a CPU with VNNI")
         return Int8CpuMatmul(weight) if is_int8_safe else WideningMatmul(weight)
     if weight.device.type == "cuda":
         return GpuMatmul(weight.t().contiguous())
@@ -132,48 +134,53 @@ class PackedMatmul(CpuMatmul):
 
 
 class Int8CpuMatmul(CpuMatmul):
-    """int8 weights on a CPU, exact, through oneDNN's uint8 · int8 product; x is fp32 or bf16.
+    """int8 weights on a CPU through oneDNN's uint8 · int8 product; x is fp32 or bf16.
 
-    Each row of activations becomes 24-bit integers (16-bit for bf16) times a step of its own. These are split into
-    three (two) digits to base 256. Each digit is a row of uint8, and its product with the weights is exact in int32.
-    So the weights are read once, as bytes, and the result is as accurate as an fp32 product (at 768 inputs 1.4e-7
-    against 2.6e-7; 2e-6 in a row with one value 100 times the others).
+    Each row of activations becomes integers times a step of its own. An integer has one, two or three digits to base
+    256. Each digit is a row of uint8, and its product with the weights is exact in int32. So the weights are read once,
+    as bytes. Three digits (two for bf16) are exact: the result is as accurate as an fp32 product (at 768 inputs 1.4e-7
+    against 2.6e-7; 2e-6 in a row with one value 100 times the others). One digit rounds the activations to int8, W8A8.
     """
 
     def __init__(self, matrix: QuantizedMatrix) -> None:
-        num_out = len(matrix.scales)
+        self._rounds_rows = matrix.rounds_rows
         self._scales = matrix.scales
         self._packed = torch.ops.onednn.qlinear_prepack(matrix.values, None)
         # Digits are stored 128 too large. Subtracting that here is faster than oneDNN's zero points.
-        self._excess = matrix.values.sum(1, dtype=torch.int32).mul_(-128).float()
-        self._ones, self._zeros = torch.ones(num_out), torch.zeros(num_out, dtype=torch.int64)
+        self._excess = matrix.values.sum(1, dtype=torch.int32).mul_(-128).float().mul_(matrix.scales)
+        self._zeros = torch.zeros(len(matrix.scales), dtype=torch.int64)
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """[rows, in] → [rows, out]"""
-        digits, steps = _digits(x)
+        num_digits = 1 if self._rounds_rows else 2 if x.dtype == torch.bfloat16 else 3
+        digits, steps = split_digits(x, num_digits)
         parts = torch.ops.onednn.qlinear_pointwise(
-            digits.flatten(0, 1), 1.0, 0, self._packed, self._ones, self._zeros, self._excess,
-            1.0, 0, torch.float32, "none", [], "",
-        ).unflatten(0, digits.shape[:2])  # fmt: skip
-        out = parts[0]  # the highest digit's [rows, out]
-        for part in parts[1:]:
+            digits, 1.0, 0, self._packed, self._scales, self._zeros, self._excess, 1.0, 0, torch.float32, "none", [], ""
+        ).split(len(x))  # each digit's [rows, out], the lowest first
+        out = parts[-1]
+        for part in parts[-2::-1]:
             out = torch.add(part, out, alpha=256.0)
-        out = out.mul_(self._scales) * steps
-        return (out if bias is None else out.add_(bias)).to(x.dtype)
+        return (out.mul_(steps) if bias is None else torch.addcmul(bias, out, steps)).to(x.dtype)
 
 
-def _digits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [rows, in] → (digits [3 or 2, rows, in] uint8, highest first, each 128 too large; steps [rows, 1] fp32).
+# Of a number of digits: the largest integer that they hold, less a margin for rounding up, and 128 in each digit.
+_DIGITS = {1: (0x7F, 0x80), 2: (0x7F7E, 0x8080), 3: (0x7F7F70, 0x808080)}
 
-    x ≈ steps · Σ (digit - 128) · 256^i, within half a step: 6e-8 of the row's largest value, 1.5e-5 for bf16.
+
+def split_digits(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [rows, in] → (digits [count · rows, in] uint8, lowest first, each 128 too large; steps [rows, 1] fp32).
+
+    x ≈ steps · Σ (digit - 128) · 256^i. This is within half a step: of the row's largest value 6e-8 with three digits,
+    1.5e-5 with two, 4e-3 with one.
     """
-    # top: the largest integer that the digits hold, less a margin for rounding up. offset: 128 in each digit.
-    count, top, offset = (2, 0x7F7E, 0x8080) if x.dtype == torch.bfloat16 else (3, 0x7F7F70, 0x808080)
+    top, offset = _DIGITS[count]
     x = x.float()
-    largest = x.abs().amax(1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny * 2**24)
-    integers = (x * (top / largest)).round_().to(torch.int32).add_(offset)
-    as_bytes = integers.view(torch.uint8).unflatten(1, (-1, 4))  # the lowest first
-    return as_bytes[..., :count].flip(-1).permute(2, 0, 1).contiguous(), largest / top
+    steps = x.abs().amax(1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny * 2**24).div_(top)
+    integers = (x / steps).round_()
+    if count == 1:
+        return integers.add_(offset).to(torch.uint8), steps
+    as_bytes = integers.to(torch.int32).add_(offset).view(torch.uint8).unflatten(1, (-1, 4))
+    return as_bytes.permute(2, 0, 1)[:count].contiguous().flatten(0, 1), steps
 
 
 class WideningMatmul(CpuMatmul):

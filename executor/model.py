@@ -21,7 +21,7 @@ from executor.collectives import Comm
 from executor.kv_cache import KVCache, PrefillChunk
 from executor.layers import Linear, LMHead, Norm, RowParallelLinear, VocabEmbedding
 from executor.matmul import make_matmul
-from executor.quantization import QuantizedMatrix, read_quantized
+from executor.quantization import QuantizedMatrix, largest_of_columns, quantize, read_quantized
 from kernels.decode_attention import DecodeMetadata
 from kernels.head_norm import HeadNorms, head_norm
 from kernels.layer_cache import LayerCache
@@ -100,7 +100,8 @@ class GPT:
     ) -> None:
         """Read this rank's weights. Calls `progress` after each part.
 
-        weight_format: of the layers' matrices: none (the computation's dtype), int8 or fp8.
+        weight_format: of the layers' matrices: none (the computation's dtype), int8, fp8 or w8a8; w8a8 is the LM
+        head's too.
         """
         config = reader.config
         check_supported(config)
@@ -113,12 +114,11 @@ class GPT:
         outer = {spec.name: spec for spec in outer_specs(config)}
         self.attention = Attention(config, parallel, reader.dtype, device)
         vocab = _vocab_local(config, parallel)
-        wte = None
+        self._weight_format = weight_format
         if parallel.is_first_stage:
-            wte = self._vocab_rows(outer["wte"], vocab)
             has_positions, has_layernorm = config.has_positional_encoding, config.has_pre_decoder_layernorm
             position_rows = self._load(outer["wpe"]) if has_positions else None  # [max_pos_seq_len, hidden]
-            self.embedding = VocabEmbedding(wte, position_rows, vocab.start, comm)
+            self.embedding = VocabEmbedding(self._vocab_rows(outer["wte"], vocab), position_rows, vocab.start, comm)
             self.pre_decoder_layernorm = self._norm(outer, "pre_decoder_layernorm") if has_layernorm else None
             progress()
         self.layers = []
@@ -128,14 +128,7 @@ class GPT:
         if parallel.is_last_stage:
             has_layernorm = config.has_post_decoder_layernorm
             self.final_layernorm = self._norm(outer, "final_layernorm") if has_layernorm else None
-            is_tied = not reader.has(outer["lm_head.weight"])
-            if is_tied and wte is not None:
-                rows = wte
-            else:
-                rows = self._vocab_rows(outer["wte" if is_tied else "lm_head.weight"], vocab)
-            spec = outer.get("lm_head.bias")
-            bias = None if spec is None else self._vocab_rows(spec, vocab)
-            self.lm_head = LMHead(make_matmul(rows.t()), bias, config.vocab_size, comm)
+            self.lm_head = self._lm_head(weight_format)
             progress()
 
     @staticmethod
@@ -156,6 +149,25 @@ class GPT:
             else:
                 weights[name] = self._load(spec)
         return Layer(self.config, self.comm, weights, self.attention, self.config.window(layer))
+
+    def _lm_head(self, weight_format: str) -> LMHead:
+        outer = {spec.name: spec for spec in outer_specs(self.config)}
+        vocab = _vocab_local(self.config, self.comm.parallel)
+        is_tied = not self._reader.has(outer["lm_head.weight"])
+        if is_tied and self.comm.parallel.is_first_stage:
+            rows = self.embedding.rows
+        else:
+            rows = self._vocab_rows(outer["wte" if is_tied else "lm_head.weight"], vocab)
+        weight: torch.Tensor | QuantizedMatrix = rows.t()
+        if weight_format == "w8a8":
+            weight = quantize(rows.t(), largest_of_columns(rows.t()), weight_format)
+        spec = outer.get("lm_head.bias")
+        bias = None if spec is None else self._vocab_rows(spec, vocab)
+        return LMHead(make_matmul(weight), bias, self.config.vocab_size, self.comm)
+
+    def unquantized_lm_head(self) -> LMHead:
+        """The last stage's LM head in the computation's dtype: the loaded one, or read when it is asked for."""
+        return self._lm_head("none") if self._weight_format == "w8a8" else self.lm_head
 
     def unquantized_layers(self) -> Iterator[Layer]:
         """The stage's layers in the computation's dtype, each read when it is asked for: for `forward`."""
@@ -221,9 +233,15 @@ class GPT:
         self.comm.send_forward(residual.clone())  # the next step writes over a graph's residual
         return None
 
-    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The last stage's hidden states [rows, hidden_size] → logits [rows, vocab] fp32, in `out` if given."""
-        return self.lm_head(hidden if self.final_layernorm is None else self.final_layernorm(hidden)[1], out)
+    def logits(
+        self, hidden: torch.Tensor, out: torch.Tensor | None = None, lm_head: LMHead | None = None
+    ) -> torch.Tensor:
+        """The last stage's hidden states [rows, hidden_size] → logits [rows, vocab] fp32, in `out` if given.
+
+        lm_head: instead of the loaded one.
+        """
+        normed = hidden if self.final_layernorm is None else self.final_layernorm(hidden)[1]
+        return (lm_head or self.lm_head)(normed, out)
 
 
 class Layer:

@@ -8,14 +8,14 @@ whole: its layers are read again, one at a time, while the probe passes through 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from executor.collectives import Comm
 from executor.kv_cache import CacheShape, KVCache, KVScales, PrefillChunk
-from executor.model import GPT, Layer, StepInput
+from executor.model import GPT, StepInput
 from kernels import runs_on
 from kernels.fp8 import FP8, FP8_MAX
 from kernels.prompt_attention import PromptMetadata, make_tiles
@@ -36,7 +36,7 @@ def calibrate(model: GPT, weight_format: str, shape: CacheShape, max_seq_len: in
     probe = _Probe(model, shape, max_seq_len)
     logits, cache = probe.run()
     if weight_format != "none":
-        plain_logits, _ = probe.run(layers=model.unquantized_layers())
+        plain_logits, _ = probe.run(is_quantized=False)
         _report(f"{weight_format} weights", model.comm, logits, plain_logits, model.device)
     scales = None
     if shape.dtype == FP8:
@@ -88,16 +88,20 @@ class _Probe:
         )
 
     def run(
-        self, scales: Sequence[KVScales] | None = None, layers: Iterable[Layer] | None = None
+        self, scales: Sequence[KVScales] | None = None, is_quantized: bool = True
     ) -> tuple[torch.Tensor | None, KVCache]:
         """Logits [tokens, vocab] fp32 on the last stage, and the cache that was written, with the dummy location.
 
-        scales: of an fp8 cache; None: it is in the computation's dtype. layers: instead of the loaded ones.
+        scales: of an fp8 cache; None: it is in the computation's dtype. is_quantized: by the loaded weights, not by
+        those in the computation's dtype.
         """
-        dtype = self._model.dtype if scales is None else FP8
-        cache = KVCache(self._shape._replace(dtype=dtype), _SEQUENCES, self._model.device, scales)
-        hidden = self._model.forward(self._step, cache, layers)
-        return None if hidden is None else self._model.logits(hidden), cache
+        model = self._model
+        dtype = model.dtype if scales is None else FP8
+        cache = KVCache(self._shape._replace(dtype=dtype), _SEQUENCES, model.device, scales)
+        hidden = model.forward(self._step, cache, None if is_quantized else model.unquantized_layers())
+        if hidden is None:
+            return None, cache
+        return model.logits(hidden, lm_head=None if is_quantized else model.unquantized_lm_head()), cache
 
 
 def _report(

@@ -5,6 +5,7 @@ Stateless: this module knows no layer and talks to no other rank. Each output co
 - int8 is FasterTransformer's symmetric_quantize_last_axis_of_batched_matrix (cutlass_preprocessors.cc,
   symmetric_quantize): scale = max|w| / 128; w / scale is rounded to the nearest integer, halves away from zero, and
   clamped to [-128, 127].
+- w8a8 has int8's numbers, and rounds what it multiplies to int8 as well.
 - fp8 is e4m3: scale = max|w| / 448, so the largest value becomes e4m3's largest; w / scale is rounded to the nearest
   number, halves to even.
 
@@ -26,10 +27,14 @@ from weights.table import WeightSpec
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """A matrix [in, out] as int8 or fp8, [out, in] for reading along a column; scales [out] fp32."""
+    """A matrix [in, out] as int8 or fp8, [out, in] for reading along a column; scales [out] fp32.
+
+    rounds_rows: the rows that it multiplies are rounded to int8 as well (W8A8).
+    """
 
     values: torch.Tensor
     scales: torch.Tensor
+    rounds_rows: bool = False
 
     def dequantize(self) -> torch.Tensor:
         """[in, out] fp32"""
@@ -39,7 +44,7 @@ class QuantizedMatrix:
 def quantize(weight: torch.Tensor, column_max: torch.Tensor, weight_format: str) -> QuantizedMatrix:
     """weight: [in, out] of any float dtype, or rows of it; column_max: [out], the largest |w| of each column.
 
-    weight_format: int8 or fp8.
+    weight_format: int8, w8a8 or fp8.
     """
     dtype, largest, round_part = _FORMATS[weight_format]
     scales = column_max.float() / torch.full_like(column_max, largest, dtype=torch.float32)  # by a scalar, a GPU rounds
@@ -47,7 +52,7 @@ def quantize(weight: torch.Tensor, column_max: torch.Tensor, weight_format: str)
     for part in _parts(weight):
         steps = scales[part].where(scales[part] > 0, 1)  # a column of zeros stays one
         values[part] = round_part(weight[:, part], steps).t()
-    return QuantizedMatrix(values, scales)
+    return QuantizedMatrix(values, scales, weight_format == "w8a8")
 
 
 def _round_to_integers(weight: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
@@ -59,7 +64,8 @@ def _round_to_integers(weight: torch.Tensor, steps: torch.Tensor) -> torch.Tenso
 
 
 # dtype, what a column's largest |w| becomes, and the rounding.
-_FORMATS = {"int8": (torch.int8, 128.0, _round_to_integers), "fp8": (FP8, FP8_MAX, to_fp8)}
+_INT8 = torch.int8, 128.0, _round_to_integers
+_FORMATS = {"int8": _INT8, "w8a8": _INT8, "fp8": (FP8, FP8_MAX, to_fp8)}
 
 
 def _parts(weight: torch.Tensor) -> list[slice]:
@@ -82,14 +88,14 @@ def read_quantized(reader: ShardReader, spec: WeightSpec, weight_format: str, de
         return reader.map(spec, rank).flatten(1).to(device)
 
     weight = shard(reader.tp_rank)
-    column_max = _column_max(weight)
+    column_max = largest_of_columns(weight)
     if spec.split_axis == 0:
         for rank in range(reader.config.tensor_para_size):
             if rank != reader.tp_rank:
-                column_max = torch.maximum(column_max, _column_max(shard(rank)))
+                column_max = torch.maximum(column_max, largest_of_columns(shard(rank)))
     return quantize(weight, column_max, weight_format)
 
 
-def _column_max(weight: torch.Tensor) -> torch.Tensor:
+def largest_of_columns(weight: torch.Tensor) -> torch.Tensor:
     """[out] fp32, the largest |w| along the first axis, without a copy of the weight."""
     return torch.maximum(weight.amax(0), -weight.amin(0)).float()

@@ -76,7 +76,7 @@ def pick_backend(
         )
     if engine == "torch":
         check_supported(model_config)
-        _check_fp8(engine_config, device)
+        _check_formats(engine_config, device)
     elif not lib_path.is_file():
         raise ValueError(f"lib_path is {lib_path}, and there is no such file")
     elif lacking := _what_fastertransformer_lacks(engine_config, model_config, pp):
@@ -187,8 +187,11 @@ def _positive(variable: str) -> int:
     return int(value) if value.isdigit() else 0
 
 
-def _check_fp8(engine_config: EngineConfig, device: torch.device) -> None:
-    """Raise RuntimeError with the setting's and the GPU's name where fp8 is asked for and the GPU lacks it."""
+def _check_formats(engine_config: EngineConfig, device: torch.device) -> None:
+    """Raise RuntimeError with the setting's and the GPU's name where a format is asked for that the device lacks."""
+    if engine_config.weight_format == "w8a8" and (device.type != "cpu" or not torch.cpu._is_vnni_supported()):
+        here = "this CPU has none" if device.type == "cpu" else "a GPU computes int8 and fp8"
+        raise RuntimeError(f"quantization is w8a8, which needs a CPU with VNNI; {here}")
     for name in ("quantization", "kv_cache_dtype"):
         if getattr(engine_config, name) == "fp8" and not has_fp8(device):
             major, minor = torch.cuda.get_device_capability(device)
@@ -212,8 +215,9 @@ def _why_not_fastertransformer(
 
 def _what_fastertransformer_lacks(engine_config: EngineConfig, config: ModelConfig, pp: int) -> str | None:
     """The reason why its op, or our driver of it, cannot run this model, with the key's name; None: it can."""
+    if engine_config.weight_format not in ("none", "int8"):
+        return f"quantization is {engine_config.weight_format}; FasterTransformer's GPT computes none and int8 only"
     for name, refused, computed in (
-        ("quantization", "fp8", "none and int8"),
         ("kv_cache_dtype", "fp8", "auto"),
         ("speculative", "ngram", "none"),
     ):

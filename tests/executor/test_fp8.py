@@ -229,6 +229,11 @@ def plain_logits(converted: Callable[[int], Path], probe_texts: list[list[int]])
         ({"quantization": "fp8"}, "fp8 weights"),
         ({"kv_cache_dtype": "fp8"}, "fp8 key-value cache"),
         ({"int8_mode": 1}, "int8 weights"),
+        pytest.param(
+            {"quantization": "w8a8"},
+            "w8a8 weights",
+            marks=pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="no VNNI here"),
+        ),
     ],
     ids=str,
 )
