@@ -11,6 +11,7 @@ from engine.request import CANCELLED, EngineBusy, EngineStopping
 from serving.flags import LogFlags
 from serving.generation import Run
 from serving.metrics import ServerMetrics
+from serving.request import Chat
 
 _LOG = logging.getLogger("requests")
 _MAX_ID_LEN, _MAX_ERROR_LEN = 128, 300  # a client chooses the id, and words of some errors
@@ -71,6 +72,8 @@ def _first(arrived: float, times: Iterable[float]) -> float | None:
 
 
 def _text(prompt: Any) -> Any:
+    if isinstance(prompt, Chat):
+        return prompt.messages
     if isinstance(prompt, (str, bytes)):
         return prompt if isinstance(prompt, str) else prompt.decode(errors="replace")
     return [int(token_id) for token_id in prompt]

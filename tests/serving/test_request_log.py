@@ -13,7 +13,7 @@ from engine.request import CANCELLED, EngineBusy, EngineStopping, Request, Sampl
 from serving.flags import LogFlags
 from serving.generation import Generator
 from serving.metrics import REFUSALS, ServerMetrics
-from serving.request import GenerationRequest
+from serving.request import Chat, GenerationRequest
 from serving.request_log import RequestLog
 from tests.support.counting_engine import CountingEngine, letter_encoder
 
@@ -153,6 +153,16 @@ def test_prompts_and_outputs_are_logged_only_when_asked_for(caplog: pytest.LogCa
     fields = setup.line[1]
     assert fields["prompt_texts"] == ["cdefgh", "cdefg", [2, 3, 4]]
     assert fields["output_texts"] == [["abcdef"]] * 3
+
+
+def test_a_chat_is_logged_as_its_messages(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = '[{"role": "user", "content": "cdefgh"}]'
+    setup = Setup(CountingEngine(), caplog, log_prompts=True)
+    template = setup.generator.encoder.chat_template
+    monkeypatch.setattr(template, "render", lambda messages, **options: messages[0]["content"])
+    setup.run(ask(Chat(chat), 6))
+    fields = setup.line[1]
+    assert (fields["prompt_texts"], fields["output_texts"]) == ([chat], [["abcdef"]])
 
 
 def test_a_long_id_is_cut(caplog: pytest.LogCaptureFixture) -> None:
