@@ -152,7 +152,7 @@ class Endpoints:
                 with refusals(kind.names):
                     ask = await asyncio.to_thread(kind.parse, fields, self._model)
                 fields.log_ignored(request.path)
-            with refusals(kind.names):
+            with refusals({**kind.names, "max_new_tokens": ask.max_tokens_name}):
                 running = self._generator.run(ask.requests, front_end="openai", log_id=request_id)
                 run = await stack.enter_async_context(running)
             reply = Reply(run, ask, kind.shape(ask), self._model, request_id)

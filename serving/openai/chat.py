@@ -25,10 +25,11 @@ def parse(fields: Fields, model: ServedModel) -> Ask:
 
     Raises OpenAIError, or ParameterError with the engine's names, for the first thing that is wrong.
     """
-    for name in ("tools", "functions", "modalities", "audio"):
+    for name in ("tools", "functions", "audio"):
         fields.refuse(name, "is not supported")
-    if (fields.object("response_format").get("type", str) or "text") != "text":
-        raise bad_field("response_format", "is not supported, other than of type text")
+    if any(kind != "text" for kind in fields.items("modalities", str)):
+        raise bad_field("modalities", "is not supported, other than text")
+    parameters.check_format(fields)
     wants_log_probs = fields.flag("logprobs")
     num_log_probs = parameters.count(fields, "top_logprobs") or 0
     if num_log_probs and not wants_log_probs:
@@ -36,12 +37,14 @@ def parse(fields: Fields, model: ServedModel) -> Ask:
     stream, include_usage = parameters.stream_options(fields)
     num_choices = parameters.num_choices(fields)
     max_tokens = parameters.count(fields, "max_completion_tokens")
+    max_tokens_name = "max_tokens" if max_tokens is None else "max_completion_tokens"
     if max_tokens is None:
         max_tokens = parameters.count(fields, "max_tokens")
     prompt_ids = prompt_of(fields, model)
     if max_tokens is None:  # all that there is room for
-        kept = fields.get("truncate_prompt_tokens", int) or len(prompt_ids)
-        max_tokens = max(1, model.encoder.max_seq_len - min(len(prompt_ids), abs(kept)))
+        kept = fields.get("truncate_prompt_tokens", int) or -1  # -1: the whole prompt, if there is room
+        num_kept = min(len(prompt_ids), kept) if kept > 0 else len(prompt_ids)
+        max_tokens = max(1, model.encoder.max_seq_len - num_kept)
     max_new_tokens = max(1, max_tokens)
     params = parameters.sampling_params(fields, model, max_new_tokens, num_choices, num_log_probs)
     options = parameters.text_options(fields, model, max_new_tokens) | {"with_log_probs": wants_log_probs}
@@ -55,6 +58,7 @@ def parse(fields: Fields, model: ServedModel) -> Ask:
         tokens_as_ids=fields.flag("return_tokens_as_token_ids"),
         skips_special_tokens=options["skip_special_tokens"],
         drops_output=max_tokens == 0,
+        max_tokens_name=max_tokens_name,
     )
 
 
@@ -65,10 +69,10 @@ def prompt_of(fields: Fields, model: ServedModel) -> list[int]:
         raise bad_field("messages", "is empty; it must have at least one message")
     num_bytes = sum(len(message["content"].encode(errors="replace")) for message in messages)
     most = model.encoder.max_prompt_bytes
-    if num_bytes > most or len(messages) > model.encoder.max_seq_len:
-        raise bad_field(
-            "messages", f"has {len(messages)} messages of {num_bytes} bytes; at most {most} bytes are taken"
-        )
+    if num_bytes > most:
+        raise bad_field("messages", f"has {num_bytes} bytes of content; at most {most} are taken")
+    if len(messages) > model.encoder.max_seq_len:
+        raise bad_field("messages", f"has {len(messages)} messages; at most {model.encoder.max_seq_len} are taken")
     text, adds_special_tokens = _rendered(fields, messages, model), fields.flag("add_special_tokens")
     return model.encoder.tokenize(text, add_special_tokens=adds_special_tokens)
 

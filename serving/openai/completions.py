@@ -19,6 +19,7 @@ _DEFAULT_MAX_TOKENS = 16
 def parse(fields: Fields, model: ServedModel) -> Ask:
     """Raises OpenAIError, or ParameterError with the engine's names, for the first thing that is wrong."""
     fields.refuse("suffix", "is not supported: the model cannot insert text")
+    parameters.check_format(fields)
     prompts = _prompts(fields)
     max_tokens = parameters.count(fields, "max_tokens")
     max_tokens = _DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
@@ -64,16 +65,14 @@ def _prompts(fields: Fields) -> list[Any]:
         return [given]
     if not isinstance(given, list) or not given:
         raise bad_field("prompt", "must be a string, token ids, or a list of either, with at least one item")
-    if type(given[0]) is int:
-        given = [given]
-    if len(given) > _MAX_PROMPTS:
+    kind = type(given[0])
+    if kind is not int and len(given) > _MAX_PROMPTS:
         raise bad_field("prompt", f"has {len(given)} prompts; at most {_MAX_PROMPTS} are taken at once")
-    if all(isinstance(prompt, str) for prompt in given):
-        return given
-    for index, prompt in enumerate(given):
-        if not isinstance(prompt, list) or not all(type(token_id) is int for token_id in prompt):
-            raise bad_field("prompt", f"has an item ({index}) that is neither of the first one's type nor token ids")
-    return given
+    for index, item in enumerate(given):
+        is_right = type(item) is kind and kind in (int, str, list)
+        if not is_right or (kind is list and not all(type(token_id) is int for token_id in item)):
+            raise bad_field("prompt", f"has an item ({index}) that is no text or tokens, or unlike the first one")
+    return [given] if kind is int else given
 
 
 class CompletionShape:

@@ -61,7 +61,10 @@ def refusals(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except ParameterError as error:
-        raise OpenAIError(400, error.sentence(names), names.get(error.field, error.field)) from None
+        name = names.get(error.field, error.field)
+        if name != "prompt":  # the index is a prompt's: after `stop` or `messages` it would be read as an item's
+            error.index = None
+        raise OpenAIError(400, error.sentence(names), name) from None
     except EngineStopping as error:
         raise OpenAIError(503, one_line(error), code="server_stopping") from None
     except EngineBusy as error:

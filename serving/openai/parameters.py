@@ -46,6 +46,7 @@ class Ask:
     is greedy: then all are equal. Fewer where best_of is given: then the best are returned.
     num_log_probs: alternatives of each token in the answer; None: no log-probabilities.
     drops_output: max_tokens is 0; the engine makes one token, and the answer has none.
+    max_tokens_name: the field that set the most new tokens.
     """
 
     requests: list[GenerationRequest]
@@ -58,6 +59,7 @@ class Ask:
     tokens_as_ids: bool = False
     skips_special_tokens: bool = True
     drops_output: bool = False
+    max_tokens_name: str = "max_tokens"
 
 
 def sampling_params(
@@ -139,6 +141,12 @@ def stream_options(fields: Fields) -> tuple[bool, bool]:
     stream = fields.flag("stream")
     options = fields.object("stream_options")
     return stream, options.flag("include_usage")
+
+
+def check_format(fields: Fields) -> None:
+    """Refuse a response_format other than text: the answer would not have it."""
+    if (fields.object("response_format").get("type", str) or "text") != "text":
+        raise bad_field("response_format", "is not supported, other than of type text")
 
 
 def count(fields: Fields, name: str) -> int | None:

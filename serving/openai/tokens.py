@@ -34,6 +34,8 @@ def tokenize(fields: Fields, model: ServedModel) -> dict[str, Any]:
 def detokenize(fields: Fields, model: ServedModel) -> dict[str, Any]:
     """The text of the field tokens. Call it in a thread."""
     encoder = model.encoder
+    if fields.any("tokens") is None:
+        raise bad_field("tokens", "is missing; it must be a list of token ids")
     token_ids = fields.items("tokens", int)
     if len(token_ids) > encoder.max_seq_len:
         raise bad_field("tokens", f"has {len(token_ids)} tokens; at most {encoder.max_seq_len} are taken")

@@ -48,6 +48,20 @@ def test_without_a_limit_the_answer_may_be_as_long_as_there_is_room(api: Api, to
     assert usage["total_tokens"] == 512
 
 
+@pytest.mark.parametrize(("most", "num_kept"), [(None, None), (-1, None), (5, 5), (500, None)])
+def test_the_room_is_what_the_kept_prompt_leaves(
+    api: Api, tokenizer: Any, most: int | None, num_kept: int | None
+) -> None:
+    body = {"messages": MESSAGES, "truncate_prompt_tokens": most, "stop": ["e"]}
+    usage = api.chat(**body).json["usage"]
+    assert usage["prompt_tokens"] == (num_kept or len(tokenizer.encode(RENDERED)))
+
+
+def test_what_asks_for_text_alone_is_taken(api: Api) -> None:
+    plain = api.chat(**BODY).json["choices"]
+    assert api.chat(**BODY, modalities=["text"], response_format={"type": "text"}, tools=[]).json["choices"] == plain
+
+
 def test_content_in_parts_and_template_options(api: Api, tokenizer: Any) -> None:
     def rendered(**fields: Any) -> str:
         return tokenizer.decode(api.post("/tokenize", **fields).json["tokens"])
@@ -68,8 +82,17 @@ def test_content_in_parts_and_template_options(api: Api, tokenizer: Any) -> None
         ({"messages": MESSAGES, "tools": [{}]}, "tools", "not supported"),
         ({"messages": MESSAGES, "response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"messages": MESSAGES, "top_logprobs": 2}, "top_logprobs", "logprobs must be true"),
-        ({"messages": MESSAGES, "max_tokens": 600}, None, "512"),
-        ({"messages": [{"role": "user", "content": "word " * 2000}]}, None, "512"),
+        ({"messages": MESSAGES, "max_tokens": 600}, "max_tokens", "max_tokens is 600"),
+        ({"messages": MESSAGES, "max_completion_tokens": 600}, "max_completion_tokens", "max_completion_tokens is 600"),
+        ({"messages": MESSAGES, "modalities": ["text", "audio"]}, "modalities", "not supported"),
+        ({"messages": MESSAGES, "stop": ["a", "x" * 257]}, "stop", "stop has a word of 257 bytes"),
+        ({"messages": MESSAGES * 300}, "messages", "has 600 messages; at most 512"),
+        (
+            {"messages": [{"role": "user", "content": "a" * 32769}]},
+            "messages",
+            "32769 bytes of content; at most 32768",
+        ),
+        ({"messages": [{"role": "user", "content": "word " * 2000}]}, "messages", "messages has 2"),
         ({"messages": MESSAGES, "chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "tokenize"),
     ],
 )
@@ -92,6 +115,7 @@ def test_tokens_there_and_back(api: Api, tokenizer: Any) -> None:
     assert api.post("/detokenize", tokens=ids).json == {"prompt": text}
     assert api.post("/detokenize", tokens=[4096]).error[:2] == (400, "tokens")
     assert api.post("/tokenize").error[:2] == (400, "prompt")
+    assert api.post("/detokenize").error[:2] == (400, "tokens")
     info = api.get("/tokenizer_info").json
     assert info["eos_token"] == "<|endoftext|>" and "/" not in str(info["tokenizer_class"])
 
