@@ -167,6 +167,8 @@ def _read_file(flags: argparse.Namespace, given: dict[str, Any]) -> list[Prompt]
             raise ValueError(f"{name}:{number}: not valid UTF-8: {error.reason} at byte {error.start}") from None
         except json.JSONDecodeError as error:
             raise ValueError(f"{name}:{number}: not valid JSON: {error.msg} at column {error.colno}") from None
+        except RecursionError:
+            raise ValueError(f"{name}:{number}: not valid JSON: nested too deeply") from None
         except ValueError as error:
             raise ValueError(f"{name}:{number}: {error}") from None
     if not prompts:

@@ -124,6 +124,7 @@ def test_prompts_of_a_chat_are_a_users_messages(tmp_path: Path) -> None:
     ("line", "expected"),
     [
         ("{", "not valid JSON: Expecting property name enclosed in double quotes at column 2"),
+        ("[" * 3000, "not valid JSON: nested too deeply"),
         ("[1]", "not a JSON object"),
         ({"top_k": 1}, "it must have one of prompt, input_ids and messages"),
         ({"prompt": "a", "input_ids": [1]}, "it must have one of prompt, input_ids and messages"),
