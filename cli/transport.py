@@ -213,7 +213,7 @@ class Transport:
         self.running: dict[str, None] = {}  # ids
         self.is_stopping = False
         self._is_gone = False
-        key = flags.api_key or os.environ.get("SERVER_API_KEY")
+        key = (flags.api_key or os.environ.get("SERVER_API_KEY", "")).strip()  # as the server reads it
         self._stop_parameters = {"api_key": key} if key else None
 
     async def is_ready(self) -> bool:

@@ -35,16 +35,25 @@ class OpenAIFlags:
                 raise ValueError(f"{name} is {path!r}; it must be a file that can be read")
         if self.ssl_keyfile and not self.ssl_certfile:
             raise ValueError(f"ssl_keyfile is {self.ssl_keyfile!r}; ssl_certfile must be set with it")
+        if self._given_key and not self.key:  # a secret that was not filled in must not open the port
+            raise ValueError(f"api_key is blank (--api-key or ${_KEY_VARIABLE}); it must have a visible character")
         self.make_tls_context()
+
+    @property
+    def _given_key(self) -> str:
+        return self.api_key or os.environ.get(_KEY_VARIABLE, "")
 
     @property
     def key(self) -> str:
         """The key that clients must send; "": none."""
-        return (self.api_key or os.environ.get(_KEY_VARIABLE, "")).strip()
+        return self._given_key.strip()
 
     def read_chat_template(self) -> str | None:
-        """The template's text; None where none is given."""
-        return Path(self.chat_template).read_text(encoding="utf-8") if self.chat_template else None
+        """The template's text; None where none is given. Raises ValueError for a file that is not UTF-8."""
+        try:
+            return Path(self.chat_template).read_text(encoding="utf-8") if self.chat_template else None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"chat_template is {self.chat_template!r}; it must be UTF-8 ({one_line(error)})") from None
 
     def make_tls_context(self) -> ssl.SSLContext | None:
         """The port's TLS; None: plain HTTP. Raises ValueError for files that do not fit."""

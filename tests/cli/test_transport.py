@@ -89,7 +89,7 @@ def test_stops_carry_the_key_and_other_requests_do_not(server: StandinServer, mo
     server.model.token_s = 0.1
     command = ["--prompts", "a", "--output-len", "1000", "--inference-timeout-s", "0.35"]
     assert server.ask(*command, "--api-key", "of the flag")[0] == 1
-    monkeypatch.setenv("SERVER_API_KEY", "of the environment")
+    monkeypatch.setenv("SERVER_API_KEY", "of the environment\n")
     assert server.ask(*command)[0] == 1
     wait_for(lambda: not server.model.running)
     assert server.model.keys == ["of the flag", "of the environment"]

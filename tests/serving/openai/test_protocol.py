@@ -81,6 +81,20 @@ def test_a_key_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         assert answer.status == 200
 
 
+@pytest.mark.parametrize(("flag", "variable"), [(" ", None), ("", "\n"), (" ", "right")])
+def test_a_blank_key_does_not_open_the_port(monkeypatch: pytest.MonkeyPatch, flag: str, variable: str | None) -> None:
+    monkeypatch.setenv("SERVER_API_KEY", variable or "")
+    with pytest.raises(ValueError, match="api_key is blank"):
+        OpenAIFlags(api_key=flag)
+
+
+def test_a_template_that_is_no_text_is_named(tmp_path: Path) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"chat_template is '.*t.jinja'; it must be UTF-8"):
+        OpenAIFlags(chat_template=str(template)).read_chat_template()
+
+
 def test_tls(tmp_path: Path) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     subprocess.run(
