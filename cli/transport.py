@@ -268,11 +268,19 @@ class Transport:
             del self.running[request_id]
 
     async def _transfer(self, inputs: dict[str, np.ndarray], on_response: OnResponse) -> None:
+        names: set[str] = set()
+
+        def take(response: dict[str, np.ndarray]) -> None:
+            names.update(response)
+            on_response(response)
+
         with _failures(self.connection):
             if self.is_streaming:
-                await self.connection.stream(self.model, inputs, on_response)
+                await self.connection.stream(self.model, inputs, take)
             else:
-                on_response(await self._infer(inputs))
+                take(await self._infer(inputs))
+        if "finish_reason" not in names:  # a proxy may end a stream that was cut as if it were whole
+            raise Gone(f"the connection to {self.connection.url} broke (the answer has no end)")
 
     async def _infer(
         self, inputs: dict[str, np.ndarray], parameters: dict[str, str] | None = None

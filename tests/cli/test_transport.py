@@ -117,6 +117,21 @@ def test_a_model_that_comes_late_is_waited_for() -> None:
     assert asyncio.run(transport.Transport(late, flags).is_ready()) and late.calls == 3
 
 
+@pytest.mark.parametrize("pieces", [[], [{"sentences": np.array([[b"half"]])}]])
+def test_a_stream_that_ends_before_its_last_piece_is_a_broken_one(pieces: list[dict[str, np.ndarray]]) -> None:
+    class Cut:
+        broken = (OSError,)
+        url = "http://x"
+
+        async def stream(self, model: str, inputs: object, on_response: transport.OnResponse) -> None:
+            for piece in pieces:
+                on_response(piece)
+
+    cut = transport.Transport(Cut(), parse_flags(["--prompts", "a", "--stream", "--retries", "0"]))
+    with pytest.raises(transport.Gone, match="the connection to http://x broke"):
+        asyncio.run(cut.send({}, lambda response: None))
+
+
 @pytest.mark.parametrize(
     "text",
     [
