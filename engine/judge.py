@@ -41,12 +41,12 @@ class FolderView:
     is_seen: bool  # rank 0 sees what it wrote
 
 
-def attempt(name: str, check: Callable[[], str], remedy: str = "") -> Result:
-    """The Result of a check that returns a sentence, or raises an error that has one but for the remedy."""
+def attempt(name: str, check: Callable[[], str]) -> Result:
+    """The Result of a check that returns a sentence, or raises an error that has one."""
     try:
         return Result(name, True, check())
     except (ValueError, RuntimeError, OSError, ImportError) as error:
-        return Result(name, False, " ".join(f"{error}{remedy}".split()))
+        return Result(name, False, " ".join(str(error).split()))
 
 
 def on_host(rank: int, hosts: Sequence[str]) -> str:

@@ -62,16 +62,23 @@ class FrontEndFlags:
         return ports | {name: port for name, port in others.items() if port}
 
     def check_free(self) -> None:
-        """Raise ValueError for a port that something else holds: Triton's own message is hard to find."""
+        """Raise ValueError for a port that something else holds, or an address that is none of IPv4.
+
+        Triton's own messages are hard to find.
+        """
         address = self.triton.http_address
         for name, port in self.ports.items():
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
                     probe.bind((address, port))
+                except socket.gaierror as error:
+                    sentence = f"http_address is {address}; it must be an IPv4 address or a host that has one"
+                    raise ValueError(f"{sentence} ({error.strerror})") from None
                 except OSError as error:
                     reason = os.strerror(error.errno) if error.errno else error
-                    raise ValueError(f"{name} is {port}; {address} cannot be bound there ({reason})") from None
+                    sentence = f"{name} is {port}; {address} cannot be bound there ({reason})"
+                    raise ValueError(f"{sentence}: end what uses it, or give another port") from None
 
     def checks(self) -> list[Callable[[], Result]]:
         """What --check asks of the host of rank 0: free ports, and Triton's libraries."""
@@ -87,7 +94,7 @@ class FrontEndFlags:
             return find_libraries()
 
         return [
-            lambda: attempt("ports", ports, remedy=": end what uses it, or give another port"),
+            lambda: attempt("ports", ports),
             lambda: attempt("Triton", triton),
         ]
 

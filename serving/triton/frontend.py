@@ -43,7 +43,7 @@ class TritonFlags:
     @property
     def local_address(self) -> str:
         """The address at which this process itself finds Triton."""
-        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.http_address, self.http_address)
+        return "127.0.0.1" if self.http_address == "0.0.0.0" else self.http_address
 
     def is_listening(self) -> bool:
         """Whether Triton takes connections."""

@@ -58,6 +58,13 @@ def test_a_port_that_is_taken_is_named(port: MetricsPort) -> None:
         MetricsPort("127.0.0.1", port.port, lambda accept: (b"", "")).start()
 
 
+@pytest.mark.parametrize("address", ["::1", "999.1.1.1"])
+def test_an_address_that_is_none_is_named(address: str) -> None:
+    flags = FrontEndFlags(TritonFlags(http_address=address), OpenAIFlags(), PrometheusFlags(0), LogFlags())
+    with pytest.raises(ValueError, match=f"^http_address is {address}; it must be an IPv4 address or a host that has"):
+        flags.check_free()
+
+
 def test_its_port_is_none_of_the_others() -> None:
     with pytest.raises(ValueError, match="^prometheus_port is 65536; it must be between 0 and 65535$"):
         PrometheusFlags(65536)
