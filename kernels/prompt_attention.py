@@ -26,7 +26,7 @@ except ImportError:  # a CPU-only torch comes without it
     triton = None
 
 TILE_ROWS = 64  # queries of a program
-_BLOCK_KEYS = 64  # keys that a program reads at once
+_BLOCK_KEYS = 64  # keys that a program reads at once; fewer of wide heads or in fp32, so that they fit
 
 
 class PromptMetadata(NamedTuple):
@@ -106,7 +106,7 @@ def prompt_attention(
     keys, values, key_scales, value_scales = cache
     heads, head_dim = layout.heads, layout.head_dim
     dims = max(16, triton.next_power_of_2(head_dim))
-    is_wide = qkv.dtype == torch.float32
+    is_wide, is_wide_head = qkv.dtype == torch.float32, dims > 128
     out = torch.empty(len(qkv), heads * head_dim, dtype=qkv.dtype, device=qkv.device)
     cosines, sines = (out, out) if cos_sin is None else cos_sin
     places = layout.places()
@@ -136,9 +136,10 @@ def prompt_attention(
         head_dim=head_dim,
         dims=dims,
         block_m=TILE_ROWS,
-        block_n=_BLOCK_KEYS >> is_wide,
+        # A tile's queries and the blocks on their way fit into 99 KiB of shared memory: many a GPU has no more.
+        block_n=_BLOCK_KEYS >> (is_wide + is_wide_head),
         num_warps=8 if is_wide else 4,
-        num_stages=2 if is_wide else 3,
+        num_stages=3 - is_wide - (is_wide and is_wide_head),
         **dependent_launch.options(qkv.device),
     )
     return out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -83,7 +85,9 @@ LAYOUTS = [
     (8, 1, 128, False, 64),
     (2, 2, 8, False, 2),
     (12, 4, 80, False, 10),
+    (4, 4, 256, False, 32),
 ]
+LEAST_SHARED_MEMORY = 99 << 10  # bytes that a program may have on GPUs of compute capability 8.6, 8.9 and 12.0
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
@@ -121,6 +125,27 @@ def test_prompt_attention(
     assert error < {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}[dtype]
     again = prompt_attention.prompt_attention(qkv, layout, cache, prompts, slopes, cos_sin, window)
     assert torch.equal(ours, again)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 160, 256])
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_prompt_attention_fits_every_gpus_shared_memory(
+    dtype: torch.dtype, head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that does not fit is refused when it is launched: no server of such a model would start."""
+    kernel = prompt_attention._kernel
+    shared: list[int] = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *args, **options: shared.append(kernel[grid](*args, **options).metadata.shared)
+
+    monkeypatch.setattr(prompt_attention, "_kernel", Recorder())
+    qkv = torch.zeros(5, 3 * 2 * head_dim, dtype=dtype, device="cuda")
+    cache = LayerCache(*torch.zeros(2, 8, 2, head_dim, dtype=dtype, device="cuda"))
+    prompts = PromptMetadata(torch.arange(8, device="cuda").int()[None], torch.tensor(make_tiles([(0, 0, 5)])).cuda())
+    prompt_attention.prompt_attention(qkv, HeadLayout(2, 2, head_dim, False), cache, prompts)
+    assert 0 < shared[0] <= LEAST_SHARED_MEMORY
 
 
 def wide(*tensors: torch.Tensor) -> list[torch.Tensor]:
