@@ -31,5 +31,5 @@ if triton is not None:
 
     @triton.jit
     def cast_fp8(x, scale):
-        """`to_fp8` in a kernel."""
-        return tl.clamp(x.to(tl.float32) / scale, -448.0, 448.0).to(tl.float8e4nv)
+        """`to_fp8` in a kernel. Without ALL, a NaN becomes ±448."""
+        return tl.clamp(x.to(tl.float32) / scale, -448.0, 448.0, tl.PropagateNan.ALL).to(tl.float8e4nv)

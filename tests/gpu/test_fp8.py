@@ -64,6 +64,17 @@ def test_quantized_rows_are_the_references(rows: int, num_in: int, dtype: torch.
     assert not as_bytes(values)[-1].any()
 
 
+def test_nan_stays() -> None:
+    """A sequence whose numbers are broken must not get finite ones."""
+    x = torch.randn(3, 2 * 3 * 16, device="cuda").bfloat16()
+    x[1, [7, 40, 90]] = float("nan")  # of a query, a key and a value
+    assert torch.equal(quantize_rows.quantize_rows(x)[0].float().isnan(), x.isnan())
+    cache, layout = random_cache(3, 2, 16), HeadLayout(2, 2, 16, False)
+    store_kv.store_kv(x, layout, cache, torch.arange(3, device="cuda"))
+    for part, expected in zip(cache[:2], layout.split(x)[1:], strict=True):
+        assert torch.equal(part.float().isnan(), expected.isnan()) and part.float().isnan().any()
+
+
 def test_widened_weights_are_the_references() -> None:
     weight = torch.randn(33, 5000, device="cuda")
     scales = weight.abs().amax(1) / 448
