@@ -1,6 +1,6 @@
 """Requests to the server over HTTP or gRPC: tensors out, arrays back, retries, cancellation.
 
-This file owns Triton's two protocols and their errors. It knows no screen, files or exit codes.
+This file owns Triton's two protocols and their errors. It knows no files or exit codes.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ import random
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import numpy as np
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from cli.parameters import PARAMETERS, Prompt
+from cli.terminal import complain
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0  # between the tries of one request
 _STOP_TIMEOUT_S = 1.0
+_LOADING_S = 10.0  # Triton may be ready for so long before the server has given it the model
 
 
 def make_inputs(prompt: Prompt) -> dict[str, np.ndarray]:
@@ -217,16 +219,29 @@ class Transport:
         self._stop_parameters = {"api_key": key} if key else None
 
     async def is_ready(self) -> bool:
-        """Wait for the model; False if it is not ready within --init-timeout-s."""
-        deadline = time.monotonic() + self.flags.init_timeout_s
+        """Wait for the model; False if it is not ready within --init-timeout-s. Says so where the server is."""
+        started = time.monotonic()
+        deadline = started + self.flags.init_timeout_s
+        is_told = False
         while True:
             left = max(deadline - time.monotonic(), 0.1)
-            with contextlib.suppress(Failure, asyncio.TimeoutError), _failures(self.connection):
-                if await asyncio.wait_for(self.connection.client.is_model_ready(self.model), left):
-                    return True
+            if await self._answers_yes(self.connection.client.is_model_ready(self.model), left):
+                return True
             if time.monotonic() > deadline:
                 return False
+            if not is_told and time.monotonic() - started > _LOADING_S:
+                is_told = await self._answers_yes(self.connection.client.is_server_ready(), left)
+                if is_told:
+                    complain(
+                        f"the server at {self.connection.url} is ready, but has no model {self.model} so far; the "
+                        "server's line `ready: model …` has the --model-name"
+                    )
             await asyncio.sleep(0.2)
+
+    async def _answers_yes(self, question: Awaitable[bool], limit_s: float) -> bool:
+        with contextlib.suppress(Failure, asyncio.TimeoutError), _failures(self.connection):
+            return await asyncio.wait_for(question, limit_s)
+        return False
 
     async def send(self, inputs: dict[str, np.ndarray], on_response: OnResponse) -> list[dict[str, np.ndarray]]:
         """Send a request, up to --retries more times; returns its responses. Raises Failure.

@@ -117,6 +117,19 @@ def test_a_model_that_comes_late_is_waited_for() -> None:
     assert asyncio.run(transport.Transport(late, flags).is_ready()) and late.calls == 3
 
 
+@pytest.mark.parametrize("kind", ["http", "grpc"])
+def test_a_wrong_model_name_is_told_where_the_server_is_ready(
+    server: StandinServer, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(transport, "_LOADING_S", 0.3)
+    flags = ["--prompts", "a", "--model-name", "wrong", "--init-timeout-s", "1.5"]
+    code, _, stderr = server.ask(*flags, kind=kind)
+    assert code == 3 and stderr.count("is ready, but has no model wrong so far") == 1
+    assert "no model wrong at" in stderr
+    closed = server.ask(*flags, "--url", server.url(kind).rpartition(":")[0] + ":9", "--init-timeout-s", "0.8")
+    assert closed[0] == 3 and "is ready" not in closed[2]
+
+
 @pytest.mark.parametrize("pieces", [[], [{"sentences": np.array([[b"half"]])}]])
 def test_a_stream_that_ends_before_its_last_piece_is_a_broken_one(pieces: list[dict[str, np.ndarray]]) -> None:
     class Cut:

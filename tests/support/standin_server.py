@@ -129,6 +129,9 @@ class _Grpc(service_pb2_grpc.GRPCInferenceServiceServicer):
     def __init__(self, model: Model) -> None:
         self.model = model
 
+    async def ServerReady(self, request: Any, context: Any) -> Any:
+        return service_pb2.ServerReadyResponse(ready=True)
+
     async def ModelReady(self, request: Any, context: Any) -> Any:
         return service_pb2.ModelReadyResponse(ready=request.name in (NAME, f"{NAME}_streaming"))
 
@@ -179,9 +182,13 @@ class _Http:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.app = web.Application(client_max_size=2**28)
+        self.app.router.add_get("/v2/health/ready", self.server_ready)
         self.app.router.add_get("/v2/models/{model}/ready", self.ready)
         self.app.router.add_post("/v2/models/{model}/infer", self.infer)
         self.app.router.add_post("/v2/models/{model}/generate_stream", self.generate_stream)
+
+    async def server_ready(self, request: web.Request) -> web.Response:
+        return web.Response()
 
     async def ready(self, request: web.Request) -> web.Response:
         return web.Response(status=200 if request.match_info["model"] in (NAME, f"{NAME}_streaming") else 400)
