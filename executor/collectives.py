@@ -24,6 +24,8 @@ from kernels.peer_sum import Peers, inbox_shape, peer_sum
 
 # A row waits for the same row of the other ranks. All start their rows in the same order, so each row gets its turn.
 _MAX_PEER_ROWS = 256
+# With stages: a row that waits has a multiprocessor, and what stages send each other needs some, too.
+_MAX_PEER_ROWS_OF_STAGES = 48
 _MAX_PEER_BYTES = 4 << 20  # of a sum; NCCL is faster beyond
 _FIRST_SUM_S = 30.0  # another rank may compile the kernel meanwhile
 _LOG = logging.getLogger("engine")
@@ -239,7 +241,8 @@ class _NcclGroups:
         from torch.distributed import _symmetric_memory as symmetric_memory
 
         assert self._tp is not None
-        shape = inbox_shape(self._tp.size(), min(_MAX_PEER_ROWS, _MAX_PEER_BYTES // row_bytes), row_bytes)
+        most = _MAX_PEER_ROWS_OF_STAGES if self._pairs else _MAX_PEER_ROWS
+        shape = inbox_shape(self._tp.size(), min(most, _MAX_PEER_BYTES // row_bytes), row_bytes)
         inbox = symmetric_memory.empty(shape, dtype=torch.int64, device=device).zero_()
         torch.cuda.synchronize(device)
         return inbox
