@@ -145,6 +145,8 @@ class Scheduler:
         self.memory.num_queried = self.memory.num_hit = 0
         for group in pending.skipping_groups:
             group.num_in_flight -= 1
+        for group in pending.started:  # it may have moved, to a cohort that was without requests for long
+            self._cohorts[group.cohort].committed_at = now
         pending.give_extras(step)
         updated = self._append(pending.sequences, step, progress)
         if num_steady := progress.num_tokens - num_others:  # they got a token from the last plan too

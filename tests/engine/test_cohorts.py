@@ -194,6 +194,23 @@ def test_requests_that_move_have_no_gap_since_the_start(monkeypatch: pytest.Monk
     assert max(gap for gap, _ in gaps) <= 4
 
 
+def test_requests_that_move_before_their_first_token_have_no_old_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
+    monkeypatch.setattr(cohorts, "FEW", 6)
+    scheduler, device = make(2)[0].scheduler, PaperDevice(4)
+    launched, gaps = [], []
+    for count in (5, 1):  # the sixth lets some move to the second cohort, while their first tokens are on the way
+        for _ in range(count):
+            scheduler.add(request(12))
+        launched.append(device.execute(scheduler.schedule()))
+    while launched:
+        gaps += scheduler.commit(launched.pop(0)).gaps
+        if (plan := scheduler.schedule()) is not None:
+            launched.append(device.execute(plan))
+    assert sum(count for _, count in gaps) == 6 * 11
+    assert all(gap == 0 for gap, _ in gaps)
+
+
 def test_prompts_are_limited_beside_sequences_of_another_cohort(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cohorts, "FEW", 3)  # so two decode in one cohort, and two prompts are the other one
     scheduler = Scheduler(8, 1000, 64, block_size=4, num_blocks=200, max_mixed_tokens=16, num_cohorts=2)
