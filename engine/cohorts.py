@@ -17,6 +17,15 @@ from engine.sequence import SequenceGroup
 FEW = 16  # requests; fewer begin in one cohort
 
 
+def may_fit(num_running: int) -> int:
+    """How many requests may fit where so many do.
+
+    Of many a quarter more: few plans suffice for all, and cohorts stay about as large where no more fit. Of few one
+    more: several cohorts do not pay for those that do not come.
+    """
+    return num_running + 1 + (num_running // 4 if num_running >= FEW else 0)
+
+
 class Cohort:
     """Some of the running requests, in the order in which they entered first."""
 

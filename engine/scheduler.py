@@ -17,7 +17,7 @@ import numpy as np
 from engine.beam import Candidate
 from engine.blocks import BlockAllocator
 from engine.budget import share_budget
-from engine.cohorts import Cohort, Cohorts
+from engine.cohorts import Cohort, Cohorts, may_fit
 from engine.memory import SequenceMemory
 from engine.metrics import Progress
 from engine.plan import Plan, StepOutput
@@ -274,7 +274,7 @@ class Scheduler:
             self._preempted.pop(request, None)
             self._next = None
             self._running[request] = group
-            self._most_fitting = max(self._most_fitting, len(self._running) + 1)
+            self._most_fitting = max(self._most_fitting, may_fit(len(self._running)))
             cohort.enter(group)
             request.times.scheduled = request.times.scheduled or time.monotonic()
             builder.new_sequences.append(new_sequences)

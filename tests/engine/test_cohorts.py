@@ -177,6 +177,31 @@ def test_cohorts_are_as_large_as_each_other_when_blocks_are_few() -> None:
     assert all(len(one.output_ids) == 16 for one in requests)
 
 
+@pytest.mark.parametrize("num_stages", [2, 3])
+def test_few_plans_suffice_for_requests_that_fit_after_larger_ones(num_stages: int) -> None:
+    """Seven of the larger ones fit at once. Once, each plan let two more requests enter from there on."""
+    stages = PaperStages(num_stages, num_ahead=1)
+    scheduler = Scheduler(64, 1000, 64, block_size=4, num_blocks=600, num_cohorts=num_stages)
+    engine = Engine(scheduler, stages, World(), Watchdog(), 60, 100)
+    finish(engine, [Request([1] * 320, SamplingParams(4), ()) for _ in range(12)])
+    for _ in range(60):
+        engine.submit(request(40))
+    for _ in range(6 * num_stages):
+        engine.step()
+    assert scheduler.num_running == 60
+
+
+def test_few_of_many_that_fit_at_once_are_in_one_cohort(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes 46 of 600 blocks. Where one has ended, no more than one enters."""
+    monkeypatch.setattr(cohorts, "FEW", 16)
+    stages = PaperStages(2, num_ahead=0)
+    scheduler = Scheduler(64, 1000, 512, block_size=4, num_blocks=600, num_cohorts=2)
+    engine = Engine(scheduler, stages, World(), Watchdog(), 60, 100)
+    finish(engine, [Request([index] * 180, SamplingParams(4 + index % 7), ()) for index in range(40)])
+    assert max(len(slots) for slots, _ in stages.steps) == 12
+    assert not any(others for _, others in stages.steps)
+
+
 def test_requests_that_move_have_no_gap_since_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
