@@ -140,7 +140,7 @@ class Engine:
         self._inbox.put((request, CANCELLED))
 
     def warm_up(self) -> None:
-        """Run a prompt and a decode step: both touch memory and load kernels once.
+        """Run a prompt and a decode step: both touch memory and load kernels once. Then all ranks meet.
 
         The prompt has two tokens if possible: the step of a single one is like a decode step.
         """
@@ -149,6 +149,7 @@ class Engine:
         self.scheduler.add(request)
         while not request.is_finished:
             self.step()
+        self._meet(self.step_timeout_s)
 
     @property
     def has_token_log_probs(self) -> bool:
@@ -248,10 +249,13 @@ class Engine:
             self._take(self._inbox.get(timeout=self.step_timeout_s / _HEARTBEATS_PER_TIMEOUT))
         except queue.Empty:
             # The wait before counts too: a hung rank is noticed within step_timeout_s.
-            limit_s = self.step_timeout_s * (1 - 1 / _HEARTBEATS_PER_TIMEOUT)
-            with self.watchdog.limit(limit_s, "a rank does not answer"):
-                self.world.send(Control.HEARTBEAT)
-                self.world.barrier()
+            self._meet(self.step_timeout_s * (1 - 1 / _HEARTBEATS_PER_TIMEOUT))
+
+    def _meet(self, limit_s: float) -> None:
+        """Wait for the other ranks, while nothing is on its way."""
+        with self.watchdog.limit(limit_s, "a rank does not answer"):
+            self.world.send(Control.HEARTBEAT)
+            self.world.barrier()
 
     def _is_over(self) -> bool:
         if self._stop_at is None:
@@ -261,19 +265,23 @@ class Engine:
 
 
 def follow(world: World, executor: Executor, watchdog: Watchdog, step_timeout_s: float) -> None:
-    """The loop of every rank but 0: execute rank 0's plans until STOP."""
+    """The loop of every rank but 0: execute rank 0's plans until STOP.
+
+    Until all ranks have met, rank 0 may be silent for longer than a step takes: a later stage's part of the first plan
+    takes long, too.
+    """
     is_warm = False
     while True:
-        plan = world.receive(timeout_s=None if not is_warm else step_timeout_s)
+        plan = world.receive(timeout_s=step_timeout_s if is_warm else None)
         if plan is Control.STOP:
             return
         seconds = step_limit_s(step_timeout_s, getattr(plan, "num_steps", 1), is_warm)
         with watchdog.limit(seconds, _hang(seconds)):
             if plan is Control.HEARTBEAT:
                 world.barrier()
+                is_warm = True
             else:
                 executor.execute(plan)
-        is_warm = True
 
 
 def step_limit_s(step_timeout_s: float, num_steps: int, is_warm: bool) -> float:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from transformers import GPT2LMHeadModel
 
-from engine.engine import Engine
+from engine.engine import Control, Engine, follow
 from engine.request import EngineBusy, Request, SamplingParams
 from tests.support.engines import NEW_TOKENS, SEEDED, finish, hf_greedy, make_engine, prompts, request
 from tests.support.ranks import first_outputs, greedy_items, run_engine
@@ -23,6 +25,39 @@ GRIDS = [(2, 1), (1, 2), (2, 2), (4, 1)]
 @pytest.fixture(scope="module")
 def engine(converted: Callable[[int], Path]) -> Engine:
     return make_engine(converted(1), max_batch_size=9, max_step_tokens=24, block_size=4)
+
+
+class Channel:
+    """A world of rank 0, then of another rank that hears the same."""
+
+    def __init__(self) -> None:
+        self.messages: deque[Any] = deque()
+        self.limits: list[float | None] = []
+
+    def post(self, message: Any) -> None:
+        self.messages.append(message)
+
+    send = post
+
+    def barrier(self) -> None: ...
+
+    def receive(self, timeout_s: float | None) -> Any:
+        self.limits.append(timeout_s)
+        return self.messages.popleft()
+
+
+def test_another_rank_waits_without_a_limit_until_all_are_warm(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three stages, the last one's first part once took so long that the second one gave rank 0 up."""
+    channel = Channel()
+    monkeypatch.setattr(engine, "world", channel)
+    engine.warm_up()
+    num_first = len(channel.messages)
+    finish(engine, [request([1], SamplingParams(2))])
+    channel.send(Control.STOP)
+    num_messages = len(channel.messages)
+    follow(channel, SimpleNamespace(execute=lambda plan: None), engine.watchdog, 7.0)
+    assert num_first == 3 and num_messages == 6
+    assert channel.limits == [None] * 3 + [7.0] * 3
 
 
 def test_greedy_equals_hugging_face(engine: Engine, gpt2_source: tuple[Path, GPT2LMHeadModel]) -> None:
