@@ -47,7 +47,7 @@ serve: install  ## serve until stopped: make serve NP=4 ARGS="--hf-model-name gp
 	@$(ENV)
 	exec $(MPIRUN) -n $(NP) ./server.py --hf-model-name models/stories --tp $(NP) $(PORTS) $(ARGS)
 
-test:  ## ruff, then the tests that are not marked slow: about 9 minutes on 2 cores
+test:  ## ruff, then the tests that are not marked slow: about 7 minutes on 2 cores
 	@./install.sh --dev
 	$(ENV)
 	ruff check . && ruff format --check .

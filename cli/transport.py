@@ -219,7 +219,10 @@ class Transport:
         self._stop_parameters = {"api_key": key} if key else None
 
     async def is_ready(self) -> bool:
-        """Wait for the model; False if it is not ready within --init-timeout-s. Says so where the server is."""
+        """Wait for the model; False if it is not ready within --init-timeout-s.
+
+        Tells the user once that the server is ready without it.
+        """
         started = time.monotonic()
         deadline = started + self.flags.init_timeout_s
         is_told = False
