@@ -5,18 +5,20 @@
     python benchmarks/latency.py --shapes 6.7B 20B --batches 1 8 --quantization fp8 --kv-cache-dtype fp8
     mpirun -n 2 python benchmarks/latency.py --shapes 20B --batches 1 --tp 2
 
-Reports the time to the first token, the time per output token after it, the share of the measured bandwidth
-(--bandwidth-gbs: the time of one read of the weights, divided by the step's), and the tokens per second of other
-engines (--compare; ctranslate2 needs the package of that name) with the same shape, threads and weight format, whose
-rounds alternate with ours.
+Reports the time to the first token, the time per output token after it, on a GPU the ratio of that to the time of the
+step's graph on the device (host), the share of the measured bandwidth (--bandwidth-gbs: the time of one read of the
+weights, divided by the step's), and the tokens per second of other engines (--compare; ctranslate2 needs the package of
+that name) with the same shape, threads and weight format, whose rounds alternate with ours.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -73,6 +75,11 @@ def measure(
         row = {"batch": batch, "first_token_ms": first * 1e3, "total_s": total}
         row["token_ms"] = (total - first) / (flags.output_len - 1) * 1e3
         row["tokens_per_s"] = batch * flags.output_len / total
+        with timed_replays() as replays:
+            _time_engine(engine, prompts[:batch], flags.output_len)
+        if replays:
+            device_ms = float(np.median([start.elapsed_time(end) for start, end in replays]))
+            row |= {"device_ms": device_ms, "host_ratio": row["token_ms"] / device_ms}
         for name, seconds in theirs.items():
             row[f"{name}_tokens_per_s"] = batch * flags.output_len / float(np.median(seconds[1:]))
         rows.append(row)
@@ -94,13 +101,33 @@ def _time_engine(engine: Engine, prompts: np.ndarray, output_len: int) -> tuple[
     return max(first_tokens) - started, time.perf_counter() - started
 
 
+@contextlib.contextmanager
+def timed_replays() -> Iterator[list[tuple[torch.cuda.Event, torch.cuda.Event]]]:
+    """Events before and after each replay of a CUDA graph meanwhile. Most are of decode steps."""
+    replay = torch.cuda.CUDAGraph.replay
+    replays: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def timed(graph: torch.cuda.CUDAGraph) -> None:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        replay(graph)
+        end.record()
+        replays.append((start, end))
+
+    torch.cuda.CUDAGraph.replay = timed
+    try:
+        yield replays
+    finally:
+        torch.cuda.CUDAGraph.replay = replay
+
+
 def show(
     flags: argparse.Namespace, shape: str, rows: list[dict[str, float]], device: torch.device, dtype: torch.dtype
 ) -> None:
     name = format_name(flags, dtype)
     print(f"{shape} {name} tp {flags.tp} pp {flags.pp}, {flags.input_len} in, {flags.output_len} out, greedy")
     peers = "".join(f"{f'{peer} tok/s':>18} {'ratio':>6}" for peer in flags.compare)
-    print(f"{'batch':>6} {'first ms':>9} {'token ms':>9} {'tok/s':>9} {'floor':>6}{peers}")
+    print(f"{'batch':>6} {'first ms':>9} {'token ms':>9} {'tok/s':>9} {'host':>6} {'floor':>6}{peers}")
     config = model_config(shape, flags.tp)
     for row in rows:
         floor = "-"
@@ -109,11 +136,12 @@ def show(
             row["share_of_bandwidth"] = floor_ms / row["token_ms"]
             floor = f"{row['share_of_bandwidth']:.2f}"
         times = f"{row['first_token_ms']:>9.2f} {row['token_ms']:>9.3f} {row['tokens_per_s']:>9.1f}"
+        host = f"{row['host_ratio']:.3f}" if "host_ratio" in row else "-"
         cells = ""
         for peer in flags.compare:
             row[f"ratio_to_{peer}"] = row["tokens_per_s"] / row[f"{peer}_tokens_per_s"]
             cells += f"{row[f'{peer}_tokens_per_s']:>18.1f} {row[f'ratio_to_{peer}']:>6.2f}"
-        print(f"{row['batch']:>6} {times} {floor:>6}{cells}")
+        print(f"{row['batch']:>6} {times} {host:>6} {floor:>6}{cells}")
     threads = torch.get_num_threads() if device.type == "cpu" else None
     report(
         device,
