@@ -68,6 +68,10 @@ class Group:
         """Gather every rank's array [n], in rank order, into out [ranks · n]."""
         self._comm.Allgather(array, out)
 
+    def all_to_all(self, array: np.ndarray, out: np.ndarray) -> None:
+        """Give each rank its part of array [ranks · n], in rank order; out: the parts from all ranks, likewise."""
+        self._comm.Alltoall(array, out)
+
     def send(self, array: np.ndarray, rank: int) -> MPI.Request:
         """Start to send the array to one rank of the group, which calls `receive`."""
         return self._comm.Isend(array, dest=rank)

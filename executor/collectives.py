@@ -132,6 +132,14 @@ class Comm:
         self._groups.all_gather(parts, tensor.contiguous())
         return parts.movedim(0, -2).flatten(-2)
 
+    def all_to_all(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[tp · n, local] of each tp rank → [n, tp · local]: the r-th n rows go to rank r. In rank order."""
+        if self.parallel.tp == 1:
+            return tensor
+        parts = tensor.new_empty((self.parallel.tp, len(tensor) // self.parallel.tp, *tensor.shape[1:]))
+        self._groups.all_to_all(parts, tensor.contiguous())
+        return parts.movedim(0, -2).flatten(-2)
+
     def send_forward(self, tensor: torch.Tensor) -> None:
         """Start to send the tensor to the same tp rank of the next stage. It must not be changed any more."""
         self._send(tensor.contiguous(), self.parallel.rank + self.parallel.tp)
@@ -187,6 +195,9 @@ class _MpiGroups:
 
     def all_gather(self, parts: torch.Tensor, tensor: torch.Tensor) -> None:
         self._tp.all_gather(_bytes(tensor), _bytes(parts))
+
+    def all_to_all(self, parts: torch.Tensor, tensor: torch.Tensor) -> None:
+        self._tp.all_to_all(_bytes(tensor), _bytes(parts))
 
     def send(self, tensor: torch.Tensor, rank: int) -> Transfer:
         request = self._world.send(_bytes(tensor), rank)
@@ -261,6 +272,9 @@ class _NcclGroups:
 
     def all_gather(self, parts: torch.Tensor, tensor: torch.Tensor) -> None:
         self._dist.all_gather_into_tensor(parts.view(-1, *parts.shape[2:]), tensor, group=self._tp)
+
+    def all_to_all(self, parts: torch.Tensor, tensor: torch.Tensor) -> None:
+        self._dist.all_to_all_single(parts.view(tensor.shape), tensor, group=self._tp)
 
     def send(self, tensor: torch.Tensor, rank: int) -> Transfer:
         work = self._dist.isend(tensor, rank, group=self._pairs[self._rank, rank])

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from engine.plan import Plan
+from executor.chooser import Chooser
 from executor.graphs import capture, release, sizes_up_to
 from executor.kv_cache import KVCache
 from executor.model import GPT, StepInput
 from executor.sampling_rows import SamplingRows
 from executor.slots import SlotState
-from kernels import choose_tokens
 from kernels.decode_attention import DecodeMetadata
 
 _SIZES = (2, 4, 8, 16, 24, 32)
@@ -32,10 +32,10 @@ class DraftGraphs:
         cache: KVCache,
         slots: SlotState,
         workspace: torch.Tensor,
-        choosing: choose_tokens.Workspace,
+        chooser: Chooser,
         max_rows: int,
     ) -> None:
-        """slots: graphs read and write it. workspace, choosing: as DecodeGraphs takes them, for `max_rows`.
+        """slots: graphs read and write it. workspace, chooser: as DecodeGraphs takes them, for `max_rows`.
 
         Raises RuntimeError where a graph cannot be made.
         """
@@ -43,12 +43,12 @@ class DraftGraphs:
         self._cache = cache
         self._slots = slots
         self._workspace = workspace
-        self._choosing = choosing
+        self._chooser = chooser
         self._sizes = sizes_up_to(max_rows, _SIZES)
         most = self._sizes[-1]
         # Zeros: captures use slot 0, which no sequence has yet.
         self._inputs = torch.zeros(_NUM_INPUTS * most, dtype=torch.int64, device=slots.device)
-        self._logits = torch.empty(most, model.config.vocab_size, dtype=torch.float32, device=slots.device)
+        self._logits = model.new_local_logits(most)
         self._graphs = capture("steps with drafts", self._sizes, self._step, slots.device)
 
     def close(self) -> None:
@@ -68,8 +68,8 @@ class DraftGraphs:
     def run(self, plan: Plan, rows: SamplingRows) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute a plan that fits: its rows' tokens, and choose the tokens after them.
 
-        Returns ([2, rows] fp64: the chosen tokens, then their log-probabilities; logits [rows, vocab] fp32). The slots
-        get their next tokens and positions. The next step overwrites both results.
+        Returns what DecodeGraphs.run returns. The slots get their next tokens and positions. The next step overwrites
+        both results.
         """
         num_rows = len(rows)
         size = next(size for size in self._sizes if size >= num_rows)
@@ -98,8 +98,8 @@ class DraftGraphs:
         step = StepInput(slots.token_ids, seq_slots, positions, None, decodes)
         hidden = self._model.forward(step, self._cache)
         assert hidden is not None, "graphs are made for one pipeline stage only"
-        logits = self._model.logits(hidden, out=self._logits[:size])
+        logits = self._model.local_logits(hidden, out=self._logits[:size])
         following = positions + slots.advance[seq_slots]
-        values = choose_tokens.choose_tokens(logits, seq_slots, slots.tensors, self._choosing, following)
+        values = self._chooser.choose(logits, seq_slots, following)
         slots.accept(seq_slots, following, values[0])
         return values

@@ -14,9 +14,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from executor.chooser import Chooser, most_rows
 from executor.kv_cache import KVCache
 from executor.model import GPT, StepInput
 from executor.slots import SlotState
+from executor.token_choice import MOST_ROWS_ASKED
 from kernels import choose_tokens
 from kernels.compile_ahead import compile_ahead
 from kernels.decode_attention import DecodeMetadata
@@ -26,16 +28,20 @@ _SMALL_THINGS = 256 << 20  # bytes of all that `num_bytes` does not count one by
 _LOG = logging.getLogger("engine")
 
 
-def num_bytes(num_slots: int, draft_rows: int, vocab_size: int, max_seq_len: int, dtype: torch.dtype) -> int:
+def num_bytes(num_slots: int, draft_rows: int, vocab_size: int, max_seq_len: int, dtype: torch.dtype, tp: int) -> int:
     """Bytes of a GPU's memory that the graphs of `num_slots` sequences take, nearly.
 
     draft_rows: rows that a step may have beyond one for each sequence.
     """
-    most = sizes_up_to(num_slots, _SIZES)[-1]
-    wide = 4 + 4  # the logits, and as much while rows that kernels cannot choose for are chosen
-    parts = 3 * dtype.itemsize  # as they are computed; gathered over the ranks; put side by side
-    choosing = choose_tokens.workspace_bytes(max_rows(num_slots + draft_rows), vocab_size, max_seq_len)
-    return _SMALL_THINGS + (most + draft_rows) * vocab_size * (wide + parts) + choosing
+    most = sizes_up_to(num_slots, _SIZES)[-1] + draft_rows
+    chosen = most_rows(max_rows(num_slots + draft_rows), tp)
+    # This rank's part of the vocabulary: the graphs', and a step's without a graph, which may be computed in 16 bits.
+    local = 2 * (4 if tp == 1 else dtype.itemsize) + dtype.itemsize
+    # Whole rows, to choose from, at tp 1 without a copy; and those that were asked for, with what comes of them.
+    whole = 2 * dtype.itemsize + 4  # gathered over the ranks; put side by side; in fp32
+    num_whole = min(most, MOST_ROWS_ASKED) + (chosen if tp > 1 else 0)
+    logits = most * -(-vocab_size // tp) * local + num_whole * vocab_size * whole
+    return _SMALL_THINGS + logits + choose_tokens.workspace_bytes(chosen, vocab_size, max_seq_len)
 
 
 def sizes_up_to(most: int, sizes: Sequence[int]) -> list[int]:
@@ -103,10 +109,10 @@ class DecodeGraphs:
         cache: KVCache,
         slots: SlotState,
         workspace: torch.Tensor,
-        choosing: choose_tokens.Workspace | None,
+        chooser: Chooser | None,
     ) -> None:
-        """slots: graphs read and write it. workspace, choosing: of kernels.decode_attention and kernels.choose_tokens,
-        for `max_rows` of as many slots. choosing: on the last stage only.
+        """slots: graphs read and write it. workspace: of kernels.decode_attention, for `max_rows` of as many slots, as
+        chooser is. chooser: on the last stage only.
 
         Raises RuntimeError where a graph cannot be made.
         """
@@ -119,10 +125,9 @@ class DecodeGraphs:
         # The slots of a step.
         self._inputs = torch.full((self.most,), slots.dummy_slot, dtype=torch.int64, device=slots.device)
         # One for all graphs: a buffer for each would add up to gigabytes with a large vocabulary.
-        rows = self.most if choosing is not None else 0
-        self._logits = torch.empty(rows, model.config.vocab_size, dtype=torch.float32, device=slots.device)
+        self._logits = model.new_local_logits(self.most if chooser is not None else 0)
         self._received = model.new_residual(self.most)
-        self._choosing = choosing
+        self._chooser = chooser
         self._graphs = capture("decode steps", self._sizes, self._step, slots.device)
 
     def close(self) -> None:
@@ -132,9 +137,9 @@ class DecodeGraphs:
     def run(self, seq_slots: np.ndarray) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Compute the next token of each slot [rows], at most `most`, and choose the token after it.
 
-        Returns ([2, rows] fp64: the chosen tokens, then their log-probabilities; logits [rows, vocab] fp32). The chosen
-        tokens go into the slots' state, as their next ones. The next step overwrites both results. A stage before the
-        last one sends its residual instead, and returns None.
+        Returns ([2, rows] fp64: the chosen tokens, then their log-probabilities; this rank's part of the logits, as of
+        GPT.local_logits). The chosen tokens go into the slots' state, as their next ones. The next step overwrites both
+        results. A stage before the last one sends its residual instead, and returns None.
         """
         rows = len(seq_slots)
         size = next(size for size in self._sizes if size >= rows)
@@ -144,7 +149,7 @@ class DecodeGraphs:
         graph, values = self._graphs[size]
         self._model.receive(rows, self._received)
         graph.replay()
-        if self._choosing is None:
+        if self._chooser is None:
             self._model.send(values[:rows])
             return None
         return values[:, :rows], self._logits[:rows]
@@ -155,7 +160,6 @@ class DecodeGraphs:
         decodes = DecodeMetadata(slots.kv_loc_table, seq_slots, positions, self._workspace)
         step = StepInput(slots.token_ids, seq_slots, positions, None, decodes)
         hidden = self._model.compute(step, self._cache, self._received[:size])
-        if self._choosing is None:
+        if self._chooser is None:
             return hidden
-        logits = self._model.logits(hidden, out=self._logits[:size])
-        return choose_tokens.choose_tokens(logits, seq_slots, slots.tensors, self._choosing)
+        return self._chooser.append(self._model.local_logits(hidden, out=self._logits[:size]), seq_slots)

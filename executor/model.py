@@ -233,15 +233,26 @@ class GPT:
         self.comm.send_forward(residual.clone())  # the next step writes over a graph's residual
         return None
 
-    def logits(
-        self, hidden: torch.Tensor, out: torch.Tensor | None = None, lm_head: LMHead | None = None
-    ) -> torch.Tensor:
-        """The last stage's hidden states [rows, hidden_size] → logits [rows, vocab] fp32, in `out` if given.
+    def logits(self, hidden: torch.Tensor, lm_head: LMHead | None = None) -> torch.Tensor:
+        """The last stage's hidden states [rows, hidden_size] → logits [rows, vocab] fp32, on every rank.
 
         lm_head: instead of the loaded one.
         """
-        normed = hidden if self.final_layernorm is None else self.final_layernorm(hidden)[1]
-        return (lm_head or self.lm_head)(normed, out)
+        lm_head = lm_head or self.lm_head
+        return lm_head.gather(lm_head(self._final_norm(hidden)))
+
+    def local_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The same for this rank's part of the vocabulary, [rows, vocab_local], in `out` of `new_local_logits`."""
+        return self.lm_head(self._final_norm(hidden), out)
+
+    def new_local_logits(self, num_rows: int) -> torch.Tensor:
+        """Memory for `local_logits` to write to."""
+        tp = self.comm.parallel.tp
+        shape, dtype = (num_rows, -(-self.config.vocab_size // tp)), self.dtype if tp > 1 else torch.float32
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def _final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden if self.final_layernorm is None else self.final_layernorm(hidden)[1]
 
 
 class Layer:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from engine.config import EngineConfig
 from engine.plan import Plan, StepOutput
 from executor import graphs, prompt_graphs
+from executor.chooser import Chooser
 from executor.collectives import Comm, Transfer
 from executor.draft_graphs import DraftGraphs
 from executor.graphs import DecodeGraphs, max_rows
@@ -26,8 +28,8 @@ from executor.prompt_graphs import PromptGraphs
 from executor.returning import ReturningResults
 from executor.sampling_rows import SamplingRows
 from executor.slots import SlotState
-from executor.token_choice import choose, gather
-from kernels import choose_tokens, runs_on
+from executor.token_choice import choose, gather, in_batches
+from kernels import runs_on
 from kernels.decode_attention import DecodeMetadata, make_workspace
 from kernels.fp8 import FP8
 from kernels.prompt_attention import PromptMetadata, make_tiles
@@ -100,9 +102,8 @@ class TorchExecutor:
         self.max_mixed_tokens = engine_config.max_mixed_tokens
         self.max_draft_rows = _MAX_DRAFT_ROWS[device.type]
         self.num_blocks = 0
-        # Of kernels.decode_attention and, on the last stage, kernels.choose_tokens, on a GPU.
-        self._workspace: torch.Tensor | None = None
-        self._choosing: choose_tokens.Workspace | None = None
+        self._workspace: torch.Tensor | None = None  # of kernels.decode_attention, on a GPU
+        self._chooser: Chooser | None = None  # on a GPU, on the last stage
         self._returning: ReturningResults | None = None  # on the first of several stages
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # of results, beside the steps
         self._graphs: DecodeGraphs | None = None
@@ -129,7 +130,8 @@ class TorchExecutor:
         memory = _memory_left(self.device, self._local_size) - SlotState.num_bytes(num_slots, max_seq_len)
         has_kernels = runs_on(self.device)  # then decode rows go through them, and steps of them through graphs
         if has_kernels:
-            memory -= graphs.num_bytes(num_slots, draft_rows, config.vocab_size, max_seq_len, self.model.dtype)
+            dtype, tp = self.model.dtype, comm.parallel.tp
+            memory -= graphs.num_bytes(num_slots, draft_rows, config.vocab_size, max_seq_len, dtype, tp)
             memory -= prompt_graphs.num_bytes(config, self.max_step_tokens, self.model.dtype)
         most_bytes = max(0, memory) * limits.kv_cache_fraction
         self.num_blocks = comm.min_over_ranks(min(most, int(most_bytes / shape.bytes_per_block)))
@@ -144,14 +146,14 @@ class TorchExecutor:
             rows = max_rows(num_slots + draft_rows)
             self._workspace = make_workspace(rows, heads_local, self.device)
             if comm.parallel.is_last_stage:
-                self._choosing = choose_tokens.make_workspace(rows, config.vocab_size, max_seq_len, self.device)
+                self._chooser = Chooser(self.model.lm_head, self.slots, rows)
             if not limits.enforce_eager:
                 with torch.inference_mode():
-                    self._graphs = DecodeGraphs(self.model, self.cache, self.slots, self._workspace, self._choosing)
+                    self._graphs = DecodeGraphs(self.model, self.cache, self.slots, self._workspace, self._chooser)
                     self._prompt_graphs = PromptGraphs(self.model, self.cache, self.slots, self.max_step_tokens)
-                    if draft_rows and self._choosing is not None and comm.parallel.pp == 1:
+                    if draft_rows and self._chooser is not None and comm.parallel.pp == 1:
                         self._draft_graphs = DraftGraphs(
-                            self.model, self.cache, self.slots, self._workspace, self._choosing, draft_rows
+                            self.model, self.cache, self.slots, self._workspace, self._chooser, draft_rows
                         )
 
     def close(self) -> None:
@@ -179,9 +181,10 @@ class TorchExecutor:
         if hidden is None:
             return self._deliver(layout, None)
         sampled = hidden[self.slots.tensor(layout.token_index)]
-        logits = self.model.logits(sampled) if len(layout.rows) else hidden.new_empty(0)
+        logits = self.model.local_logits(sampled) if len(layout.rows) else hidden.new_empty(0)
         chosen = self._choose(layout, logits)
-        return self._deliver(layout, gather(layout, chosen, logits, lambda part: self.model.logits(hidden[part])))
+        row_logits = partial(self._row_logits, logits)
+        return self._deliver(layout, gather(layout, chosen, row_logits, lambda part: self.model.logits(hidden[part])))
 
     @torch.inference_mode()
     def hidden(self, plan: Plan) -> torch.Tensor | None:
@@ -226,8 +229,12 @@ class TorchExecutor:
         """What the layout holds, of a step through a graph. Kernels can choose for all rows of slots with drafts."""
         chosen = self._choose_beyond(layout.rows, chosen, logits, appends=True)
         if layout.has_extras:
-            return gather(layout, chosen, logits, lambda part: logits[:0])
+            return gather(layout, chosen, partial(self._row_logits, logits), lambda part: logits[:0])
         return chosen.flatten()
+
+    def _row_logits(self, logits: torch.Tensor, index: Sequence[int] | np.ndarray) -> torch.Tensor:
+        """Some rows of the logits that each rank has its part of: [n, vocab] fp32, on every rank of the tp group."""
+        return self.model.lm_head.gather(logits[self.slots.tensor(index)])
 
     @property
     def _is_middle_stage(self) -> bool:
@@ -244,7 +251,7 @@ class TorchExecutor:
             self._returning.add(layout, transfer)
             return StepResult(values, layout, transfer, self._copies) if is_rank_0 else None
         # Kernels append the tokens that they choose, but not where there are drafts.
-        if self._choosing is None or layout.has_drafts:
+        if self._chooser is None or layout.has_drafts:
             self._keep_tokens(layout, values)
         if self.num_stages > 1:  # the next step writes over a graph's values
             self.comm.return_results(values.clone() if len(values) else values.new_zeros(1))
@@ -253,29 +260,30 @@ class TorchExecutor:
     def _choose(self, layout: OutputLayout, logits: torch.Tensor) -> torch.Tensor:
         """Choose each row's token: [2, rows] fp64. Kernels also append it to its sequence, if there are no drafts."""
         rows = layout.rows
-        if self._choosing is None or not len(rows):
-            return choose(rows, logits)
+        if not len(rows):
+            return logits.new_empty(2, 0, dtype=torch.float64)
+        if self._chooser is None:
+            return self.model.lm_head.choose(logits, lambda whole, part: choose(rows.part(part), whole))
         slots, positions = rows.on_device
-        row_positions = positions if layout.has_drafts else None  # then a slot may have several rows
-        if row_positions is None:
+        if layout.has_drafts:  # a slot may have several rows
+            chosen = self._chooser.choose(logits, slots, positions)
+        else:
             self.slots.positions[slots] = positions - self.slots.advance[slots]
-        tensors, logits = self.slots.tensors, logits.contiguous()
-        chosen = choose_tokens.choose_tokens(logits, slots, tensors, self._choosing, row_positions)
+            chosen = self._chooser.append(logits, slots)
         return self._choose_beyond(rows, chosen, logits, appends=not layout.has_drafts)
 
     def _choose_beyond(
         self, rows: SamplingRows, chosen: torch.Tensor, logits: torch.Tensor, appends: bool
     ) -> torch.Tensor:
         """Choose again for the rows that kernels cannot choose for; appends: and append those tokens."""
-        beyond = rows.beyond_kernels()
-        if not len(beyond):
-            return chosen
-        own, index = rows.part(beyond), self.slots.tensor(beyond)
-        own_chosen = choose(own, logits[index])
-        if appends:
-            slots, positions = own.on_device
-            self.slots.append(slots, positions, own_chosen[0].long())
-        return chosen.index_copy(1, index, own_chosen)
+        for index in in_batches(rows.beyond_kernels()):
+            own = rows.part(index)
+            own_chosen = choose(own, self._row_logits(logits, index))
+            if appends:
+                slots, positions = own.on_device
+                self.slots.append(slots, positions, own_chosen[0].long())
+            chosen = chosen.index_copy(1, self.slots.tensor(index), own_chosen)
+        return chosen
 
     def _keep_tokens(self, layout: OutputLayout, values: torch.Tensor) -> None:
         rows = layout.rows

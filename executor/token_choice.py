@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from executor.output_layout import BeamRows, OutputLayout, ScoredTokens
@@ -12,12 +14,11 @@ from executor.sampler import sample
 from executor.sampling_rows import SamplingRows
 
 _ROWS_AT_ONCE = 256  # of a prompt's log-probabilities: their logits are large
+MOST_ROWS_ASKED = 64  # of a step's rows, for the same reason
 
 
 def choose(rows: SamplingRows, logits: torch.Tensor) -> torch.Tensor:
     """Choose each row's token. logits: [rows, vocab] fp32. Returns [2, rows] fp64: tokens, log-probabilities."""
-    if not len(rows):
-        return logits.new_empty(2, 0, dtype=torch.float64)
     penalized = penalize(add_bias(logits, rows), rows)
     has_decay = any(request.params.top_p_decay < 1 for request in rows.requests)
     chosen = sample(ban(penalized, rows), rows, current_top_p(rows) if has_decay else None)
@@ -25,27 +26,36 @@ def choose(rows: SamplingRows, logits: torch.Tensor) -> torch.Tensor:
     return torch.stack([chosen.double(), log_probs.double()])
 
 
+def in_batches(rows: Sequence[Any] | np.ndarray) -> Iterator[Any]:
+    """Parts of the rows, of MOST_ROWS_ASKED at most."""
+    for first in range(0, len(rows), MOST_ROWS_ASKED):
+        yield rows[first : first + MOST_ROWS_ASKED]
+
+
 def gather(
     layout: OutputLayout,
     chosen: torch.Tensor,
-    logits: torch.Tensor,
+    row_logits: Callable[[Sequence[int] | np.ndarray], torch.Tensor],
     hidden_logits: Callable[[slice], torch.Tensor],
 ) -> torch.Tensor:
     """Put the rows' tokens and everything else that the layout holds together.
 
-    chosen: [2, rows], as from `choose`; logits: [rows, vocab] fp32; hidden_logits: the logits of a slice of the step's
-    tokens. Returns the layout's flat tensor, fp64 (which holds token ids exactly).
+    chosen: [2, rows], as from `choose`. row_logits: the logits [n, vocab] fp32 of some of the rows; hidden_logits: of a
+    slice of the step's tokens. Every rank of a tp group calls this, as these two are collective. Returns the layout's
+    flat tensor, fp64 (which holds token ids exactly).
     """
     rows = layout.rows
     parts = [chosen.flatten()]
-    for row, count in layout.alternatives:
-        parts.append(_likeliest(logits[row], logits[row].logsumexp(dim=-1), count))
+    for alternatives in in_batches(layout.alternatives):
+        logits = row_logits([row for row, _ in alternatives])
+        for own, (_, count) in zip(logits, alternatives, strict=True):
+            parts.append(_likeliest(own, own.logsumexp(dim=-1), count))
     for beam in layout.beams:
-        part = slice(beam.first, beam.first + beam.count)
-        parts.append(_beam_candidates(beam, rows.part(part), logits[part]))
+        index = np.arange(beam.first, beam.first + beam.count)
+        parts.append(_beam_candidates(beam, rows.part(index), row_logits(index)))
     for scored in layout.scored:
         parts += _score_prompt(scored, rows.state.token_ids, hidden_logits)
-    parts += [logits[row].double() for row in layout.logits_rows]
+    parts += [row_logits(own).double().flatten() for own in in_batches(layout.logits_rows)]
     return torch.cat(parts)
 
 

@@ -1,6 +1,7 @@
 """Chooses each row's token from its logits by its slot's parameters, and appends it to its sequence, without the host.
 
-In a step with drafts a slot has several rows, each with its position; then kernels.accept_tokens appends.
+Where each row has its position, it does not append: a slot has several rows in a step with drafts, and a rank has some
+of the rows only where the tp group shares them out (executor.chooser).
 
 Two kernels: kernels.survey_logits goes over parts of rows, kernels.pick_tokens over rows. Scores decide between tokens:
 logit / temperature + Gumbel noise (executor.sampler). Scores in fp32 are enough unless two are near each other: in that

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import GPT2LMHeadModel
@@ -26,6 +25,7 @@ from tests.support.engines import NEW_TOKENS, finish, hf_greedy, make_engine, pr
 from tests.support.ranks import call_ranks, run_engine
 from tests.support.soak import Counter
 from tests.support.stand_in_graphs import KINDS, Replays, stand_in_graphs
+from tests.support.ties import assert_close
 from tests.support.traffic import looping_items, make_request, random_items, results, run_crowd, vocabulary
 
 
@@ -161,24 +161,11 @@ def test_requests_with_drafts_are_what_they_are_without(
 @pytest.mark.parametrize(("tp", "pp"), [(1, 2), (1, 3), (2, 2)], ids=str)
 def test_each_stage_has_graphs_of_its_part(tp: int, pp: int, converted: Callable[[int], Path]) -> None:
     """Results are those of one rank without graphs: beams, samples and all that may be told of tokens, too. Plans are
-    made ahead, as on a GPU."""
+    made ahead, as on a GPU. At tp 2, each rank chooses for its share of the rows in graphs of more than two."""
     items = random_items(24, seed=7)
     expected = run_engine(converted(1), items, 1, 1)
-    flags = ["--tp", str(tp), "--pp", str(pp), "--max-batch-size", "12", "--num-ahead", "1"]
+    flags = ["--tp", str(tp), "--pp", str(pp), "--max-batch-size", "12", "--num-ahead", "1", "--few-rows", "2"]
     found = call_ranks(tp * pp, "tests.multi.engine_parity:generate_in_graphs", items, str(converted(tp)), *flags)
     assert_close(expected, found[0][0])
     assert {name for name, _ in found[0][1]} == KINDS
     assert all(replays == found[0][1] for _, replays in found)
-
-
-def assert_close(one: Any, other: Any) -> None:
-    """Equal but for the rounding of floats, at any depth."""
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        one, other = list(one.values()), list(other.values())
-    if isinstance(one, list):
-        assert len(one) == len(other)
-        for mine, yours in zip(one, other, strict=True):
-            assert_close(mine, yours)
-    else:
-        assert other == (pytest.approx(one, abs=2e-4) if isinstance(one, float) else one)

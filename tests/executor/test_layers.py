@@ -44,6 +44,10 @@ class CountingComm:
         self.calls.append("all_gather")
         return torch.cat([tensor] * self.parallel.tp, dim=-1)
 
+    def all_to_all(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.calls.append("all_to_all")
+        return torch.cat([tensor[: len(tensor) // self.parallel.tp]] * self.parallel.tp, dim=-1)
+
     def send_forward(self, tensor: torch.Tensor) -> None:
         self.calls.append("send")
 
@@ -134,7 +138,7 @@ def test_vocabulary_shards_add_up_and_padding_is_cut() -> None:
         torch.testing.assert_close(embedding(token_ids, slots, positions), expected)
     head = LMHead(PlainMatmul(padded.t()), None, 10, CountingComm(ParallelConfig(4, 1, 0)))
     hidden = torch.randn(2, 6)
-    torch.testing.assert_close(head(hidden), hidden @ table.t())
+    torch.testing.assert_close(head.gather(head(hidden)), hidden @ table.t())
 
 
 def attention_by_definition(q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int) -> np.ndarray:
@@ -180,16 +184,17 @@ def test_attention_of_a_ragged_batch(is_scattered: bool, window: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parallel", "expected"),
+    ("parallel", "num_chosen", "expected"),
     [
-        (ParallelConfig(2, 1, 0), {"all_reduce": 1 + 2 * 4, "all_gather": 1}),  # embedding, two a layer; LM head
-        (ParallelConfig(2, 2, 0), {"all_reduce": 1 + 2 * 2, "send": 1}),
-        (ParallelConfig(2, 2, 3), {"all_reduce": 2 * 2, "receive": 1, "all_gather": 1}),
+        (ParallelConfig(2, 1, 0), 32, {"all_reduce": 1 + 2 * 4, "all_gather": 1}),  # embedding, two a layer; LM head
+        (ParallelConfig(2, 1, 0), 33, {"all_reduce": 1 + 2 * 4, "all_to_all": 1, "all_gather": 1}),
+        (ParallelConfig(2, 2, 0), 0, {"all_reduce": 1 + 2 * 2, "send": 1}),
+        (ParallelConfig(2, 2, 3), 1, {"all_reduce": 2 * 2, "receive": 1, "all_gather": 1}),
     ],
-    ids=["whole", "first stage", "last stage"],
+    ids=["whole", "many rows", "first stage", "last stage"],
 )
 def test_number_of_collectives(
-    parallel: ParallelConfig, expected: dict[str, int], converted: Callable[[int], Path]
+    parallel: ParallelConfig, num_chosen: int, expected: dict[str, int], converted: Callable[[int], Path]
 ) -> None:
     folder = converted(2)
     config = ModelConfig.read(folder / "config.ini")
@@ -206,5 +211,6 @@ def test_number_of_collectives(
         cache,
     )
     if x is not None:
-        model.logits(x[2:])
+        logits = model.local_logits(x[2:].expand(num_chosen, -1))
+        model.lm_head.choose(logits, lambda whole, rows: whole.new_zeros(2, len(whole)))
     assert {name: comm.calls.count(name) for name in comm.calls} == expected

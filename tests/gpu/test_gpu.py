@@ -21,7 +21,8 @@ from tests.support.checkpoints import make_gpt2
 from tests.support.engines import NEW_TOKENS, SEEDED, make_engine, prompts
 from tests.support.ranks import Ranks, first_outputs, greedy_items, run_engine, run_logits
 from tests.support.soak import Counter, soak_items
-from tests.support.traffic import looping_items, random_items
+from tests.support.ties import assert_likeliest
+from tests.support.traffic import looping_items, random_items, telling_items
 
 NUM_GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(NUM_GPUS == 0, reason="no GPU here")
@@ -110,6 +111,28 @@ def test_logits_are_near_fp32(
         error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
         print(f"tp {tp} pp {pp} {data_type}: relative norm {error:.2e}", flush=True)
         assert error < limit
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (2, 2), (4, 1)], ids=lambda n: str(n))
+@pytest.mark.parametrize(("data_type", "atol"), [("fp32", 1e-3), ("bf16", 0.2)])
+def test_many_rows_are_hugging_faces(
+    tp: int,
+    pp: int,
+    data_type: str,
+    atol: float,
+    source: tuple[Path, GPT2LMHeadModel],
+    converted: Callable[[int], Path],
+    seeded_on_cpu: list[list[int]],
+) -> None:
+    """Each cohort has more than executor.layers.FEW_ROWS rows, so each rank chooses for its share of them."""
+    skip_without(tp * pp)
+    items = telling_items(60 * pp, 100, vocab_size=5003)
+    flags = ["--device", "cuda", "--data-type", data_type, "--max-batch-size", str(50 * pp)]
+    results = run_engine(converted(tp), items + seeded_items(), tp, pp, *flags)
+    for item, result in zip(items, results, strict=False):
+        assert_likeliest(source[1], item, result, atol)
+    if data_type == "fp32":
+        assert first_outputs(results[len(items) :]) == seeded_on_cpu
 
 
 @pytest.mark.parametrize("num_blocks", [0, 52], ids=["plenty", "few"])

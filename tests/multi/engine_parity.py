@@ -19,6 +19,8 @@ from engine.engine import follow
 from engine.startup import make_engine
 from engine.watchdog import Watchdog
 from engine.world import World
+from executor import layers
+from executor.layers import LMHead
 from executor.startup import WeightFolder, connect, load, pick_backend
 from tests.support.engines import step_logits
 from tests.support.soak import Counts, run
@@ -27,6 +29,7 @@ from tests.support.traffic import VOCAB_SIZE, make_request, results, run_alone, 
 from weights.model_config import ModelConfig
 
 cohorts.FEW = 4  # the crowds here are small
+_FEW_ROWS = layers.FEW_ROWS
 
 
 def generate(world: World, items: list[dict[str, Any]], *argv: str) -> list[dict[str, Any]] | None:
@@ -65,6 +68,18 @@ def generate_in_graphs(world: World, items: list[dict[str, Any]], *argv: str) ->
     """`generate`'s results (None on other ranks) through stand-ins of CUDA graphs, and the rank's replays."""
     with stand_in_graphs() as replayed:
         return generate(world, items, *argv), replayed
+
+
+def generate_and_record(world: World, items: list[dict[str, Any]], *argv: str) -> tuple[Any, list[int]]:
+    """`generate`'s results, and of how many rows each step was that LMHead.choose chose for."""
+    choose, rows = LMHead.choose, []
+
+    def recording(head: LMHead, logits: torch.Tensor, *rest: Any) -> torch.Tensor:
+        rows.append(len(logits))
+        return choose(head, logits, *rest)
+
+    with patch.object(LMHead, "choose", recording):
+        return generate(world, items, *argv), rows
 
 
 def generate_and_count(world: World, items: list[dict[str, Any]], *argv: str) -> tuple[Any, int]:
@@ -113,7 +128,9 @@ def _load(world: World, argv: tuple[str, ...]) -> tuple[argparse.Namespace, Engi
     parser.add_argument("--num-ahead", type=int, default=0, help="of the executor, if more than its own")
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--num-blocks", type=int, default=0)
+    parser.add_argument("--few-rows", type=int, default=_FEW_ROWS, help="for which each rank chooses all tokens")
     flags = parser.parse_args(argv)
+    layers.FEW_ROWS = flags.few_rows
     parallel = ParallelConfig(flags.tp, flags.pp, world.rank)
     limits = EngineConfig(
         engine=flags.engine,

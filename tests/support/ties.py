@@ -1,10 +1,12 @@
-"""Tells a result that rounding decided from a wrong one."""
+"""Results that are equal but for rounding; tells a result that rounding decided from a wrong one."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
@@ -47,3 +49,35 @@ def is_tie(model: GPT2LMHeadModel, item: dict[str, Any], alone: dict[str, Any], 
         if not {ours["token_ids"][place], theirs["token_ids"][place]} <= set(tokens.tolist()):
             return False
     return True
+
+
+def assert_close(one: Any, other: Any) -> None:
+    """Equal but for the rounding of floats, at any depth."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        one, other = list(one.values()), list(other.values())
+    if isinstance(one, list):
+        assert len(one) == len(other)
+        for mine, yours in zip(one, other, strict=True):
+            assert_close(mine, yours)
+    else:
+        assert other == (pytest.approx(one, abs=2e-4) if isinstance(one, float) else one)
+
+
+def assert_likeliest(model: GPT2LMHeadModel, item: dict[str, Any], result: dict[str, Any], atol: float = 1e-4) -> None:
+    """All that one of traffic's results tells of a greedy request is Hugging Face's, but for rounding."""
+    (output,) = result["outputs"]
+    ids = torch.tensor(item["prompt_ids"] + output["token_ids"], device=model.device)
+    with torch.inference_mode():
+        logits = model(ids[None, :-1]).logits[0].cpu()
+    log_probs, first = logits.log_softmax(-1), len(item["prompt_ids"]) - 1
+    of_tokens = log_probs.gather(1, ids[1:, None].cpu())[:, 0]
+    np.testing.assert_allclose(of_tokens[first:], log_probs[first:].max(1).values, atol=2 * atol)
+    np.testing.assert_allclose(output["log_probs"], of_tokens[first:], atol=atol)
+    if count := item["sampling"].get("num_log_probs"):
+        found = [[log_prob for _, log_prob in token] for token in output["alternatives"]]
+        np.testing.assert_allclose(found, log_probs[first:].topk(count).values, atol=atol)
+    if item["sampling"].get("prompt_log_probs"):
+        np.testing.assert_allclose(result["prompt_log_probs"], of_tokens[:first], atol=atol)
+    if item["sampling"].get("next_token_logits"):
+        np.testing.assert_allclose(result["next_token_logits"], logits[first], atol=atol)

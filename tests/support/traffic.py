@@ -36,6 +36,20 @@ def looping_items(count: int) -> list[dict[str, Any]]:
     return items
 
 
+def telling_items(count: int, output_len: int, vocab_size: int = VOCAB_SIZE) -> list[dict[str, Any]]:
+    """Greedy requests of `output_len` tokens with short prompts; most are to be told more than their tokens."""
+    rng = random.Random(9)
+    wishes = [{}, {"num_log_probs": 3}, {"prompt_log_probs": True}, {"next_token_logits": True, "num_log_probs": 1}]
+    return [
+        {
+            "prompt_ids": [rng.randrange(vocab_size) for _ in range(rng.randint(1, 20))],
+            "sampling": {"max_new_tokens": output_len, **wishes[index % 4]},
+            "end_id": None,
+        }
+        for index in range(count)
+    ]
+
+
 def _random_item(rng: random.Random) -> dict[str, Any]:
     sampling: dict[str, Any] = {"max_new_tokens": rng.randint(1, 24)}
     kind = rng.choices(["greedy", "sampled", "samples", "beams"], [3, 4, 1, 2])[0]
