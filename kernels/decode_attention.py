@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kernels import dependent_launch, runs_on
+from kernels.draft_attention import draft_launch
 from kernels.grouped_decode_attention import grouped_launch
 from kernels.heads import CosSin, HeadLayout, rotated_heads
 from kernels.layer_cache import LayerCache
@@ -41,8 +42,8 @@ _BLOCK_ELEMENTS = 2048  # of keys that a program reads at once; half of it witho
 class DecodeMetadata(NamedTuple):
     """Rows of one new token each, the same for every layer. All tensors are contiguous, and written before the step.
 
-    kv_locs: table[slots, positions]. It is needed where a slot has several rows: then the new keys and values of all
-    rows are stored first, with a launch of its own.
+    kv_locs: table[slots, positions]. It is needed where a slot has several rows, one after another: then the new keys
+    and values of all rows are stored first, with a launch of its own.
     """
 
     table: torch.Tensor  # [slots, max_seq_len] int32: each slot's KV locations
@@ -105,11 +106,17 @@ def decode_attention(
     """
     if not runs_on(qkv.device):
         return reference(qkv, layout, cache, decodes, slopes, cos_sin, window)
+    rows, head_dim, is_stored = len(qkv), layout.head_dim, decodes.kv_locs is not None
     if decodes.kv_locs is not None:
         store_kv(qkv, layout, cache, decodes.kv_locs, cos_sin)
-    rows, head_dim = len(qkv), layout.head_dim
     is_grouped = layout.group > 1 and qkv.dtype != torch.float32
-    kernel, programs, constants = grouped_launch(layout) if is_grouped else _launch(layout, rows)
+    has_tiles = is_grouped or (is_stored and layout.group == 1)
+    if is_grouped:
+        kernel, programs, constants = grouped_launch(layout, is_stored)
+    elif has_tiles:
+        kernel, programs, constants = draft_launch(layout, rows, qkv.dtype)
+    else:
+        kernel, programs, constants = _launch(layout, rows, is_stored)
     heads = layout.kv_heads if is_grouped else layout.heads  # each is a program, or several with splits
     wanted = max(1, min(_MOST_SPLITS, programs // (rows * heads)))
     splits = 1 << wanted.bit_length() - 1  # a power of two: few variants of the kernel
@@ -138,13 +145,12 @@ def decode_attention(
         qkv.stride(0),
         decodes.table.stride(0),
         keys.stride(0),
-        head_dim**-0.5 * (1.4426950408889634 if is_grouped else 1.0),  # its exponentials are powers of two
+        head_dim**-0.5 * (1.4426950408889634 if has_tiles else 1.0),  # their exponentials are powers of two
         **layout.places(),
         group=layout.group,
         rotated_half=0 if cos_sin is None else cosines.shape[-1],
         has_slopes=slopes is not None,
         is_fp8=key_scales is not None,
-        is_stored=decodes.kv_locs is not None,
         window=window,
         num_splits=splits,
         head_dim=head_dim,
@@ -155,10 +161,11 @@ def decode_attention(
     return out
 
 
-def _launch(layout: HeadLayout, rows: int) -> tuple[Any, int, dict[str, int]]:
+def _launch(layout: HeadLayout, rows: int, is_stored: bool) -> tuple[Any, int, dict[str, Any]]:
     """As `grouped_launch`, for a program per query head."""
     programs = _WANTED_PROGRAMS if rows <= _FEW_ROWS else _WANTED_PROGRAMS_OF_MANY
-    return _kernel, programs, dict(dims=triton.next_power_of_2(layout.head_dim), num_warps=1)
+    dims = triton.next_power_of_2(layout.head_dim)
+    return _kernel, programs, dict(is_stored=is_stored, dims=dims, num_warps=1)
 
 
 if triton is not None:

@@ -27,11 +27,15 @@ _LEAST_TILE = 16  # rows that a product of the matrix units has at least
 _BLOCK_KEYS = 64  # keys that a program reads at once
 
 
-def grouped_launch(layout: HeadLayout) -> tuple[Any, int, dict[str, int]]:
-    """The kernel, the programs that it wants, and its own constants: for `decode_attention`'s launch."""
+def grouped_launch(layout: HeadLayout, is_stored: bool) -> tuple[Any, int, dict[str, Any]]:
+    """The kernel, the programs that it wants, and its own constants: for `decode_attention`'s launch.
+
+    is_stored: the cache has the rows' own keys and values already.
+    """
     dims, group_rows = max(16, triton.next_power_of_2(layout.head_dim)), triton.next_power_of_2(layout.group)
     block = _BLOCK_KEYS if dims <= 128 else _BLOCK_KEYS // 2
-    constants = dict(group_rows=group_rows, tile=max(_LEAST_TILE, group_rows), dims=dims, block=block, num_warps=2)
+    tile = max(_LEAST_TILE, group_rows)
+    constants = dict(is_stored=is_stored, group_rows=group_rows, tile=tile, dims=dims, block=block, num_warps=2)
     return _kernel, _WANTED_PROGRAMS, constants
 
 

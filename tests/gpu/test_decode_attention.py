@@ -106,10 +106,10 @@ def test_attention_by_definition(
 def test_rows_of_a_slot_see_each_other(
     first: int, window: int, heads: int, kv_heads: int, head_dim: int, has_slopes: bool, half: int
 ) -> None:
-    """Nine rows of one slot, between single rows of others: all keys and values are there before they are read."""
+    """More rows of a slot than a program takes, between others: all keys and values are there before they are read."""
     rng = np.random.default_rng(first)
-    slots = np.array([4] + [2] * 9 + [0, 3, 3])
-    positions = np.array([77, *range(first, first + 9), 2000, 64, 65])
+    slots = np.array([4] + [2] * 20 + [0, 3, 3])
+    positions = np.array([77, *range(first, first + 20), 2000, 64, 65])
     num_rows, num_places = len(slots), 5 * MAX_LEN
     table = rng.permutation(num_places).reshape(5, MAX_LEN)
     own_places = table[slots, positions]
