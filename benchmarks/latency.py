@@ -75,11 +75,11 @@ def measure(
         row = {"batch": batch, "first_token_ms": first * 1e3, "total_s": total}
         row["token_ms"] = (total - first) / (flags.output_len - 1) * 1e3
         row["tokens_per_s"] = batch * flags.output_len / total
-        with timed_replays() as replays:
-            _time_engine(engine, prompts[:batch], flags.output_len)
-        if replays:
-            device_ms = float(np.median([start.elapsed_time(end) for start, end in replays]))
-            row |= {"device_ms": device_ms, "host_ratio": row["token_ms"] / device_ms}
+        if device.type == "cuda":
+            with timed_replays() as replays:
+                _time_engine(engine, prompts[:batch], flags.output_len)
+            row["device_ms"] = float(np.median([start.elapsed_time(end) for start, end in replays]))
+            row["host_ratio"] = row["token_ms"] / row["device_ms"]
         for name, seconds in theirs.items():
             row[f"{name}_tokens_per_s"] = batch * flags.output_len / float(np.median(seconds[1:]))
         rows.append(row)

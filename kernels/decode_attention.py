@@ -110,7 +110,7 @@ def decode_attention(
     if decodes.kv_locs is not None:
         store_kv(qkv, layout, cache, decodes.kv_locs, cos_sin)
     is_grouped = layout.group > 1 and qkv.dtype != torch.float32
-    has_tiles = is_grouped or (is_stored and layout.group == 1)
+    has_tiles = is_grouped or (is_stored and layout.group == 1)  # a program computes several queries
     if is_grouped:
         kernel, programs, constants = grouped_launch(layout, is_stored)
     elif has_tiles:

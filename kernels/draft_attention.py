@@ -23,15 +23,19 @@ except ImportError:  # a CPU-only torch comes without it
     triton = None
 
 # Measured on an H100 with 32 heads of 128, 9 rows of one slot: at 300, 2000, 8000 and 32 000 tokens 18, 31, 73 and 241
-# us; with a program for each row 15, 77, 290 and 1136. With groups of four, tiles of all rows are slower up to 4000
-# tokens.
+# us; with a program for each row 15, 77, 290 and 1136. Nine slots of one row each: 51, 119 and 405 us at 300, 2000 and
+# 8000 tokens, instead of 27, 117 and 442. With groups of four, tiles of all rows are slower at 2000 tokens.
 _WANTED_PROGRAMS = 512
 _SLOT_ROWS = 16  # of a slot in a program, and rows that a product of the matrix units has at least
 _BLOCK_KEYS = 64  # keys that a program reads at once; fewer of wide heads or in fp32, so that they fit
 
 
 def draft_launch(layout: HeadLayout, rows: int, dtype: torch.dtype) -> tuple[Any, int, dict[str, Any]]:
-    """As `grouped_launch`; rows: of the step; dtype: of qkv."""
+    """The kernel, the programs that it wants, and its own constants: for `decode_attention`'s launch.
+
+    rows: of the step; dtype: of qkv. The programs are counted as if each row had its own: that is how
+    `decode_attention` divides them.
+    """
     dims, is_wide = max(16, triton.next_power_of_2(layout.head_dim)), dtype == torch.float32
     constants = dict(
         rows=rows,

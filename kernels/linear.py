@@ -127,6 +127,7 @@ def _many_rows(
     if x.device.type == "cuda" and x.dtype != torch.float32:
         if bias is not None and activation in _CUBLAS_GELU and out is None:
             return torch._addmm_activation(bias, x, wide.t(), use_gelu=_CUBLAS_GELU[activation])
+        # A bias is added after the product is rounded, so only to a result that is wider than x.
         if activation == "none" and out is not None and _HAS_WIDE_RESULTS and (bias is None or out.dtype != x.dtype):
             torch.mm(x, wide.t(), out_dtype=out.dtype, out=out)
             return out if bias is None else out.add_(bias)
