@@ -111,8 +111,8 @@ class DecodeGraphs:
         workspace: torch.Tensor,
         chooser: Chooser | None,
     ) -> None:
-        """slots: graphs read and write it. workspace: of kernels.decode_attention. chooser: on the last stage only. Both
-        are for `max_rows` of as many slots.
+        """slots: graphs read and write it. workspace: of kernels.decode_attention. chooser: on the last stage only.
+        Both are for `max_rows` of as many slots.
 
         Raises RuntimeError where a graph cannot be made.
         """
