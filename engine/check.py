@@ -15,7 +15,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,6 +34,7 @@ from engine.judge import (
     pair_rounds,
     silence,
 )
+from engine.signals import end_start_up, on_stop_signals
 from engine.watchdog import Watchdog
 from engine.world import Mail, is_surplus
 
@@ -73,6 +76,8 @@ def run(mail: Mail, own: Sequence[Callable[[], Result]], machine: Machine, folde
     """
     if is_surplus(mail.size):
         return 1  # the other worlds' first says why
+    # A rank that goes on after rank 0 has given up still writes its file; the launcher then ends it with a signal.
+    on_stop_signals(partial(_remove_mark_and_end, _mark(folder, mail.rank)))
     checkup = _Checkup(mail)
     try:
         for check in own if mail.rank == 0 else ():
@@ -274,6 +279,13 @@ def _mark(folder: Path, rank: int | str) -> Path:
     """A rank's file. Under Open MPI and Slurm, rank 0 knows its name without a message."""
     job = os.environ.get("PMIX_NAMESPACE", str(os.getppid())).replace("/", "-")
     return folder / f".check-{job}-{rank}"
+
+
+def _remove_mark_and_end(mark: Path, number: int, frame: FrameType | None) -> None:
+    """On a stop signal: a rank's own file does not stay behind."""
+    with suppress(OSError):
+        mark.unlink()
+    end_start_up(number, frame)
 
 
 def _remove_marks(folder: Path) -> None:

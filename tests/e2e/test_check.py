@@ -20,6 +20,7 @@ import pytest
 from tests.support.launch import ROOT, Ports
 from tests.support.nodes import Nodes, two_nodes, why_not
 from tests.support.ranks import call_ranks, kill_family, mpi_environment, mpirun_command
+from tests.support.standin_server import wait_for
 
 SERVER = str(ROOT / "server.py")
 STORIES = str(ROOT / "models/stories")
@@ -181,6 +182,24 @@ def test_a_rank_that_does_not_answer_is_named(tmp_path: Path) -> None:
     assert re.match(rf"rank 1 on {where} does not answer rank 0 on {host} within \d+ s: look at its host", sentence)
     assert code == 1
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow("starts its own mpirun")
+def test_a_rank_that_is_stopped_takes_its_file_away(tmp_path: Path) -> None:
+    """Rank 0 gets SIGSTOP, so that rank 1 waits for it with its file written; then rank 1 gets SIGTERM."""
+    command = mpirun_command(2, SERVER, *flags(tmp_path))
+    environment = {**os.environ, **mpi_environment()}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("ok      world")
+        ranks = {rank.environ()["OMPI_COMM_WORLD_RANK"]: rank for rank in psutil.Process(process.pid).children()}
+        ranks["0"].send_signal(signal.SIGSTOP)
+        wait_for(lambda: any(tmp_path.glob(".check-*-1")))
+        ranks["1"].send_signal(signal.SIGTERM)
+        wait_for(lambda: not any(tmp_path.glob(".check-*-1")))
+    finally:
+        kill_family(process)
 
 
 @pytest.mark.slow("starts its own mpirun")
