@@ -13,12 +13,21 @@ _LOOK_AHEAD = 3  # blocks beyond the one that a sequence needs, where there are 
 _PLENTY = 2  # times as many blocks are free as all running sequences would take with their look-ahead
 
 
+def watermark(num_running: int) -> int:
+    """Blocks that stay free when a request enters, so that those that run can grow for block_size / 2 steps."""
+    return num_running // 2
+
+
+def most_blocks(num_sequences: int, max_seq_len: int, block_size: int) -> int:
+    """As many as are of use: no request waits for blocks, if each of num_sequences is as long as it may be."""
+    return num_sequences * -(-max_seq_len // block_size) + watermark(num_sequences)
+
+
 class SequenceMemory:
     """Gives blocks on demand: to a request for its known tokens and one more, then to its sequences as they grow.
 
-    A request enters only if half a block for each sequence that runs stays free (the watermark), so that those can
-    grow for block_size / 2 steps. Where blocks are plenty, a sequence gets several at once, so that few plans carry
-    new blocks; `take_back` takes those that are not needed yet.
+    A request enters only if it leaves the watermark free. Where blocks are plenty, a sequence gets several at once, so
+    that few plans carry new blocks; `take_back` takes those that are not needed yet.
 
     With a prefix cache, full blocks of known tokens can be found by these tokens, and a request shares those that it
     begins with. A prompt's are found from the step after the one that computes them, an output's once it has ended
@@ -65,7 +74,7 @@ class SequenceMemory:
         num_tokens = min(sequences[0].num_tokens, group.max_tokens - 1)
         counts = [self._blocks_for(num_tokens - (group.prompt_len if i else 0)) for i in range(len(sequences))]
         found = self._find(group)
-        if sum(counts) - self.blocks.num_owned(found) + self.num_sequences // 2 > self.blocks.num_free:
+        if sum(counts) - self.blocks.num_owned(found) + watermark(self.num_sequences) > self.blocks.num_free:
             return None
         self.blocks.share(found)
         for index, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from engine.config import EngineConfig
+from engine.memory import most_blocks
 from engine.plan import Plan, StepOutput
 from executor import graphs, prompt_graphs
 from executor.chooser import Chooser
@@ -126,7 +127,7 @@ class TorchExecutor:
         )
         with torch.inference_mode():
             scales = calibrate(self.model, limits.weight_format, shape, max_seq_len)
-        most = num_slots * -(-max_seq_len // limits.block_size)
+        most = most_blocks(num_slots, max_seq_len, limits.block_size)
         memory = _memory_left(self.device, self._local_size) - SlotState.num_bytes(num_slots, max_seq_len)
         has_kernels = runs_on(self.device)  # then decode rows go through them, and steps of them through graphs
         if has_kernels:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from engine.blocks import BlockAllocator
+from engine.memory import most_blocks
 from engine.plan import Chunk, Plan, StepOutput
 from engine.request import CANCELLED, END_ID, Request, SamplingParams
 from engine.scheduler import Scheduler
@@ -86,6 +87,15 @@ def test_a_short_request_leaves_at_once_and_its_slot_is_used_again() -> None:
     assert updates == ["length"]
     plan = s.schedule()
     assert [a.seq_slots for a in plan.new_sequences] == [[1]]
+
+
+def test_a_cache_with_the_most_blocks_keeps_no_request_waiting() -> None:
+    """4 requests as long as they may be take 3 blocks each at once, and the last one leaves half of 3 free."""
+    for num_blocks, num_entered in ((most_blocks(4, max_seq_len=12, block_size=4), 4), (4 * 3, 3)):
+        s = scheduler(max_step_tokens=64, num_blocks=num_blocks)
+        for _ in range(4):
+            s.add(request(11, 1))
+        assert sum(len(a.seq_slots) for a in s.schedule().new_sequences) == num_entered
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2])
