@@ -14,8 +14,8 @@ import pytest
 
 import client
 from cli.output import ResultWriter
-from tests.support.launch import ROOT, free_ports
-from tests.support.standin_server import StandinServer, standin, wait_for, write
+from tests.support.launch import ROOT, free_ports, wait_for
+from tests.support.standin_server import StandinServer, standin, write
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import pytest
 
 from cli import transport
 from client import parse_flags
-from tests.support.standin_server import StandinServer, standin, wait_for
+from tests.support.launch import wait_for
+from tests.support.standin_server import StandinServer, standin
 
 
 @pytest.fixture

@@ -17,10 +17,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.launch import ROOT, Ports
+from tests.support.launch import ROOT, Ports, wait_for
 from tests.support.nodes import Nodes, two_nodes, why_not
 from tests.support.ranks import call_ranks, kill_family, mpi_environment, mpirun_command
-from tests.support.standin_server import wait_for
 
 SERVER = str(ROOT / "server.py")
 STORIES = str(ROOT / "models/stories")

@@ -16,7 +16,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +32,14 @@ before = peak()
 convert.convert(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), "fp16")
 print(peak() - before)
 """
+
+
+def wait_for(is_so: Callable[[], object], timeout_s: float = 20) -> None:
+    """Ask until it is so."""
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline, f"it is not so after {timeout_s:g} s"
+        time.sleep(0.005)
 
 
 def conversion_memory(source: Path, output_dir: Path, tp: int) -> int:

@@ -20,7 +20,7 @@ from serving.generation import Generator
 from serving.openai.frontend import OpenAIFlags, OpenAIFrontend
 from serving.openai.model import ServedModel
 from tests.support.counting_engine import CountingEngine, letter_encoder
-from tests.support.launch import free_ports
+from tests.support.launch import free_ports, wait_for
 from tests.support.openai_api import Api, letters
 
 LONG = {"prompt": "a", "max_tokens": 290, "temperature": 0}
@@ -163,10 +163,10 @@ def test_a_client_that_goes_away_is_cancelled(stream: bool) -> None:
     with letters(engine) as api:
         connection = api.connect()
         connection.request("POST", "/v1/completions", json.dumps({**LONG, "stream": stream}))
-        until(lambda: engine.seen and engine.seen[0].output_ids)
+        wait_for(lambda: engine.seen and engine.seen[0].output_ids)
         connection.close()
         started = time.monotonic()
-        until(lambda: engine.cancelled)
+        wait_for(lambda: engine.cancelled)
         assert time.monotonic() - started < 1
         assert engine.cancelled == engine.seen
 
@@ -205,7 +205,7 @@ def test_drain_refuses_and_finishes() -> None:
         target=lambda: answers.append(api.complete(**{**LONG, "stream": True, "max_tokens": 100}))
     )
     thread.start()
-    until(lambda: generator.engine.seen)  # type: ignore[attr-defined]
+    wait_for(lambda: generator.engine.seen)  # type: ignore[attr-defined]
     frontend.refuse()
     assert api.get("/health").error[0] == 503
     assert api.complete(prompt="ab").error[0] == 503
@@ -232,10 +232,3 @@ def test_an_error_in_a_stream_is_an_event() -> None:
     with letters(Ending()) as api:
         *pieces, last = api.complete(**LONG, stream=True).events
         assert pieces and "stopped" in last["error"]["message"]
-
-
-def until(condition: Any, timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
