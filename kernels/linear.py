@@ -68,7 +68,8 @@ def linear(
 
     Rounding of weights with scales. Few rows (`plan`): none; the integers or fp8 numbers are multiplied, and the scale
     multiplies the sum. Many rows of bf16 with fp8 weights (`_can_multiply_fp8`): x is rounded to fp8 too, with a scale
-    per row, so that the product runs at fp8's rate. All else: a weight times its scale is rounded to x's dtype.
+    per row, so that the product runs at fp8's rate; where cuBLAS lacks it, and in all other cases: a weight times its
+    scale is rounded to x's dtype.
     """
     _check(x, weight, bias, scales)
     weight_format = "plain" if scales is None else "fp8" if weight.dtype == FP8 else "int8"
@@ -121,8 +122,10 @@ def _many_rows(
 ) -> torch.Tensor:
     """`reference`, and what cuBLAS does besides: GELU or ReLU after a product, 16-bit factors with fp32 results."""
     if scales is not None and _can_multiply_fp8(x, weight):
-        y = ACTIVATIONS[activation](_multiply_fp8(x, weight, scales, bias))
-        return y if out is None else out.copy_(y)
+        y = _multiply_fp8(x, weight, scales, bias)
+        if y is not None:
+            y = ACTIVATIONS[activation](y)
+            return y if out is None else out.copy_(y)
     wide = weight if scales is None else widen.widen(weight, scales, x.dtype)
     if x.device.type == "cuda" and x.dtype != torch.float32:
         if bias is not None and activation in _CUBLAS_GELU and out is None:
@@ -142,12 +145,21 @@ def _can_multiply_fp8(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def _multiply_fp8(
     x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """x · Wᵀ + b, x rounded to fp8; the tensor cores' own sums of fp8 products, which are less exact than fp32."""
+) -> torch.Tensor | None:
+    """x · Wᵀ + b, x rounded to fp8; the tensor cores' own sums of fp8 products, which are less exact than fp32.
+
+    None: cuBLAS has no such product. It lacks scales per row where a few rows have many ins and not many outs, for
+    example 127 rows, 9216 ins and 3072 outs on an H100 (github.com/pytorch/ao/issues/4582).
+    """
     values, row_scales = quantize_rows(x)
-    return torch._scaled_mm(
-        values, weight.t(), row_scales, scales[None], bias=bias, out_dtype=x.dtype, use_fast_accum=True
-    )
+    try:
+        return torch._scaled_mm(
+            values, weight.t(), row_scales, scales[None], bias=bias, out_dtype=x.dtype, use_fast_accum=True
+        )
+    except RuntimeError as error:
+        if "CUBLAS_STATUS_NOT_SUPPORTED" not in str(error):
+            raise
+        return None
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scales: torch.Tensor | None) -> None:

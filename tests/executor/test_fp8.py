@@ -60,6 +60,29 @@ def test_weights_are_e4m3_with_a_scale_for_each_column() -> None:
     assert (np.abs(values).max(0) == np.where(scales > 0, 448, 0)).all()
 
 
+def test_products_that_cublas_lacks_are_of_widened_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mock: only a GPU multiplies fp8 with fp8."""
+    errors = ["CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmulAlgoGetHeuristic(...)`"]
+
+    def fails(*args: object, **kwargs: object) -> None:
+        raise RuntimeError(errors[-1])
+
+    monkeypatch.setattr(torch, "_scaled_mm", fails)
+    monkeypatch.setattr(linear, "_can_multiply_fp8", lambda x, weight: True)
+    monkeypatch.setattr(linear, "quantize_rows", quantize_rows.reference)
+    values, scales, bias = to_fp8(torch.randn(48, 64), torch.ones(48, 1)), torch.rand(48), torch.randn(48).bfloat16()
+    x, workspace = torch.randn(33, 64).bfloat16(), linear.make_workspace(CPU)
+    exact = x.double() @ (values.double() * scales[:, None].double()).t() + bias.double()
+    ours = linear.linear(x, values, bias, workspace, scales=scales)
+    torch.testing.assert_close(ours.double(), exact, rtol=0, atol=1e-2 * float(exact.abs().max()))
+    wide = torch.empty(33, 48)
+    assert linear.linear(x, values, bias, workspace, "relu", scales, wide) is wide
+    torch.testing.assert_close(wide.double(), exact.relu(), rtol=0, atol=1e-2 * float(exact.abs().max()))
+    errors.append("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        linear.linear(x, values, bias, workspace, scales=scales)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 33])
 def test_product_is_the_dequantized_one(rows: int, dtype: torch.dtype) -> None:
