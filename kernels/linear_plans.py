@@ -10,9 +10,10 @@ SPLIT_COUNTERS = 4096  # output tiles that may be split; a launch has fewer
 _FEW_ROWS = {"plain": 32, "int8": 256, "fp8": 32}
 _MOST_SPLITS = 4
 _VOCABULARY = 32768  # outputs of an LM head
-_LARGE = 32 << 20  # elements of W from which cuBLAS is as quick for more than 16 rows
+_LARGE = 96 << 20  # elements of W from which cuBLAS is as quick for more than 16 rows
 _LONG = 24576  # ins whose sum is always split
 _MOST_GATED_PROGRAMS = 396  # of tiles of 32 outputs: three for each multiprocessor
+_MULTIPROCESSORS = 132
 _WANTED_PROGRAMS = 160  # of tiles of 64 outputs: at least one for each multiprocessor
 
 
@@ -38,6 +39,11 @@ def plan(rows: int, num_out: int, num_in: int, weight_format: str, is_gated: boo
         return _plan_one_row(num_out, num_in) if weight_format == "plain" else _plan_byte_row(num_out, num_in)
     if weight_format != "plain":
         return _plan_bytes(rows, num_out, num_in, is_gated)
+    return _plan_tiles(rows, num_out, num_in, is_gated)
+
+
+def _plan_tiles(rows: int, num_out: int, num_in: int, is_gated: bool) -> TilePlan | None:
+    """For 2 to 32 rows, weights in x's dtype."""
     block_m = 16 if rows <= 16 else 32
     if is_gated:  # two tiles of W each
         block_n, stages = (32, 4) if num_out // 64 <= _MOST_GATED_PROGRAMS else (64, 3)
@@ -50,6 +56,14 @@ def plan(rows: int, num_out: int, num_in: int, weight_format: str, is_gated: boo
     tiles = -(-num_out // 64)
     if tiles < 48 and rows <= 16:
         return TilePlan(block_m, 64, 256, min(_MOST_SPLITS, max(1, num_in // 256)), 4, 3)
+    # With a few programs more than multiprocessors, some have two, and all wait for them. In these plans three programs
+    # fit on a multiprocessor: with fewer stages, or smaller ones, and more splits.
+    if 2 * tiles > _MULTIPROCESSORS and tiles < 96 and num_in >= 3072:
+        return TilePlan(block_m, 64, 128, 3, 4, 3)
+    if rows <= 16 and _MULTIPROCESSORS < tiles <= 1.5 * _MULTIPROCESSORS:
+        return TilePlan(block_m, 64, 64, 1, 4, 6)
+    if rows > 16 and _MULTIPROCESSORS < tiles <= 2 * _MULTIPROCESSORS:
+        return TilePlan(block_m, 64, 128, 1, 4, 3)
     splits = 1
     while splits < _MOST_SPLITS and (tiles * splits * 2 <= _WANTED_PROGRAMS or num_in >= _LONG):
         splits *= 2
@@ -61,12 +75,12 @@ def plan(rows: int, num_out: int, num_in: int, weight_format: str, is_gated: boo
 def _plan_one_row(num_out: int, num_in: int) -> TilePlan:
     if num_out >= _VOCABULARY:
         block_n, block_k, warps = (4, 1024, 4) if num_in <= 2048 else (2, 2048, 4)
-    elif num_in >= 16384 or (num_in == 2048 and num_out == 6144):
+    elif num_in == 2048 and num_out == 6144:
         block_n, block_k, warps = 4, 1024, 4
     elif num_in >= 8192:
-        block_n, block_k, warps = 8, 1024, 8
+        block_n, block_k, warps = (4, 1024, 4) if num_out >= 6144 else (2, 1024, 4)
     elif num_in >= 4096 or num_in == num_out == 2048:
-        block_n, block_k, warps = 2, 2048, 4
+        block_n, block_k, warps = (2, 2048, 4) if num_in % 2048 == 0 else (1, 1024, 4)
     else:
         block_n, block_k, warps = (4, 1024, 4) if num_out <= 1024 else (2, 1024, 2)
     return TilePlan(1, block_n, _whole_block(num_in, block_k), 1, warps, 1)
