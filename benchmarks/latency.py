@@ -5,10 +5,10 @@
     python benchmarks/latency.py --shapes 6.7B 20B --batches 1 8 --quantization fp8 --kv-cache-dtype fp8
     mpirun -n 2 python benchmarks/latency.py --shapes 20B --batches 1 --tp 2
 
-Reports the time to the first token, the time per output token after it, on a GPU the ratio of that to the time of the
-step's graph on the device (host), the share of the measured bandwidth (--bandwidth-gbs: the time of one read of the
-weights, divided by the step's), and the tokens per second of other engines (--compare; ctranslate2 needs the package of
-that name) with the same shape, threads and weight format, whose rounds alternate with ours.
+Reports the time to the first token, the time per output token after it, on a GPU with --pp 1 the ratio of that to the
+time of the step's graph on the device (host), the share of the measured bandwidth (--bandwidth-gbs: the time of one
+read of the weights, divided by the step's), and the tokens per second of other engines (--compare; ctranslate2 needs
+the package of that name) with the same shape, threads and weight format, whose rounds alternate with ours.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def measure(
         row = {"batch": batch, "first_token_ms": first * 1e3, "total_s": total}
         row["token_ms"] = (total - first) / (flags.output_len - 1) * 1e3
         row["tokens_per_s"] = batch * flags.output_len / total
-        if device.type == "cuda":
+        if device.type == "cuda" and flags.pp == 1:  # a stage's graph is a part of the step
             with timed_replays() as replays:
                 _time_engine(engine, prompts[:batch], flags.output_len)
             row["device_ms"] = float(np.median([start.elapsed_time(end) for start, end in replays]))

@@ -6,6 +6,7 @@ The only module that imports torch.distributed. One thread of each rank calls it
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import threading
 import time
@@ -218,6 +219,8 @@ class _NcclGroups:
     def __init__(self, world: World, parallel: ParallelConfig, device: torch.device) -> None:
         import torch.distributed as dist
 
+        # torch warns on every rank that a group's sends wait for each other. Those of `_pairs` should.
+        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
         self._dist = dist
         is_one_node = world.local_size == world.size
         store = None
