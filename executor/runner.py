@@ -22,6 +22,7 @@ from executor.collectives import Comm, Transfer
 from executor.draft_graphs import DraftGraphs
 from executor.graphs import DecodeGraphs, max_rows
 from executor.kv_cache import CacheShape, KVCache, PrefillChunk
+from executor.matmul import leave_out_amx
 from executor.model import GPT, StepInput
 from executor.output_layout import OutputLayout
 from executor.probe import calibrate
@@ -96,6 +97,8 @@ class TorchExecutor:
         # On a GPU the next step is launched before the last one's tokens are read.
         self.num_ahead = 1 if device.type == "cuda" else 0
         self.num_stages = comm.parallel.pp
+        if engine_config.weight_format == "w8a8":
+            leave_out_amx()
         with torch.inference_mode():
             self.model = GPT(comm, reader, device, progress, engine_config.weight_format)
         self.max_seq_len = engine_config.max_seq_len or reader.config.max_pos_seq_len

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from executor import startup
 from executor.matmul import Int8CpuMatmul, make_matmul
 from executor.quantization import QuantizedMatrix
 from tests.support.engines import prompts
-from tests.support.ranks import run_logits
+from tests.support.ranks import ROOT, run_logits
 from weights.model_config import ModelConfig
 
 needs_vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="no VNNI here")
@@ -75,6 +78,31 @@ def test_ranks_compute_nearly_the_same(converted: Callable[[int], Path]) -> None
     for logits in (alone, shared):
         assert 1e-4 < np.linalg.norm(logits - plain) / np.linalg.norm(plain) < 0.05
     assert np.linalg.norm(shared - alone) / np.linalg.norm(alone) < 0.05
+
+
+RUN = """
+import sys
+from pathlib import Path
+from engine.request import SamplingParams
+from tests.support.engines import finish, make_engine, request
+finish(make_engine(Path(sys.argv[1]), quantization="w8a8"), [request([1, 2, 3], SamplingParams(2))])
+"""
+
+
+@needs_vnni
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="no AMX here")
+@pytest.mark.parametrize(("wish", "has_amx"), [({}, False), ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"}, True)])
+def test_amx_is_used_where_the_environment_wants_it_only(
+    wish: dict[str, str], has_amx: bool, converted: Callable[[int], Path]
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "ONEDNN_MAX_CPU_ISA"}
+    environment |= {"ONEDNN_VERBOSE": "1", **wish}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(converted(1))], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    products = [line for line in done.stdout.splitlines() if ",exec,cpu,matmul," in line and "wei:s8" in line]
+    assert products and any("amx" in line for line in products) == has_amx
 
 
 def test_its_two_names() -> None:
