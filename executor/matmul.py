@@ -64,8 +64,8 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
 def leave_out_amx() -> None:
     """Keep oneDNN from AMX in this process, unless its environment says which instructions to use.
 
-    For w8a8, before anything is multiplied. With AMX, oneDNN's int8 product of a few rows takes 1.2 to 1.7 times as
-    long as without, and prompts take about as long. For other weights AMX is faster: bf16, and int8's three digits.
+    For w8a8, before anything is multiplied. AMX makes oneDNN's int8 product of a few rows slower, so tokens come later,
+    and that of many rows faster (docs/design.md has figures). bf16 and int8's three digits are faster with AMX.
     """
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 

@@ -12,8 +12,8 @@ _MOST_SPLITS = 4
 _VOCABULARY = 32768  # outputs of an LM head
 _LARGE = 96 << 20  # elements of W from which cuBLAS is as quick for more than 16 rows
 _LONG = 24576  # ins whose sum is always split
-_MOST_GATED_PROGRAMS = 396  # of tiles of 32 outputs: three for each multiprocessor
-_MULTIPROCESSORS = 132
+_MULTIPROCESSORS = 132  # of an H200
+_MOST_GATED_PROGRAMS = 3 * _MULTIPROCESSORS  # of tiles of 32 outputs
 _WANTED_PROGRAMS = 160  # of tiles of 64 outputs: at least one for each multiprocessor
 
 
@@ -56,8 +56,8 @@ def _plan_tiles(rows: int, num_out: int, num_in: int, is_gated: bool) -> TilePla
     tiles = -(-num_out // 64)
     if tiles < 48 and rows <= 16:
         return TilePlan(block_m, 64, 256, min(_MOST_SPLITS, max(1, num_in // 256)), 4, 3)
-    # With a few programs more than multiprocessors, some have two, and all wait for them. In these plans three programs
-    # fit on a multiprocessor: with fewer stages, or smaller ones, and more splits.
+    # With a few programs more than multiprocessors, some of these have two, and the rest waits. In the next three plans
+    # a multiprocessor holds three programs: their stages are fewer or smaller.
     if 2 * tiles > _MULTIPROCESSORS and tiles < 96 and num_in >= 3072:
         return TilePlan(block_m, 64, 128, 3, 4, 3)
     if rows <= 16 and _MULTIPROCESSORS < tiles <= 1.5 * _MULTIPROCESSORS:
