@@ -56,13 +56,15 @@ def accept_tokens(
     if not runs_on(token_ids.device) or rows > _MOST_ROWS:
         return reference(token_ids, positions, row_slots, row_positions, chosen_ids)
     block = max(16, triton.next_power_of_2(rows))
-    _kernel[(1,)](token_ids, positions, row_slots, row_positions, chosen_ids, token_ids.stride(0), rows, block=block)
+    _accept_tokens[(1,)](
+        token_ids, positions, row_slots, row_positions, chosen_ids, token_ids.stride(0), rows, block=block
+    )
 
 
 if triton is not None:
 
     @triton.jit
-    def _kernel(
+    def _accept_tokens(
         token_ids,
         positions,
         row_slots,

@@ -41,7 +41,7 @@ def add_norm(
     normed = torch.empty_like(residual)
     total = residual if hidden is None else torch.empty_like(residual)
     block = triton.next_power_of_2(hidden_size)
-    _kernel[(rows,)](
+    _add_norm[(rows,)](
         residual,
         residual if hidden is None else hidden,
         weight,
@@ -71,7 +71,7 @@ if triton is not None:
         return values + b if has_bias else values
 
     @triton.jit
-    def _kernel(
+    def _add_norm(
         residual,  # [rows, hidden_size]
         hidden,  # as residual
         weight,

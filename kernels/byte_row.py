@@ -33,7 +33,7 @@ def launch(
 ) -> torch.Tensor:
     """Arguments as of `kernels.linear.linear`, which checked them: x [1, in], contiguous. Returns out."""
     num_in, num_out = x.shape[1], out.shape[1]
-    _kernel[(-(-num_out // plan.block_n),)](
+    _byte_row[(-(-num_out // plan.block_n),)](
         x.view(torch.int64),
         weight.view(torch.int32),
         scales,
@@ -127,7 +127,7 @@ if triton is not None:
         return sums
 
     @triton.jit
-    def _kernel(
+    def _byte_row(
         x,  # [in / 4] int64
         weight,  # [out, in / 4] int32
         scales,

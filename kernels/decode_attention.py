@@ -165,7 +165,7 @@ def _launch(layout: HeadLayout, rows: int, is_stored: bool) -> tuple[Any, int, d
     """As `grouped_launch`, for a program per query head."""
     programs = _WANTED_PROGRAMS if rows <= _FEW_ROWS else _WANTED_PROGRAMS_OF_MANY
     dims = triton.next_power_of_2(layout.head_dim)
-    return _kernel, programs, dict(is_stored=is_stored, dims=dims, num_warps=1)
+    return _decode_attention, programs, dict(is_stored=is_stored, dims=dims, num_warps=1)
 
 
 if triton is not None:
@@ -237,7 +237,7 @@ if triton is not None:
         return k, v
 
     @triton.jit
-    def _kernel(
+    def _decode_attention(
         qkv,
         cosines,  # [rows, rotated_half] fp32
         sines,

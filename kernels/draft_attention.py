@@ -45,7 +45,7 @@ def draft_launch(layout: HeadLayout, rows: int, dtype: torch.dtype) -> tuple[Any
         precision="ieee" if is_wide else "tf32",
         num_warps=2,
     )
-    return _kernel, _WANTED_PROGRAMS * min(rows, _SLOT_ROWS), constants
+    return _draft_attention, _WANTED_PROGRAMS * min(rows, _SLOT_ROWS), constants
 
 
 if triton is not None:
@@ -96,7 +96,7 @@ if triton is not None:
         return is_last, weight_sum, sums
 
     @triton.jit
-    def _kernel(
+    def _draft_attention(
         qkv,
         cosines,  # [rows, rotated_half] fp32
         sines,

@@ -52,7 +52,7 @@ def embed(
         return reference(token_ids, slots, positions, rows, position_rows, first_id)
     num_tokens, hidden_size = len(slots), rows.shape[1]
     out = torch.empty(num_tokens, hidden_size, dtype=rows.dtype, device=rows.device)
-    _kernel[(num_tokens,)](
+    _embed[(num_tokens,)](
         token_ids,
         slots,
         positions,
@@ -74,7 +74,7 @@ def embed(
 if triton is not None:
 
     @triton.jit
-    def _kernel(
+    def _embed(
         token_ids,
         slots,
         positions,

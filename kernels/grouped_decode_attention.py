@@ -36,7 +36,7 @@ def grouped_launch(layout: HeadLayout, is_stored: bool) -> tuple[Any, int, dict[
     block = _BLOCK_KEYS if dims <= 128 else _BLOCK_KEYS // 2
     tile = max(_LEAST_TILE, group_rows)
     constants = dict(is_stored=is_stored, group_rows=group_rows, tile=tile, dims=dims, block=block, num_warps=2)
-    return _kernel, _WANTED_PROGRAMS, constants
+    return _grouped_decode_attention, _WANTED_PROGRAMS, constants
 
 
 if triton is not None:
@@ -91,7 +91,7 @@ if triton is not None:
         return is_last, result
 
     @triton.jit
-    def _kernel(
+    def _grouped_decode_attention(
         qkv,
         cosines,  # [rows, rotated_half] fp32
         sines,

@@ -54,7 +54,7 @@ def head_norm(qkv: torch.Tensor, layout: HeadLayout, norms: HeadNorms) -> torch.
     block_heads = min(triton.next_power_of_2(num_heads), max(1, _BLOCK_ELEMENTS // dims))
     places = layout.places()
     has_bias = norms.query_bias is not None
-    _kernel[(len(qkv), -(-num_heads // block_heads))](
+    _head_norm[(len(qkv), -(-num_heads // block_heads))](
         qkv,
         norms.query,
         norms.key,
@@ -80,7 +80,7 @@ def head_norm(qkv: torch.Tensor, layout: HeadLayout, norms: HeadNorms) -> torch.
 if triton is not None:
 
     @triton.jit
-    def _kernel(
+    def _head_norm(
         qkv,
         query_weight,
         key_weight,

@@ -113,7 +113,7 @@ def _launch(
     rows, hidden_size = addend.shape
     block = triton.next_power_of_2(hidden_size)
     is_two_shot = peers.num_ranks > 2 and addend.numel() * addend.element_size() >= _TWO_SHOT_BYTES
-    _kernel[(rows,)](
+    _peer_sum[(rows,)](
         addend,
         addend if residual is None else residual,
         addend if weight is None else weight,
@@ -187,7 +187,7 @@ if triton is not None:
         return total.to(dtype)
 
     @triton.jit
-    def _kernel(
+    def _peer_sum(
         addend,  # [rows, hidden_size]
         residual,  # as addend
         weight,

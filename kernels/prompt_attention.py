@@ -110,7 +110,7 @@ def prompt_attention(
     out = torch.empty(len(qkv), heads * head_dim, dtype=qkv.dtype, device=qkv.device)
     cosines, sines = (out, out) if cos_sin is None else cos_sin
     places = layout.places()
-    _kernel[(len(tiles), heads)](
+    _prompt_attention[(len(tiles), heads)](
         qkv,
         cosines,
         sines,
@@ -174,7 +174,7 @@ if triton is not None:
         return weights, new_largest, weight_sum * shrink + tl.sum(weights, 1), shrink
 
     @triton.jit
-    def _kernel(
+    def _prompt_attention(
         qkv,
         cosines,  # [rows, rotated_half] fp32
         sines,

@@ -41,14 +41,16 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values = torch.empty(rows, num_in, dtype=FP8, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     block = min(triton.next_power_of_2(num_in), _BLOCK_ELEMENTS)
-    _kernel[(rows,)](x, values, scales, num_in=num_in, block=block, num_warps=8, **dependent_launch.options(x.device))
+    _quantize_rows[(rows,)](
+        x, values, scales, num_in=num_in, block=block, num_warps=8, **dependent_launch.options(x.device)
+    )
     return values, scales
 
 
 if triton is not None:
 
     @triton.jit
-    def _kernel(x, values, scales, num_in: tl.constexpr, block: tl.constexpr, pdl: tl.constexpr):
+    def _quantize_rows(x, values, scales, num_in: tl.constexpr, block: tl.constexpr, pdl: tl.constexpr):
         """One row: its largest value, then its cast."""
         row = tl.program_id(0).to(tl.int64)
         x += row * num_in

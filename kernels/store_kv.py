@@ -51,7 +51,7 @@ def store_kv(
     cosines, sines = (keys, keys) if cos_sin is None else cos_sin
     dims = triton.next_power_of_2(layout.head_dim)
     block_heads = min(triton.next_power_of_2(layout.kv_heads), max(1, _BLOCK_ELEMENTS // dims))
-    _kernel[(len(qkv), -(-layout.kv_heads // block_heads))](
+    _store_kv[(len(qkv), -(-layout.kv_heads // block_heads))](
         qkv,
         cosines,
         sines,
@@ -76,7 +76,7 @@ def store_kv(
 if triton is not None:
 
     @triton.jit
-    def _kernel(
+    def _store_kv(
         qkv,
         cosines,  # [tokens, rotated_half] fp32
         sines,

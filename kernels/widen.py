@@ -42,14 +42,14 @@ def widen(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> tor
         return reference(weight, scales, dtype)
     num_out, num_in = weight.shape
     wide = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    _kernel[(num_out,)](weight, scales, wide, num_in, 4096)
+    _widen[(num_out,)](weight, scales, wide, num_in, 4096)
     return wide
 
 
 if triton is not None:
 
     @triton.jit
-    def _kernel(weight, scales, wide, num_in, block: tl.constexpr):
+    def _widen(weight, scales, wide, num_in, block: tl.constexpr):
         """One row."""
         row = tl.program_id(0).to(tl.int64)
         scale = tl.load(scales + row)

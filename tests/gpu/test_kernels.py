@@ -133,14 +133,14 @@ def test_prompt_attention_fits_every_gpus_shared_memory(
     dtype: torch.dtype, head_dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kernel that does not fit is refused when it is launched: no server of such a model would start."""
-    kernel = prompt_attention._kernel
+    kernel = prompt_attention._prompt_attention
     shared: list[int] = []
 
     class Recorder:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             return lambda *args, **options: shared.append(kernel[grid](*args, **options).metadata.shared)
 
-    monkeypatch.setattr(prompt_attention, "_kernel", Recorder())
+    monkeypatch.setattr(prompt_attention, "_prompt_attention", Recorder())
     qkv = torch.zeros(5, 3 * 2 * head_dim, dtype=dtype, device="cuda")
     cache = LayerCache(*torch.zeros(2, 8, 2, head_dim, dtype=dtype, device="cuda"))
     prompts = PromptMetadata(torch.arange(8, device="cuda").int()[None], torch.tensor(make_tiles([(0, 0, 5)])).cuda())
