@@ -12,6 +12,7 @@ import torch
 
 from kernels import dependent_launch, runs_on
 from kernels.draft_attention import draft_launch
+from kernels.fp8_decode_attention import fp8_launch, takes
 from kernels.grouped_decode_attention import grouped_launch
 from kernels.heads import CosSin, HeadLayout, rotated_heads
 from kernels.layer_cache import LayerCache
@@ -21,6 +22,7 @@ try:
     import triton
     import triton.language as tl
 
+    from kernels.attention_parts import combine_splits
     from kernels.dependent_launch import start_dependents, wait_for_predecessors
     from kernels.fp8 import cast_fp8
     from kernels.heads import load_rotated
@@ -116,7 +118,7 @@ def decode_attention(
     elif has_tiles:
         kernel, programs, constants = draft_launch(layout, rows, qkv.dtype)
     else:
-        kernel, programs, constants = _launch(layout, rows, is_stored)
+        kernel, programs, constants = _launch(layout, rows, is_stored, takes(layout, cache.keys.dtype, qkv.dtype))
     heads = layout.kv_heads if is_grouped else layout.heads  # each is a program, or several with splits
     wanted = max(1, min(_MOST_SPLITS, programs // (rows * heads)))
     splits = 1 << wanted.bit_length() - 1  # a power of two: few variants of the kernel
@@ -145,7 +147,7 @@ def decode_attention(
         qkv.stride(0),
         decodes.table.stride(0),
         keys.stride(0),
-        head_dim**-0.5 * (1.4426950408889634 if has_tiles else 1.0),  # their exponentials are powers of two
+        head_dim**-0.5 * 1.4426950408889634,  # the kernels' exponentials are powers of two
         **layout.places(),
         group=layout.group,
         rotated_half=0 if cos_sin is None else cosines.shape[-1],
@@ -161,9 +163,11 @@ def decode_attention(
     return out
 
 
-def _launch(layout: HeadLayout, rows: int, is_stored: bool) -> tuple[Any, int, dict[str, Any]]:
-    """As `grouped_launch`, for a program per query head."""
+def _launch(layout: HeadLayout, rows: int, is_stored: bool, is_fp8: bool) -> tuple[Any, int, dict[str, Any]]:
+    """As `grouped_launch`, for a program per query head; is_fp8: kernels.fp8_decode_attention takes them."""
     programs = _WANTED_PROGRAMS if rows <= _FEW_ROWS else _WANTED_PROGRAMS_OF_MANY
+    if is_fp8:
+        return fp8_launch(layout, programs)
     dims = triton.next_power_of_2(layout.head_dim)
     return _decode_attention, programs, dict(is_stored=is_stored, dims=dims, num_warps=1)
 
@@ -189,51 +193,17 @@ if triton is not None:
             scores += slope * (t - position).to(tl.float32)
         scores = tl.where(t < end, scores, -float("inf"))
         new_largest = tl.maximum(largest, tl.max(scores, 0))
-        weights = tl.exp(scores - new_largest)
-        shrink = tl.exp(largest - new_largest)
+        weights = tl.exp2(scores - new_largest)
+        shrink = tl.exp2(largest - new_largest)
         weight_sum = weight_sum * shrink + tl.sum(weights, 0)
         sums = sums * shrink + tl.sum(weights[:, None] * v.to(tl.float32), 0)
         return new_largest, weight_sum, sums
 
     @triton.jit
-    def _combine(
-        partials,
-        workspace,
-        line,
-        split,
-        largest,
-        weight_sum,
-        sums,
-        d,
-        is_dim,
-        num_splits: tl.constexpr,
-        head_dim: tl.constexpr,
-    ):
-        """(is_last, weight_sum, sums): the last of a head's programs gets the sums of all its splits.
-
-        line: the head's number among the heads of all rows.
-        """
-        part = partials + (line * num_splits + split) * (head_dim + 2)
-        tl.store(part + d, sums, mask=is_dim)
-        tl.store(part + head_dim, largest)
-        tl.store(part + head_dim + 1, weight_sum)
-        tl.debug_barrier()  # all of the program's part is there before it counts
-        is_last = tl.atomic_add(workspace + line, 1, sem="acq_rel") == num_splits - 1
-        if is_last:
-            lines = partials + (line * num_splits + tl.arange(0, num_splits)) * (head_dim + 2)
-            maxima = tl.load(lines + head_dim, cache_modifier=".cg")
-            shares = tl.exp(maxima - tl.max(maxima, 0))  # of an empty part 0: its maximum is -inf
-            weight_sum = tl.sum(shares * tl.load(lines + head_dim + 1, cache_modifier=".cg"), 0)
-            parts = tl.load(lines[:, None] + d[None, :], mask=is_dim[None, :], other=0.0, cache_modifier=".cg")
-            sums = tl.sum(shares[:, None] * parts, 0)
-            tl.store(workspace + line, 0)
-        return is_last, weight_sum, sums
-
-    @triton.jit
     def _as_stored(k, v, key_scale, value_scale, is_fp8: tl.constexpr):
         """A key and a value in the cache's dtype."""
         if is_fp8:
-            k, v = cast_fp8(k, key_scale), cast_fp8(v, value_scale)
+            k, v = cast_fp8(k, 1.0 / key_scale), cast_fp8(v, 1.0 / value_scale)
         return k, v
 
     @triton.jit
@@ -298,7 +268,7 @@ if triton is not None:
         k, v = _load_block(places_of, first + tl.arange(0, block), end, keys, values, place_stride, head_offset, is_dim)
         slope = 0.0
         if has_slopes:
-            slope = tl.load(slopes + head)
+            slope = tl.load(slopes + head) * 1.4426950408889634
         key_scale, value_scale = 1.0, 1.0
         if is_fp8:
             key_scale, value_scale = tl.load(key_scales + kv_head), tl.load(value_scales + kv_head)
@@ -335,7 +305,7 @@ if triton is not None:
         line = row * tl.num_programs(0) + head
         is_last = True
         if num_splits > 1:
-            is_last, weight_sum, sums = _combine(
+            is_last, weight_sum, sums = combine_splits(
                 partials, workspace, line, split, largest, weight_sum, sums, d, is_dim, num_splits, head_dim
             )
         if is_last:

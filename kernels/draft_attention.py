@@ -18,6 +18,7 @@ try:
     import triton.language as tl
 
     from kernels.dependent_launch import start_dependents, wait_for_predecessors
+    from kernels.fp8 import query_for_fp8
     from kernels.heads import load_rotated
 except ImportError:  # a CPU-only torch comes without it
     triton = None
@@ -183,6 +184,8 @@ if triton is not None:
                 is_element,
                 rotated_half,
             )
+            if is_fp8:
+                q, scale = query_for_fp8(q, scale)
             largest = tl.full((slot_rows,), -float("inf"), tl.float32)
             weight_sum = tl.zeros((slot_rows,), tl.float32)
             sums = tl.zeros((slot_rows, dims), tl.float32)

@@ -30,6 +30,19 @@ def to_fp8(x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 if triton is not None:
 
     @triton.jit
-    def cast_fp8(x, scale):
-        """`to_fp8` in a kernel. Without ALL, a NaN becomes ±448."""
-        return tl.clamp(x.to(tl.float32) / scale, -448.0, 448.0, tl.PropagateNan.ALL).to(tl.float8e4nv)
+    def cast_fp8(x, inverse):
+        """`to_fp8` in a kernel; inverse: 1 / scale. Without ALL, a NaN becomes ±448."""
+        return tl.clamp(x.to(tl.float32) * inverse, -448.0, 448.0, tl.PropagateNan.ALL).to(tl.float8e4nv)
+
+    @triton.jit
+    def query_for_fp8(q, scale):
+        """(q, scale) for products with fp8 numbers: bf16 becomes fp16. Its largest value goes into scale.
+
+        fp16 holds fp8 exactly, and a GPU converts two numbers with one instruction; bf16 takes several.
+        """
+        if q.dtype == tl.bfloat16:
+            wide = q.to(tl.float32)
+            size = tl.maximum(tl.max(tl.max(tl.abs(wide), 1), 0), 1e-30)
+            return (wide / size).to(tl.float16), scale * size
+        else:
+            return q, scale

@@ -15,7 +15,7 @@ try:
     import triton.language as tl
 
     from kernels.dependent_launch import start_dependents, wait_for_predecessors
-    from kernels.fp8 import cast_fp8
+    from kernels.fp8 import cast_fp8, query_for_fp8
     from kernels.heads import load_rotated
 except ImportError:  # a CPU-only torch comes without it
     triton = None
@@ -161,6 +161,8 @@ if triton is not None:
         row_cosines, row_sines = cosines + row * rotated_half, sines + row * rotated_half
         query = kv_at + g[:, None] * head_dim
         q = load_rotated(query, row_cosines, row_sines, d[None, :], is_query, rotated_half)
+        if is_fp8:
+            q, scale = query_for_fp8(q, scale)
         largest = tl.full((tile,), -float("inf"), tl.float32)
         weight_sum = tl.zeros((tile,), tl.float32)
         sums = tl.zeros((tile, dims), tl.float32)
@@ -169,7 +171,7 @@ if triton is not None:
                 own_k = load_rotated(kv_at + key_base * head_dim, row_cosines, row_sines, d, is_dim, rotated_half)
                 own_v = tl.load(kv_at + value_base * head_dim + d, mask=is_dim, other=0.0)
                 if is_fp8:
-                    own_k, own_v = cast_fp8(own_k, key_scale), cast_fp8(own_v, value_scale)
+                    own_k, own_v = cast_fp8(own_k, 1.0 / key_scale), cast_fp8(own_v, 1.0 / value_scale)
                 tl.store(keys + own_place, own_k, mask=is_dim)
                 tl.store(values + own_place, own_v, mask=is_dim)
                 largest = tl.sum(q.to(tl.float32) * own_k.to(tl.float32)[None, :], 1) * scale

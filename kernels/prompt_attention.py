@@ -21,6 +21,7 @@ try:
     import triton.language as tl
 
     from kernels.dependent_launch import start_dependents, wait_for_predecessors
+    from kernels.fp8 import query_for_fp8
     from kernels.heads import load_rotated
 except ImportError:  # a CPU-only torch comes without it
     triton = None
@@ -231,6 +232,8 @@ if triton is not None:
             q = load_rotated(
                 query + ms[:, None] * row_stride, cosines + angles, sines + angles, d[None, :], is_q, rotated_half
             )
+            if is_fp8:
+                q, scale = query_for_fp8(q, scale)
             places_of = table + slot * table_stride
             head_offset = (head // group) * head_dim + d
             # A row may see nothing of the first blocks: -inf would give nan there.
