@@ -63,9 +63,9 @@ class Linear:
         self.bias = bias
         self.activation = activation
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[rows, in] → [rows, out]; swiglu halves it."""
-        return self.matmul(x, self.bias, self.activation)
+    def __call__(self, x: torch.Tensor, input_activation: str = "none") -> torch.Tensor:
+        """[rows, in] → [rows, out]; swiglu halves it. input_activation: of x first."""
+        return self.matmul(x, self.bias, self.activation, input_activation=input_activation)
 
 
 class RowParallelLinear(Linear):

@@ -27,13 +27,22 @@ class Matmul(Protocol):
     """A weight W [in, out], laid out for one device."""
 
     def __call__(
-        self, x: torch.Tensor, bias: torch.Tensor | None, activation: str = "none", out: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        activation: str = "none",
+        out: torch.Tensor | None = None,
+        input_activation: str = "none",
     ) -> torch.Tensor:
         """x [rows, in] and bias [out] of one dtype → activation(x · W + bias), [rows, out] of that dtype.
 
-        activation: a name of kernels.activation; swiglu halves the last axis. With `out`, [rows, out] fp32, the result
-        goes there.
+        activation: a name of kernels.activation; swiglu halves the last axis. input_activation: another one, of x
+        before the product. With `out`, [rows, out] fp32, the result goes there.
         """
+        ...
+
+    def activates_input(self, rows: int, dtype: torch.dtype) -> bool:
+        """Whether an `input_activation` of so many rows of this dtype costs nothing."""
         ...
 
 
@@ -80,10 +89,19 @@ class GpuMatmul:
         self._workspace = linear.make_workspace(weight.device)
 
     def __call__(
-        self, x: torch.Tensor, bias: torch.Tensor | None, activation: str = "none", out: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        activation: str = "none",
+        out: torch.Tensor | None = None,
+        input_activation: str = "none",
     ) -> torch.Tensor:
         """[rows, in] → [rows, out]"""
-        return linear.linear(x, self._weight, bias, self._workspace, activation, self._scales, out)
+        return linear.linear(x, self._weight, bias, self._workspace, activation, self._scales, out, input_activation)
+
+    def activates_input(self, rows: int, dtype: torch.dtype) -> bool:
+        """Where rows are rounded on their way."""
+        return linear.rounds_rows(rows, self._weight, dtype)
 
 
 def padded_rows(rows: int) -> int:
@@ -100,13 +118,23 @@ class CpuMatmul:
     """What CPU formats share: few numbers of rows, activations that the product does not apply itself, and `out`."""
 
     def __call__(
-        self, x: torch.Tensor, bias: torch.Tensor | None, activation: str = "none", out: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        activation: str = "none",
+        out: torch.Tensor | None = None,
+        input_activation: str = "none",
     ) -> torch.Tensor:
         """[rows, in] → [rows, out]"""
+        x = ACTIVATIONS[input_activation](x)
         rows = len(x)
         padding = padded_rows(rows) - rows
         y = self.multiply(F.pad(x, (0, 0, 0, padding)) if padding else x, bias, activation)[:rows]
         return y if out is None else out.copy_(y)
+
+    def activates_input(self, rows: int, dtype: torch.dtype) -> bool:
+        """Never."""
+        return False
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
         """activation(x · W + bias), [rows, out]"""

@@ -338,4 +338,6 @@ class Layer:
 
     def mlp(self, hidden: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden_size] → this rank's addend, [tokens, hidden_size]"""
+        if self.down.matmul.activates_input(len(hidden), hidden.dtype):
+            return self.down(self.up.matmul(hidden, self.up.bias), self.up.activation)
         return self.down(self.up(hidden))

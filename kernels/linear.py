@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from kernels import byte_row, dependent_launch, runs_on, widen
 from kernels.activation import ACTIVATIONS
 from kernels.fp8 import FP8
-from kernels.linear_plans import SPLIT_COUNTERS, plan
+from kernels.linear_plans import SPLIT_COUNTERS, TilePlan, plan, plan_fp8_rows
 from kernels.quantize_rows import quantize_rows
 
 try:
@@ -43,10 +43,11 @@ def reference(
     activation: str = "none",
     scales: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    input_activation: str = "none",
 ) -> torch.Tensor:
     """The same in plain torch, on any device; weights with scales are widened to x's dtype first, x is not rounded."""
     wide = weight if scales is None else widen.reference(weight, scales, x.dtype)
-    y = ACTIVATIONS[activation](F.linear(x, wide, bias))
+    y = ACTIVATIONS[activation](F.linear(ACTIVATIONS[input_activation](x), wide, bias))
     return y if out is None else out.copy_(y)
 
 
@@ -58,32 +59,68 @@ def linear(
     activation: str = "none",
     scales: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    input_activation: str = "none",
 ) -> torch.Tensor:
     """act(x · Wᵀ + b): x [rows, in], weight [out, in] of x's dtype, int8 or fp8, bias [out] as x → [rows, out] as x.
 
     activation: a name of ACTIVATIONS; swiglu returns [rows, out / 2]. scales: [out] fp32, of int8 or fp8 weights. out:
-    where the result goes, [rows, out] fp32 or as x. workspace: of `make_workspace`, on x's device; two calls at once
-    must not share one. Raises ValueError where shapes or dtypes do not fit. Sums are in fp32 and their order is fixed.
-    Without Triton or a GPU, for fp32 and for many rows it calls the reference.
+    where the result goes, [rows, out] fp32 or as x. input_activation: another one, of x before the product; with swiglu
+    x is [rows, 2 · in]. workspace: of `make_workspace`, on x's device; two calls at once must not share one. Raises
+    ValueError where shapes or dtypes do not fit. Sums are in fp32 and their order is fixed. Without Triton or a GPU,
+    for fp32 and for many rows it calls the reference.
 
     Rounding of weights with scales. Few rows (`plan`): none; the integers or fp8 numbers are multiplied, and the scale
-    multiplies the sum. Many rows of bf16 with fp8 weights (`_can_multiply_fp8`): x is rounded to fp8 too, with a scale
-    per row, so that the product runs at fp8's rate; where cuBLAS lacks it, and in all other cases: a weight times its
-    scale is rounded to x's dtype.
+    multiplies the sum. Many rows of bf16 with fp8 weights (`rounds_rows`): x is rounded to fp8 too, with a scale per
+    row, so that the product runs at fp8's rate; where cuBLAS lacks it, and in all other cases: a weight times its scale
+    is rounded to x's dtype.
     """
-    _check(x, weight, bias, scales)
-    weight_format = "plain" if scales is None else "fp8" if weight.dtype == FP8 else "int8"
-    tiles = None
-    if runs_on(x.device) and x.dtype in (torch.bfloat16, torch.float16):
-        num_out, num_in = weight.shape
-        tiles = plan(len(x), num_out, num_in, weight_format, activation == "swiglu")
+    _check(x, weight, bias, scales, input_activation)
+    if scales is not None and rounds_rows(len(x), weight, x.dtype):
+        y = _multiply_fp8(*quantize_rows(x, input_activation), weight, scales, bias, workspace)
+        if y is not None:
+            y = ACTIVATIONS[activation](y)
+            return y if out is None else out.copy_(y)
+    x = ACTIVATIONS[input_activation](x)
+    tiles = _plan(len(x), weight, x.dtype, activation == "swiglu")
     if tiles is None:
         return _many_rows(x, weight, bias, activation, scales, out)
-    x, is_gated = x.contiguous(), activation == "swiglu"
+    x = x.contiguous()
     if out is None:
-        out = torch.empty(len(x), len(weight) // (1 + is_gated), dtype=x.dtype, device=x.device)
+        out = torch.empty(len(x), len(weight) // (1 + (activation == "swiglu")), dtype=x.dtype, device=x.device)
     if tiles.block_m == 1 and scales is not None:
         return byte_row.launch(x, weight, scales, bias, out, activation, tiles)
+    return _launch(tiles, x, weight, scales, bias, out, workspace, activation)
+
+
+def rounds_rows(rows: int, weight: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether `linear` rounds so many rows of this dtype to fp8, as the weight is: then `input_activation` is free.
+
+    torch multiplies fp8 with fp8 for results in bf16, and sizes that 16 divides.
+    """
+    if not runs_on(weight.device) or weight.dtype != FP8 or dtype != torch.bfloat16:
+        return False
+    return rows > 0 and all(size % 16 == 0 for size in weight.shape) and _plan(rows, weight, dtype, False) is None
+
+
+def _plan(rows: int, weight: torch.Tensor, dtype: torch.dtype, is_gated: bool) -> TilePlan | None:
+    if not runs_on(weight.device) or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    num_out, num_in = weight.shape
+    return plan(rows, num_out, num_in, {torch.int8: "int8", FP8: "fp8"}.get(weight.dtype, "plain"), is_gated)
+
+
+def _launch(
+    tiles: TilePlan,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    workspace: torch.Tensor,
+    activation: str = "none",
+    row_scales: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The kernel of a plan. x: contiguous; in fp8 with row_scales [rows, 1]. Returns out."""
     block_m, block_n, block_k, splits, warps, stages = tiles
     (rows, num_in), num_out = x.shape, out.shape[1]
     partials = torch.empty(splits, rows, num_out, dtype=torch.float32, device=x.device) if splits > 1 else out
@@ -95,7 +132,7 @@ def linear(
         has_scales=scales is not None,
         has_bias=bias is not None,
         activation=activation,
-        is_gated=is_gated,
+        is_gated=activation == "swiglu",
         is_even=num_in % block_k == 0 and num_out % block_n == 0,
         block_n=block_n,
         block_k=block_k,
@@ -107,8 +144,9 @@ def linear(
     if block_m == 1:
         _one_row[grid](*tensors, num_out, **constants)
     else:
-        sizes = dict(split_len=split_len, splits=splits, block_m=block_m)
-        _tile[grid](*tensors, partials, workspace, rows, num_out, **sizes, **constants)
+        sizes = dict(split_len=split_len, splits=splits, block_m=block_m, has_row_scales=row_scales is not None)
+        row_tensors = (out if row_scales is None else row_scales, partials, workspace)
+        _tile[grid](*tensors, *row_tensors, rows, num_out, **sizes, **constants)
     return out
 
 
@@ -121,11 +159,6 @@ def _many_rows(
     out: torch.Tensor | None,
 ) -> torch.Tensor:
     """`reference`, and what cuBLAS does besides: GELU or ReLU after a product, 16-bit factors with fp32 results."""
-    if scales is not None and _can_multiply_fp8(x, weight):
-        y = _multiply_fp8(x, weight, scales, bias)
-        if y is not None:
-            y = ACTIVATIONS[activation](y)
-            return y if out is None else out.copy_(y)
     wide = weight if scales is None else widen.widen(weight, scales, x.dtype)
     if x.device.type == "cuda" and x.dtype != torch.float32:
         if bias is not None and activation in _CUBLAS_GELU and out is None:
@@ -137,24 +170,27 @@ def _many_rows(
     return reference(x, wide, bias, activation, out=out)
 
 
-def _can_multiply_fp8(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether torch multiplies fp8 with fp8 here. It gives bf16, and takes sizes that 16 divides."""
-    is_fit = all(size % 16 == 0 for size in weight.shape) and len(x) > 0
-    return runs_on(x.device) and weight.dtype == FP8 and x.dtype == torch.bfloat16 and is_fit
-
-
 def _multiply_fp8(
-    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+    values: torch.Tensor,
+    row_scales: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    workspace: torch.Tensor,
 ) -> torch.Tensor | None:
-    """x · Wᵀ + b, x rounded to fp8; the tensor cores' own sums of fp8 products, which are less exact than fp32.
+    """x · Wᵀ + b in bf16, x = values · row_scales; the tensor cores' own sums of fp8 products, less exact than fp32.
 
     None: cuBLAS has no such product. It lacks scales per row where a few rows have many ins and not many outs, for
     example 127 rows, 9216 ins and 3072 outs on an H100 (github.com/pytorch/ao/issues/4582).
     """
-    values, row_scales = quantize_rows(x)
+    num_out, num_in = weight.shape
+    tiles = plan_fp8_rows(len(values), num_out, num_in)
+    if tiles is not None and dependent_launch.has_dependent_launch(weight.device):  # an H100 or later
+        out = torch.empty(len(values), num_out, dtype=torch.bfloat16, device=weight.device)
+        return _launch(tiles, values, weight, scales, bias, out, workspace, row_scales=row_scales)
     try:
         return torch._scaled_mm(
-            values, weight.t(), row_scales, scales[None], bias=bias, out_dtype=x.dtype, use_fast_accum=True
+            values, weight.t(), row_scales, scales[None], bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
         )
     except RuntimeError as error:
         if "CUBLAS_STATUS_NOT_SUPPORTED" not in str(error):
@@ -162,8 +198,15 @@ def _multiply_fp8(
         return None
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scales: torch.Tensor | None) -> None:
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    input_activation: str,
+) -> None:
+    width = 2 if input_activation == "swiglu" else 1
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != width * weight.shape[1]:
         raise ValueError(f"x is {list(x.shape)} and weight {list(weight.shape)}; they must be [rows, in] and [out, in]")
     dtypes = (x.dtype,) if scales is None else widen.QUANTIZED
     if weight.dtype not in dtypes or not weight.is_contiguous():
@@ -262,6 +305,7 @@ if triton is not None:
         scales,
         bias,
         out,
+        row_scales,  # [rows] fp32, of x in fp8
         partials,  # [splits, rows, num_out] fp32
         workspace,
         rows,
@@ -269,6 +313,7 @@ if triton is not None:
         num_in: tl.constexpr,
         split_len: tl.constexpr,
         splits: tl.constexpr,
+        has_row_scales: tl.constexpr,
         has_scales: tl.constexpr,
         has_bias: tl.constexpr,
         activation: tl.constexpr,
@@ -279,7 +324,8 @@ if triton is not None:
         block_k: tl.constexpr,
         pdl: tl.constexpr,
     ):
-        """A tile of yᵀ = W · xᵀ: with W on the left, int8 and fp8 are widened on their way into the matrix units.
+        """A tile of yᵀ = W · xᵀ: with W on the left, int8 and fp8 are widened on their way into the matrix units;
+        not where x is fp8, too.
 
         The programs of a tile's splits store partial sums; the last to finish adds them, always in the same order.
         """
@@ -322,5 +368,7 @@ if triton is not None:
             counter = workspace + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
             is_last, sums = _add_splits(partials, counter, places, is_place, sums, rows * num_out, splits)
         if is_last:
+            if has_row_scales:
+                sums *= tl.load(row_scales + ms, mask=ms < rows, other=0.0)[None, :]
             y = finish(sums, up_sums, scales, bias, outs, num_out, has_scales, has_bias, activation, is_gated, True)
             tl.store(out + places, y.to(out.dtype.element_ty), mask=is_place)

@@ -16,7 +16,7 @@ from engine.plan import Chunk, NewSequences, Plan
 from engine.request import SamplingParams
 from executor import probe, runner, startup
 from executor.kv_cache import CacheShape, KVCache, KVScales
-from executor.matmul import make_matmul
+from executor.matmul import CpuMatmul, make_matmul
 from executor.quantization import quantize
 from kernels import decode_attention, linear, prompt_attention, quantize_rows, store_kv, widen
 from kernels.decode_attention import DecodeMetadata, make_workspace
@@ -68,7 +68,7 @@ def test_products_that_cublas_lacks_are_of_widened_weights(monkeypatch: pytest.M
         raise RuntimeError(errors[-1])
 
     monkeypatch.setattr(torch, "_scaled_mm", fails)
-    monkeypatch.setattr(linear, "_can_multiply_fp8", lambda x, weight: True)
+    monkeypatch.setattr(linear, "rounds_rows", lambda rows, weight, dtype: True)
     monkeypatch.setattr(linear, "quantize_rows", quantize_rows.reference)
     values, scales, bias = to_fp8(torch.randn(48, 64), torch.ones(48, 1)), torch.rand(48), torch.randn(48).bfloat16()
     x, workspace = torch.randn(33, 64).bfloat16(), linear.make_workspace(CPU)
@@ -78,6 +78,11 @@ def test_products_that_cublas_lacks_are_of_widened_weights(monkeypatch: pytest.M
     wide = torch.empty(33, 48)
     assert linear.linear(x, values, bias, workspace, "relu", scales, wide) is wide
     torch.testing.assert_close(wide.double(), exact.relu(), rtol=0, atol=1e-2 * float(exact.abs().max()))
+    raw = torch.randn(33, 128).bfloat16()
+    activated = (torch.nn.functional.silu(raw[:, :64].float()) * raw[:, 64:].float()).double()
+    exact = activated @ (values.double() * scales[:, None].double()).t() + bias.double()
+    ours = linear.linear(raw, values, bias, workspace, scales=scales, input_activation="swiglu")
+    torch.testing.assert_close(ours.double(), exact, rtol=0, atol=2e-2 * float(exact.abs().max()))
     errors.append("CUDA error: an illegal memory access was encountered")
     with pytest.raises(RuntimeError, match="illegal memory access"):
         linear.linear(x, values, bias, workspace, scales=scales)
@@ -111,6 +116,18 @@ def test_rows_have_scales_of_their_own() -> None:
     assert (values.float().abs().amax(1) == torch.tensor([448, 448, 0, 448, 448, 448, 448])).all()
     with pytest.raises(ValueError, match=r"x is \[3\]; it must be \[rows, in\]"):
         quantize_rows.quantize_rows(torch.zeros(3))
+
+
+def test_rows_are_activated_before_they_are_rounded() -> None:
+    x = torch.tensor(random_values(5, 24))
+    gate, up = x.double().chunk(2, 1)
+    for activation, exact in (
+        ("relu", x.double().clamp_min(0).numpy()),
+        ("swiglu", (gate * gate.sigmoid() * up).numpy()),
+    ):
+        values, scales = quantize_rows.quantize_rows(x, activation)
+        np.testing.assert_allclose(scales.numpy(), np.abs(exact).max(1, keepdims=True) / 448, rtol=1e-5)
+        np.testing.assert_allclose(values.float().numpy() * scales.numpy(), exact, atol=2**-5 * np.abs(exact).max())
 
 
 # --- the cache ---
@@ -217,6 +234,33 @@ def test_engine_is_that_of_dequantized_files(converted: Callable[[int], Path], d
     assert first_outputs(run_engine(converted(1), items, 1, 1, *FP8_WEIGHTS)) == tokens
     ours = run_logits(converted(1), prompts(8), 1, 1, *FP8_WEIGHTS)
     assert relative_error(ours, run_logits(dequantized, prompts(8), 1, 1)) < 1e-5
+
+
+def test_the_second_product_of_an_mlp_may_activate(
+    converted: Callable[[int], Path],
+    probe_texts: list[list[int]],
+    plain_logits: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a GPU does where it rounds rows to fp8, which a mock says here."""
+    activations, call = set(), CpuMatmul.__call__
+
+    def record(
+        self: CpuMatmul,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        activation: str = "none",
+        out: torch.Tensor | None = None,
+        input_activation: str = "none",
+    ) -> torch.Tensor:
+        activations.add((activation, input_activation))
+        return call(self, x, bias, activation, out, input_activation)
+
+    monkeypatch.setattr(CpuMatmul, "activates_input", lambda self, rows, dtype: True)
+    monkeypatch.setattr(CpuMatmul, "__call__", record)
+    ours = _read(make_engine(converted(1)).executor, probe_texts)
+    assert activations == {("none", "none"), ("none", "gelu_tanh")}
+    assert relative_error(ours, plain_logits) < 1e-5
 
 
 def test_a_cache_in_fp8_changes_logits_by_a_percent(converted: Callable[[int], Path]) -> None:

@@ -14,7 +14,8 @@ from engine.plan import Chunk, NewSequences, Plan
 from engine.request import SamplingParams
 from executor.attention import alibi_slopes
 from executor.quantization import quantize
-from kernels import decode_attention, linear, prompt_attention, quantize_rows, store_kv, widen
+from kernels import decode_attention, fp8_decode_attention, linear, prompt_attention, quantize_rows, store_kv, widen
+from kernels.activation import ACTIVATIONS
 from kernels.decode_attention import DecodeMetadata, make_workspace
 from kernels.fp8 import has_fp8, to_fp8
 from kernels.heads import HeadLayout
@@ -27,7 +28,16 @@ NUM_GPUS = torch.cuda.device_count()
 HAS_FP8 = NUM_GPUS > 0 and has_fp8(torch.device("cuda", 0))
 pytestmark = pytest.mark.skipif(not HAS_FP8, reason="no GPU with fp8 here")
 FORMATS = ("--quantization", "fp8", "--kv-cache-dtype", "fp8")
-HEADS = [(16, 16, 64, 0), (6, 2, 96, 0), (8, 1, 128, 64), (48, 48, 128, 0), (2, 2, 8, 2), (12, 4, 80, 10)]
+HEADS = [
+    (16, 16, 64, 0),
+    (6, 2, 96, 0),
+    (8, 1, 128, 64),
+    (48, 48, 128, 0),
+    (2, 2, 8, 2),
+    (12, 4, 80, 10),
+    (6, 6, 80, 32),
+    (4, 4, 256, 0),
+]
 
 
 def as_bytes(x: torch.Tensor) -> torch.Tensor:
@@ -53,15 +63,18 @@ def copy(cache: LayerCache) -> LayerCache:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("rows", "num_in"), [(1, 64), (33, 4096), (300, 24576), (7, 1000)])
+@pytest.mark.parametrize(("rows", "num_in"), [(1, 64), (33, 4096), (300, 24576), (7, 1000), (3, 53248)])
 def test_quantized_rows_are_the_references(rows: int, num_in: int, dtype: torch.dtype) -> None:
     torch.manual_seed(num_in)
-    x = torch.randn(rows, num_in, device="cuda").to(dtype)
-    x[-1] = 0
-    (values, scales), (expected, expected_scales) = quantize_rows.quantize_rows(x), quantize_rows.reference(x)
-    torch.testing.assert_close(scales, expected_scales, rtol=1e-6, atol=0)
-    assert share_of_other_bytes(values, expected) < 1e-3  # a kernel's division may be off by a last bit
-    assert not as_bytes(values)[-1].any()
+    for activation in ACTIVATIONS:
+        x = torch.randn(rows, num_in * (2 if activation == "swiglu" else 1), device="cuda").to(dtype)
+        x[-1] = 0
+        values, scales = quantize_rows.quantize_rows(x, activation)
+        expected, expected_scales = quantize_rows.reference(x, activation)
+        torch.testing.assert_close(scales, expected_scales, rtol=1e-5 if activation != "none" else 1e-6, atol=0)
+        # A kernel's division, or exponential, may be off by a last bit.
+        assert values.shape == (rows, num_in) and share_of_other_bytes(values, expected) < 1e-3, activation
+        assert not as_bytes(values)[-1].any()
 
 
 def test_nan_stays() -> None:
@@ -90,7 +103,9 @@ def test_quantizing_on_a_gpu_gives_the_same_numbers() -> None:
     assert torch.equal(here.scales, there.scales.cpu())
 
 
-@pytest.mark.parametrize(("num_in", "num_out"), [(64, 192), (4096, 1024), (1008, 48), (6144, 18432), (24576, 6144)])
+@pytest.mark.parametrize(
+    ("num_in", "num_out"), [(64, 192), (4096, 1024), (1008, 48), (8192, 2048), (6144, 18432), (24576, 6144)]
+)
 def test_many_rows_multiply_fp8_with_fp8(num_in: int, num_out: int) -> None:
     """Beside the product of x as it is rounded; few rows beside that of x itself (tests/gpu/test_linear.py)."""
     torch.manual_seed(num_in)
@@ -108,14 +123,24 @@ def test_many_rows_multiply_fp8_with_fp8(num_in: int, num_out: int) -> None:
             ours = linear.linear(x, values, b, workspace, scales=scales)
             exact = (rounded.double() * row_scales.double()) @ exact_weight + (0 if b is None else b.double())
             errors = torch.linalg.vector_norm(ours.double() - exact, dim=1) / torch.linalg.vector_norm(exact, dim=1)
-            assert ours.dtype == torch.bfloat16 and errors.max() < 8e-3, rows
+            assert ours.dtype == torch.bfloat16 and errors.max() < 8e-3 and not workspace.any(), rows
+            assert torch.equal(ours, linear.linear(x, values, b, workspace, scales=scales)), rows
+        for activation in ("gelu_tanh", "swiglu"):
+            raw = torch.randn(rows, num_in * (2 if activation == "swiglu" else 1), device="cuda").bfloat16()
+            assert linear.rounds_rows(rows, values, raw.dtype)
+            rounded, row_scales = quantize_rows.reference(raw, activation)
+            ours = linear.linear(raw, values, bias, workspace, scales=scales, input_activation=activation)
+            exact = (rounded.double() * row_scales.double()) @ exact_weight + bias.double()
+            errors = torch.linalg.vector_norm(ours.double() - exact, dim=1) / torch.linalg.vector_norm(exact, dim=1)
+            assert errors.max() < 8e-3, (rows, activation)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "half"), HEADS)
+@pytest.mark.parametrize("window", [0, 70])
 @pytest.mark.parametrize("lens", [[1], [2000], [1, 2, 31, 32, 33, 700, 1500], [77] * 40], ids=str)
 def test_decode_attention(
-    lens: list[int], heads: int, kv_heads: int, head_dim: int, half: int, dtype: torch.dtype
+    lens: list[int], window: int, heads: int, kv_heads: int, head_dim: int, half: int, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
     rows = len(lens)
@@ -132,12 +157,12 @@ def test_decode_attention(
     slopes = alibi_slopes(heads).cuda() if heads == 6 else None
     kept, expected_cache = copy(cache), copy(cache)
     for _ in range(2):  # the workspace is zeros again
-        ours = decode_attention.decode_attention(qkv, layout, kept, decodes, slopes, cos_sin)
-    expected = decode_attention.reference(qkv, layout, expected_cache, decodes, slopes, cos_sin)
+        ours = decode_attention.decode_attention(qkv, layout, kept, decodes, slopes, cos_sin, window)
+    expected = decode_attention.reference(qkv, layout, expected_cache, decodes, slopes, cos_sin, window)
     for part, theirs in zip(kept[:2], expected_cache[:2], strict=True):
         assert share_of_other_bytes(part, theirs) < 1e-4  # a rotated key may be off by a last bit
     # What is compared reads the kernel's own numbers: no rounding to the other side counts.
-    expected = _expected(qkv, layout, kept, decodes, slopes, cos_sin)
+    expected = _expected(qkv, layout, kept, decodes, slopes, cos_sin, window)
     assert relative_error(ours, expected) < {torch.bfloat16: 1.2e-2, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
 
 
@@ -148,11 +173,32 @@ def _expected(
     decodes: DecodeMetadata,
     slopes: torch.Tensor | None,
     cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
+    window: int,
 ) -> torch.Tensor:
     """Attention over a cache that has the new tokens already."""
     tiles = [(row, 1, row, int(position)) for row, position in enumerate(decodes.positions)]
     prompts = PromptMetadata(decodes.table, torch.tensor(tiles, device="cuda"))
-    return prompt_attention.reference(qkv, layout, cache, prompts, slopes, cos_sin)
+    return prompt_attention.reference(qkv, layout, cache, prompts, slopes, cos_sin, window)
+
+
+def test_the_kernel_for_fp8_is_taken() -> None:
+    """And numbers that fp16 does not hold: large queries, and a sequence whose query is broken."""
+    torch.manual_seed(0)
+    heads, head_dim, rows = 3, 64, 4
+    layout, cache = HeadLayout(heads, heads, head_dim, False), random_cache(400, heads, head_dim)
+    assert fp8_decode_attention.takes(layout, cache.keys.dtype, torch.bfloat16)
+    assert not fp8_decode_attention.takes(layout, cache.keys.dtype, torch.float32)
+    assert not fp8_decode_attention.takes(layout, torch.bfloat16, torch.bfloat16)
+    table, positions = torch.arange(400, device="cuda").int().view(rows, 100), torch.tensor([99, 40, 70, 0]).cuda()
+    decodes = DecodeMetadata(table, torch.arange(rows).cuda(), positions, make_workspace(rows, heads, table.device))
+    qkv = torch.randn(rows, 3 * heads * head_dim, device="cuda").bfloat16()
+    qkv[0, : heads * head_dim] *= 1e6
+    qkv[1, 7] = float("nan")
+    ours = decode_attention.decode_attention(qkv, layout, cache, decodes).view(rows, heads, head_dim)
+    expected = decode_attention.reference(qkv, layout, cache, decodes).view(rows, heads, head_dim)
+    assert ours[1, 0].isnan().all() and ours.isnan().sum() == head_dim
+    ours[1, 0] = expected[1, 0] = 0
+    assert relative_error(ours, expected) < 1.2e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
