@@ -70,9 +70,9 @@ def linear(
     for fp32 and for many rows it calls the reference.
 
     Rounding of weights with scales. Few rows (`plan`): none; the integers or fp8 numbers are multiplied, and the scale
-    multiplies the sum. Many rows of bf16 with fp8 weights (`rounds_rows`): x is rounded to fp8 too, with a scale per
-    row, so that the product runs at fp8's rate; where cuBLAS lacks it, and in all other cases: a weight times its scale
-    is rounded to x's dtype.
+    multiplies the sum. From two rows of bf16 on, with fp8 weights (`rounds_rows`): x is rounded to fp8 too, with a
+    scale per row, so that the product runs at fp8's rate. Where cuBLAS lacks it, and in all other cases: a weight times
+    its scale is rounded to x's dtype.
     """
     _check(x, weight, bias, scales, input_activation)
     if scales is not None and rounds_rows(len(x), weight, x.dtype):
@@ -95,11 +95,19 @@ def linear(
 def rounds_rows(rows: int, weight: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether `linear` rounds so many rows of this dtype to fp8, as the weight is: then `input_activation` is free.
 
-    torch multiplies fp8 with fp8 for results in bf16, and sizes that 16 divides.
+    One row stays as it is: its product takes the time to read the weight. torch multiplies fp8 with fp8 for results in
+    bf16, and sizes that 16 divides.
     """
-    if not runs_on(weight.device) or weight.dtype != FP8 or dtype != torch.bfloat16:
+    if rows < 2 or not runs_on(weight.device) or weight.dtype != FP8 or dtype != torch.bfloat16:
         return False
-    return rows > 0 and all(size % 16 == 0 for size in weight.shape) and _plan(rows, weight, dtype, False) is None
+    is_fit = all(size % 16 == 0 for size in weight.shape)
+    return is_fit and (_plan_fp8(rows, weight) is not None or _plan(rows, weight, dtype, False) is None)
+
+
+def _plan_fp8(rows: int, weight: torch.Tensor) -> TilePlan | None:
+    """Its kernels need the shared memory of an H100."""
+    num_out, num_in = weight.shape
+    return plan_fp8_rows(rows, num_out, num_in) if dependent_launch.has_dependent_launch(weight.device) else None
 
 
 def _plan(rows: int, weight: torch.Tensor, dtype: torch.dtype, is_gated: bool) -> TilePlan | None:
@@ -183,10 +191,9 @@ def _multiply_fp8(
     None: cuBLAS has no such product. It lacks scales per row where a few rows have many ins and not many outs, for
     example 127 rows, 9216 ins and 3072 outs on an H100 (github.com/pytorch/ao/issues/4582).
     """
-    num_out, num_in = weight.shape
-    tiles = plan_fp8_rows(len(values), num_out, num_in)
-    if tiles is not None and dependent_launch.has_dependent_launch(weight.device):  # an H100 or later
-        out = torch.empty(len(values), num_out, dtype=torch.bfloat16, device=weight.device)
+    tiles = _plan_fp8(len(values), weight)
+    if tiles is not None:
+        out = torch.empty(len(values), len(weight), dtype=torch.bfloat16, device=weight.device)
         return _launch(tiles, values, weight, scales, bias, out, workspace, row_scales=row_scales)
     try:
         return torch._scaled_mm(

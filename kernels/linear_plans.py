@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 SPLIT_COUNTERS = 4096  # output tiles that may be split; a launch has fewer
 # The most rows for a plan, by the weight's format. Beyond: cuBLAS, which is as quick; for int8, widened weights and
-# cuBLAS; for fp8, rounded rows and a product of fp8 with fp8 (`plan_fp8_rows`, or cuBLAS).
+# cuBLAS; for fp8, rounded rows and cuBLAS. Where a GPU can, fp8 has `plan_fp8_rows` from two rows on.
 _FEW_ROWS = {"plain": 32, "int8": 256, "fp8": 32}
 _MOST_FP8_ROWS = 256  # measured with
 _MOST_SPLITS = 4
@@ -32,7 +32,7 @@ class TilePlan(NamedTuple):
 def plan(rows: int, num_out: int, num_in: int, weight_format: str, is_gated: bool) -> TilePlan | None:
     """The plan for x [rows, num_in] and weight [num_out, num_in], as measured on an H200; None: cuBLAS.
 
-    weight_format: a key of _FEW_ROWS. fp8 has int8's plans for few rows.
+    weight_format: a key of _FEW_ROWS. fp8 has int8's plans where x stays as it is.
     """
     if not 0 < rows <= _FEW_ROWS[weight_format]:
         return None
@@ -128,18 +128,22 @@ def _plan_bytes(rows: int, num_out: int, num_in: int, is_gated: bool) -> TilePla
 
 
 def plan_fp8_rows(rows: int, num_out: int, num_in: int) -> TilePlan | None:
-    """For more rows, x and weight in fp8; None: cuBLAS, whose tiles are larger, and which does not split the in axis.
+    """For x and weight in fp8, more than one row; None: cuBLAS, whose tiles are larger, and which splits no in axis.
 
-    So it leaves multiprocessors idle where there are few tiles. On an H200, us of cuBLAS and of this, 64 / 128 / 256
-    rows: 2048 outs of 8192 ins 23 / 23 / 23 and 10 / 13 / 15; 4096 of 16384 43 / 44 / 44 and 26 / 33 / 40; 6144 of
-    24576 63 / 66 and 48 / 63.
+    So cuBLAS leaves multiprocessors idle where there are few tiles. On an H200, us of cuBLAS and of this for 16, 64,
+    128 and 256 rows: 2048 outs of 8192 ins (none) and 8, 23 and 10, 23 and 13, 23 and 15; 4096 of 16384 (none) and 21,
+    43 and 26, 44 and 33, 44 and 40; 24576 of 6144 47 and 42. `plan` for weights in fp8 takes 13, 38 and 57 for 16 rows.
     """
-    block_m = 64 if rows <= 64 else 128
+    block_m = next((size for size in (16, 32, 64) if rows <= size), 128)
     tiles = -(-num_out // 64) * -(-rows // block_m)
-    if rows > _MOST_FP8_ROWS or tiles > _MULTIPROCESSORS:
+    if rows > _MOST_FP8_ROWS or (rows > 32 and tiles > _MULTIPROCESSORS):
         return None
-    block_k, stages = (128, 5) if num_in > 8192 else (256, 3)
-    programs = _MULTIPROCESSORS * (2 if rows <= 64 and num_in > 8192 else 1)
+    if tiles > _MULTIPROCESSORS:  # a multiprocessor holds two of the larger programs, or three of the smaller
+        block_k, stages = (128, 5) if 2 * _MULTIPROCESSORS < tiles <= 3 * _MULTIPROCESSORS else (256, 3)
+        return TilePlan(block_m, 64, block_k, 1, 4, stages)
+    is_long = num_in > 8192
+    block_k, stages = (256, 4) if rows <= 32 else (128, 5) if is_long else (256, 3)
+    programs = _MULTIPROCESSORS * (2 if rows <= 16 or (32 < rows <= 64 and is_long) else 1)
     splits = 1
     while splits < _MOST_SPLITS and 2 * splits * tiles <= programs and num_in >= 4 * splits * block_k:
         splits *= 2
