@@ -1,4 +1,4 @@
-"""What kernels of attention share whose program computes one query: the sums over splits. Stateless."""
+"""What the kernels of decode rows' attention share: which tokens a split has, and the sums over splits. Stateless."""
 
 from __future__ import annotations
 
@@ -10,6 +10,16 @@ except ImportError:  # a CPU-only torch comes without it
 
 
 if triton is not None:
+
+    @triton.jit
+    def tokens_of_split(oldest, newest, split, window: tl.constexpr, num_splits: tl.constexpr, block: tl.constexpr):
+        """(first, beyond): a split's blocks of the tokens that rows at the positions from oldest to newest see."""
+        first_seen = 0
+        if window:
+            first_seen = tl.maximum(oldest + 1 - window, 0)
+        split_len = tl.cdiv(tl.cdiv(newest + 1 - first_seen, block), num_splits) * block
+        first = first_seen + split * split_len
+        return first, first + split_len
 
     @triton.jit
     def combine_splits(

@@ -17,6 +17,7 @@ try:
     import triton
     import triton.language as tl
 
+    from kernels.attention_parts import tokens_of_split
     from kernels.dependent_launch import start_dependents, wait_for_predecessors
     from kernels.fp8 import query_for_fp8
     from kernels.heads import load_rotated
@@ -156,13 +157,9 @@ if triton is not None:
             is_query = is_query & (tl.load(slots + query_row, mask=is_query, other=-1) == slot)
             position = tl.load(positions + query_row, mask=is_query, other=-1).to(tl.int32)
             last = tl.max(position, 0)
-            first_seen = 0
-            if window:
-                oldest = tl.min(tl.where(is_query, position, last), 0)
-                first_seen = tl.maximum(oldest + 1 - window, 0)
-            split_len = tl.cdiv(tl.cdiv(last + 1 - first_seen, block), num_splits) * block
-            first = first_seen + split * split_len
-            end = tl.minimum(first + split_len, last + 1)
+            oldest = tl.min(tl.where(is_query, position, last), 0)
+            first, beyond = tokens_of_split(oldest, last, split, window, num_splits, block)
+            end = tl.minimum(beyond, last + 1)
             places_of = table + slot * table_stride
             head_offset = head * head_dim + d
             slope = 0.0

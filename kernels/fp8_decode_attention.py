@@ -19,7 +19,7 @@ try:
     import triton
     import triton.language as tl
 
-    from kernels.attention_parts import combine_splits
+    from kernels.attention_parts import combine_splits, tokens_of_split
     from kernels.dependent_launch import start_dependents, wait_for_predecessors
     from kernels.fp8 import cast_fp8
     from kernels.heads import load_rotated
@@ -241,12 +241,8 @@ if triton is not None:
             start_dependents()
         slot = tl.load(slots + row)
         position = tl.load(positions + row).to(tl.int32)
-        first_seen = 0
-        if window:
-            first_seen = tl.maximum(position + 1 - window, 0)
-        split_len = tl.cdiv(tl.cdiv(position + 1 - first_seen, block), num_splits) * block
-        first = first_seen + split * split_len
-        end = tl.minimum(first + split_len, position)
+        first, beyond = tokens_of_split(position, position, split, window, num_splits, block)
+        end = tl.minimum(beyond, position)
         places_of = table + slot * table_stride
         words = tl.arange(0, dims // 8)
         is_word = words < head_dim // 8
@@ -268,7 +264,7 @@ if triton is not None:
         largest = -float("inf")
         own_weight = 0.0
         own_sums = tl.zeros((dims,), tl.float32)
-        if (position >= first) & (position < first + split_len):
+        if (position >= first) & (position < beyond):
             own_k = load_rotated(kv_at + key_base * head_dim, row_cosines, row_sines, d, is_dim, rotated_half)
             own_v = tl.load(kv_at + value_base * head_dim + d, mask=is_dim, other=0.0)
             own_k, own_v = cast_fp8(own_k, 1.0 / key_scale), cast_fp8(own_v, 1.0 / value_scale)

@@ -14,6 +14,7 @@ try:
     import triton
     import triton.language as tl
 
+    from kernels.attention_parts import tokens_of_split
     from kernels.dependent_launch import start_dependents, wait_for_predecessors
     from kernels.fp8 import cast_fp8, query_for_fp8
     from kernels.heads import load_rotated
@@ -139,12 +140,8 @@ if triton is not None:
             start_dependents()
         slot = tl.load(slots + row)
         position = tl.load(positions + row).to(tl.int32)
-        first_seen = 0
-        if window:
-            first_seen = tl.maximum(position + 1 - window, 0)
-        split_len = tl.cdiv(tl.cdiv(position + 1 - first_seen, block), num_splits) * block
-        first = first_seen + split * split_len
-        end = tl.minimum(first + split_len, position + (1 if is_stored else 0))
+        first, beyond = tokens_of_split(position, position, split, window, num_splits, block)
+        end = tl.minimum(beyond, position + (1 if is_stored else 0))
         places_of = table + slot * table_stride
         head_offset = kv_head * head_dim + d
         slope = tl.zeros((tile,), tl.float32)
@@ -167,7 +164,7 @@ if triton is not None:
         weight_sum = tl.zeros((tile,), tl.float32)
         sums = tl.zeros((tile, dims), tl.float32)
         if not is_stored:
-            if (position >= first) & (position < first + split_len):
+            if (position >= first) & (position < beyond):
                 own_k = load_rotated(kv_at + key_base * head_dim, row_cosines, row_sines, d, is_dim, rotated_half)
                 own_v = tl.load(kv_at + value_base * head_dim + d, mask=is_dim, other=0.0)
                 if is_fp8:
