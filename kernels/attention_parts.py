@@ -37,7 +37,7 @@ if triton is not None:
     ):
         """(is_last, weight_sum, sums): the last of a head's programs gets the sums of all its splits.
 
-        line: the head's number among the heads of all rows. largest: the exponentials are powers of two.
+        line: the head's number among the heads of all rows. largest: a score times log2(e).
         """
         part = partials + (line * num_splits + split) * (head_dim + 2)
         tl.store(part + d, sums, mask=is_dim)

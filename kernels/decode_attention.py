@@ -117,8 +117,10 @@ def decode_attention(
         kernel, programs, constants = grouped_launch(layout, is_stored)
     elif has_tiles:
         kernel, programs, constants = draft_launch(layout, rows, qkv.dtype)
-    else:
-        kernel, programs, constants = _launch(layout, rows, is_stored, takes(layout, cache.keys.dtype, qkv.dtype))
+    else:  # a program per query head
+        programs = _WANTED_PROGRAMS if rows <= _FEW_ROWS else _WANTED_PROGRAMS_OF_MANY
+        is_byte = takes(layout, cache.keys.dtype, qkv.dtype)
+        kernel, constants = fp8_launch(layout) if is_byte else _launch(layout, is_stored)
     heads = layout.kv_heads if is_grouped else layout.heads  # each is a program, or several with splits
     wanted = max(1, min(_MOST_SPLITS, programs // (rows * heads)))
     splits = 1 << wanted.bit_length() - 1  # a power of two: few variants of the kernel
@@ -163,13 +165,9 @@ def decode_attention(
     return out
 
 
-def _launch(layout: HeadLayout, rows: int, is_stored: bool, is_fp8: bool) -> tuple[Any, int, dict[str, Any]]:
-    """As `grouped_launch`, for a program per query head; is_fp8: kernels.fp8_decode_attention takes them."""
-    programs = _WANTED_PROGRAMS if rows <= _FEW_ROWS else _WANTED_PROGRAMS_OF_MANY
-    if is_fp8:
-        return fp8_launch(layout, programs)
-    dims = triton.next_power_of_2(layout.head_dim)
-    return _decode_attention, programs, dict(is_stored=is_stored, dims=dims, num_warps=1)
+def _launch(layout: HeadLayout, is_stored: bool) -> tuple[Any, dict[str, Any]]:
+    """As `fp8_launch`."""
+    return _decode_attention, dict(is_stored=is_stored, dims=triton.next_power_of_2(layout.head_dim), num_warps=1)
 
 
 if triton is not None:

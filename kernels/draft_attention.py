@@ -181,8 +181,9 @@ if triton is not None:
                 is_element,
                 rotated_half,
             )
+            score_scale = scale
             if is_fp8:
-                q, scale = query_for_fp8(q, scale)
+                q, score_scale = query_for_fp8(q, scale)
             largest = tl.full((slot_rows,), -float("inf"), tl.float32)
             weight_sum = tl.zeros((slot_rows,), tl.float32)
             sums = tl.zeros((slot_rows, dims), tl.float32)
@@ -193,7 +194,7 @@ if triton is not None:
                 k = tl.load(
                     keys + place[None, :] + head_offset[:, None], mask=is_dim[:, None] & is_token[None, :], other=0.0
                 )
-                scores = tl.dot(q, k.to(q.dtype), input_precision=precision) * scale
+                scores = tl.dot(q, k.to(q.dtype), input_precision=precision) * score_scale
                 distance = t[None, :] - position[:, None]
                 if has_slopes:
                     scores += slope * distance.to(tl.float32)

@@ -36,13 +36,14 @@ if triton is not None:
 
     @triton.jit
     def query_for_fp8(q, scale):
-        """(q, scale) for products with fp8 numbers: bf16 becomes fp16. Its largest value goes into scale.
+        """(q, scale) for products with fp8 numbers: bf16 becomes fp16, and each row's largest value goes into scale.
 
-        fp16 holds fp8 exactly, and a GPU converts two numbers with one instruction; bf16 takes several.
+        q: [rows, dims]; scale: a number, which becomes [rows, 1]. fp16 holds fp8 exactly, and a GPU converts two
+        numbers with one instruction; bf16 takes several.
         """
         if q.dtype == tl.bfloat16:
             wide = q.to(tl.float32)
-            size = tl.maximum(tl.max(tl.max(tl.abs(wide), 1), 0), 1e-30)
+            size = tl.maximum(tl.max(tl.abs(wide), 1), 1e-30)[:, None]
             return (wide / size).to(tl.float16), scale * size
         else:
             return q, scale

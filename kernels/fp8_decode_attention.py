@@ -1,9 +1,9 @@
 """The kernel of `decode_attention` for keys and values in fp8 and queries of 16 bits, a program per query head.
 
 With one byte for each number, instructions limit it, not the memory: so a load takes eight numbers, two of them are
-converted and multiplied at once, in fp16, and every few products are added to sums in fp32. fp8 is exact in fp16; so
-are the query and the weights, but for fp16's rounding, which is finer than bf16's. Its reference is
-kernels.decode_attention.reference. Stateless.
+converted and multiplied at once, in fp16, and every few products are added to sums in fp32. fp8 is exact in fp16; the
+query and the weights are rounded to it, which is finer than bf16. Its reference is kernels.decode_attention.reference.
+Stateless.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ except ImportError:  # a CPU-only torch comes without it
 
 # Measured on an H200 with 48 heads of 128 at 84 to 256 rows of the contexts of a mix of requests: 4.1 TB/s, where the
 # kernel for 16 bits, which converts fp8 to fp32, reads 3.1 to 3.2; with 32 heads of 64 3.3 to 3.5, and 2.2 to 2.8.
-_BLOCK_TOKENS = 32  # that a program reads at once: a sum in fp16 has up to eight products of these
+_BLOCK_TOKENS = 32  # that a program reads at once; a sum in fp16 has a product of each tile of them
 _TILE_ELEMENTS = 512  # of the tokens that are multiplied at once: 16 bytes for each of a warp's lanes
 _WORD_NUMBERS = 8  # that a load takes
 
@@ -43,11 +43,11 @@ def takes(layout: HeadLayout, cache_dtype: torch.dtype, dtype: torch.dtype) -> b
     return _HAS_TUPLES and is_fit and cache_dtype == FP8 and dtype in (torch.bfloat16, torch.float16)
 
 
-def fp8_launch(layout: HeadLayout, programs: int) -> tuple[Any, int, dict[str, Any]]:
-    """The kernel, the programs that it wants, and its own constants: for `decode_attention`'s launch."""
+def fp8_launch(layout: HeadLayout) -> tuple[Any, dict[str, Any]]:
+    """The kernel and its own constants: for `decode_attention`'s launch."""
     dims = triton.next_power_of_2(layout.head_dim)
     tile = max(1, min(_BLOCK_TOKENS, _TILE_ELEMENTS // dims))
-    return _fp8_decode_attention, programs, dict(dims=dims, tile=tile, block=_BLOCK_TOKENS, num_warps=1)
+    return _fp8_decode_attention, dict(dims=dims, tile=tile, block=_BLOCK_TOKENS, num_warps=1)
 
 
 if triton is not None:

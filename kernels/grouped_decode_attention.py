@@ -158,8 +158,6 @@ if triton is not None:
         row_cosines, row_sines = cosines + row * rotated_half, sines + row * rotated_half
         query = kv_at + g[:, None] * head_dim
         q = load_rotated(query, row_cosines, row_sines, d[None, :], is_query, rotated_half)
-        if is_fp8:
-            q, scale = query_for_fp8(q, scale)
         largest = tl.full((tile,), -float("inf"), tl.float32)
         weight_sum = tl.zeros((tile,), tl.float32)
         sums = tl.zeros((tile, dims), tl.float32)
@@ -174,6 +172,9 @@ if triton is not None:
                 largest = tl.sum(q.to(tl.float32) * own_k.to(tl.float32)[None, :], 1) * scale
                 weight_sum = tl.full((tile,), 1.0, tl.float32)
                 sums = tl.zeros((tile, dims), tl.float32) + own_v.to(tl.float32)[None, :]
+        score_scale = scale
+        if is_fp8:
+            q, score_scale = query_for_fp8(q, scale)
         for start in range(first, end, block):
             t = start + tl.arange(0, block)
             is_token = t < end
@@ -181,7 +182,7 @@ if triton is not None:
             k = tl.load(
                 keys + place[None, :] + head_offset[:, None], mask=is_dim[:, None] & is_token[None, :], other=0.0
             )
-            scores = tl.dot(q, k.to(q.dtype)) * scale
+            scores = tl.dot(q, k.to(q.dtype)) * score_scale
             if has_slopes:
                 scores += slope[:, None] * (t - position).to(tl.float32)[None, :]
             scores = tl.where(is_token[None, :], scores, -float("inf"))

@@ -66,13 +66,13 @@ def linear(
     activation: a name of ACTIVATIONS; swiglu returns [rows, out / 2]. scales: [out] fp32, of int8 or fp8 weights. out:
     where the result goes, [rows, out] fp32 or as x. input_activation: another one, of x before the product; with swiglu
     x is [rows, 2 · in]. workspace: of `make_workspace`, on x's device; two calls at once must not share one. Raises
-    ValueError where shapes or dtypes do not fit. Sums are in fp32 and their order is fixed. Without Triton or a GPU,
-    for fp32 and for many rows it calls the reference.
+    ValueError where shapes or dtypes do not fit. Sums are in fp32, but for those of fp8 with fp8, and their order is
+    fixed. Without Triton or a GPU, for fp32 and for many rows it calls the reference.
 
-    Rounding of weights with scales. Few rows (`plan`): none; the integers or fp8 numbers are multiplied, and the scale
-    multiplies the sum. From two rows of bf16 on, with fp8 weights (`rounds_rows`): x is rounded to fp8 too, with a
-    scale per row, so that the product runs at fp8's rate. Where cuBLAS lacks it, and in all other cases: a weight times
-    its scale is rounded to x's dtype.
+    Rounding of weights with scales. Several rows of bf16 with fp8 weights (`rounds_rows`): x is rounded to fp8 too,
+    with a scale per row, so that the product runs at fp8's rate. Else few rows (`plan`): none; the integers or fp8
+    numbers are multiplied, and the scale multiplies the sum. In all other cases, and where cuBLAS lacks fp8 with fp8: a
+    weight times its scale is rounded to x's dtype.
     """
     _check(x, weight, bias, scales, input_activation)
     if scales is not None and rounds_rows(len(x), weight, x.dtype):
@@ -95,8 +95,8 @@ def linear(
 def rounds_rows(rows: int, weight: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether `linear` rounds so many rows of this dtype to fp8, as the weight is: then `input_activation` is free.
 
-    One row stays as it is: its product takes the time to read the weight. torch multiplies fp8 with fp8 for results in
-    bf16, and sizes that 16 divides.
+    One row stays as it is: its product takes the time to read the weight. So do up to 32 where there is no dependent
+    launch. torch multiplies fp8 with fp8 for results in bf16, and sizes that 16 divides.
     """
     if rows < 2 or not runs_on(weight.device) or weight.dtype != FP8 or dtype != torch.bfloat16:
         return False
@@ -105,7 +105,7 @@ def rounds_rows(rows: int, weight: torch.Tensor, dtype: torch.dtype) -> bool:
 
 
 def _plan_fp8(rows: int, weight: torch.Tensor) -> TilePlan | None:
-    """Its kernels need the shared memory of an H100."""
+    """None too where dependent launch is not: there the plans were not measured."""
     num_out, num_in = weight.shape
     return plan_fp8_rows(rows, num_out, num_in) if dependent_launch.has_dependent_launch(weight.device) else None
 
@@ -214,7 +214,9 @@ def _check(
 ) -> None:
     width = 2 if input_activation == "swiglu" else 1
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != width * weight.shape[1]:
-        raise ValueError(f"x is {list(x.shape)} and weight {list(weight.shape)}; they must be [rows, in] and [out, in]")
+        columns = f"{width} · in" if width > 1 else "in"
+        shapes = f"x is {list(x.shape)} and weight {list(weight.shape)}"
+        raise ValueError(f"{shapes}; they must be [rows, {columns}] and [out, in]")
     dtypes = (x.dtype,) if scales is None else widen.QUANTIZED
     if weight.dtype not in dtypes or not weight.is_contiguous():
         names = " or ".join(map(str, dtypes))
@@ -331,10 +333,10 @@ if triton is not None:
         block_k: tl.constexpr,
         pdl: tl.constexpr,
     ):
-        """A tile of yᵀ = W · xᵀ: with W on the left, int8 and fp8 are widened on their way into the matrix units;
-        not where x is fp8, too.
+        """A tile of yᵀ = W · xᵀ: with W on the left, int8 and fp8 are widened on their way into the matrix units.
 
-        The programs of a tile's splits store partial sums; the last to finish adds them, always in the same order.
+        Where x is fp8, too, nothing is widened. The programs of a tile's splits store partial sums; the last to finish
+        adds them, always in the same order.
         """
         outs = tl.program_id(0) * block_n + tl.arange(0, block_n)
         ms = tl.program_id(2) * block_m + tl.arange(0, block_m)

@@ -8,7 +8,7 @@ SPLIT_COUNTERS = 4096  # output tiles that may be split; a launch has fewer
 # The most rows for a plan, by the weight's format. Beyond: cuBLAS, which is as quick; for int8, widened weights and
 # cuBLAS; for fp8, rounded rows and cuBLAS. Where a GPU can, fp8 has `plan_fp8_rows` from two rows on.
 _FEW_ROWS = {"plain": 32, "int8": 256, "fp8": 32}
-_MOST_FP8_ROWS = 256  # measured with
+_MOST_FP8_ROWS = 256  # that were measured
 _MOST_SPLITS = 4
 _VOCABULARY = 32768  # outputs of an LM head
 _LARGE = 96 << 20  # elements of W from which cuBLAS is as quick for more than 16 rows

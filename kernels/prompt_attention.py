@@ -232,8 +232,9 @@ if triton is not None:
             q = load_rotated(
                 query + ms[:, None] * row_stride, cosines + angles, sines + angles, d[None, :], is_q, rotated_half
             )
+            score_scale = scale
             if is_fp8:
-                q, scale = query_for_fp8(q, scale)
+                q, score_scale = query_for_fp8(q, scale)
             places_of = table + slot * table_stride
             head_offset = (head // group) * head_dim + d
             # A row may see nothing of the first blocks: -inf would give nan there.
@@ -253,7 +254,7 @@ if triton is not None:
                     k = k.to(q.dtype)
                 distances = t[None, :] - (first + m)[:, None]
                 weights, largest, weight_sum, shrink = _weights(
-                    q, k, distances, slope, scale, largest, weight_sum, has_slopes, window, precision
+                    q, k, distances, slope, score_scale, largest, weight_sum, has_slopes, window, precision
                 )
                 is_v = (t < end)[:, None] & is_dim[None, :]
                 v = tl.load(values + place[:, None] + head_offset[None, :], mask=is_v, other=0.0)

@@ -18,12 +18,14 @@ try:
 except ImportError:  # a CPU-only torch comes without it
     triton = None
 
+_LEAST = 1e-30  # of a row's largest value: the inverse of its scale is a finite number
+
 
 def reference(x: torch.Tensor, activation: str = "none") -> tuple[torch.Tensor, torch.Tensor]:
     """The same in plain torch, on any device."""
     x = ACTIVATIONS[activation](x.float())
     largest = x.abs().amax(1, keepdim=True)
-    scales = torch.where(largest > 0, largest / FP8_MAX, 1.0)
+    scales = torch.where(largest > _LEAST, largest / FP8_MAX, 1.0)
     return to_fp8(x, scales), scales
 
 
@@ -31,8 +33,8 @@ def quantize_rows(x: torch.Tensor, activation: str = "none") -> tuple[torch.Tens
     """activation(x), x [rows, in] of any float dtype → (values [rows, in] fp8, scales [rows, 1] fp32): values · scales.
 
     activation: a name of ACTIVATIONS; swiglu halves the last axis. A row's scale takes its largest value to 448, fp8's
-    largest; a row of zeros has the scale 1. Without Triton or a GPU it calls the reference. Raises ValueError for
-    another number of axes.
+    largest; a row of zeros, or below 1e-30, has the scale 1. Without Triton or a GPU it calls the reference. Raises
+    ValueError for another number of axes.
     """
     if x.dim() != 2:
         raise ValueError(f"x is {list(x.shape)}; it must be [rows, in]")
@@ -86,6 +88,6 @@ if triton is not None:
         else:
             y = activate(tl.load(x + row * num_in + columns, mask=is_element, other=0.0).to(tl.float32), activation)
         most = tl.max(tl.abs(y), 0)
-        scale = tl.where(most > 0, most / 448.0, 1.0)
+        scale = tl.where(most > 1e-30, most / 448.0, 1.0)
         tl.store(scales + row, scale)
         tl.store(values + row * num_in + columns, cast_fp8(y, 1.0 / scale), mask=is_element)

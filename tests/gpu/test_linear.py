@@ -34,9 +34,10 @@ def random_weight(num_out: int, num_in: int, dtype: torch.dtype) -> tuple[torch.
     return (torch.randn(num_out, num_in, device="cuda") * num_in**-0.5).to(dtype), None
 
 
-def rounds_rows(kind: str, dtype: torch.dtype, rows: int) -> bool:
+def rounds_rows(kind: str, dtype: torch.dtype, rows: int, num_in: int, num_out: int) -> bool:
     """Whether x is rounded to fp8, too."""
-    return kind == "fp8" and dtype == torch.bfloat16 and rows > 1
+    is_fit = num_in % 16 == num_out % 16 == 0
+    return kind == "fp8" and dtype == torch.bfloat16 and rows > 1 and is_fit
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -52,7 +53,7 @@ def test_linear_is_the_reference(num_in: int, num_out: int, kind: str, dtype: to
     bias = torch.randn(num_out, device="cuda").to(dtype)
     for rows in ROWS:
         limit = 8e-3 if dtype == torch.bfloat16 else 1e-3  # for many rows weights with scales are rounded, too
-        if rounds_rows(kind, dtype, rows):
+        if rounds_rows(kind, dtype, rows, num_in, num_out):
             limit = 5e-2
         x = torch.randn(rows, num_in, device="cuda").to(dtype)
         for b in (bias, None):
@@ -85,7 +86,9 @@ def test_activations(num_in: int, num_out: int, kind: str, activation: str) -> N
         ours = linear.linear(x, weight, bias, workspace, activation, scales)
         exact = ACTIVATIONS[activation](x.double() @ exact_weight.t() + bias.double())
         assert ours.shape == exact.shape
-        assert relative_errors(ours, exact).max() < (8e-2 if rounds_rows(kind, dtype, rows) else 1.5e-2), rows
+        assert relative_errors(ours, exact).max() < (
+            8e-2 if rounds_rows(kind, dtype, rows, num_in, num_out) else 1.5e-2
+        ), rows
 
 
 def test_extreme_values() -> None:
