@@ -12,7 +12,7 @@ import torch
 
 from kernels import dependent_launch, runs_on
 from kernels.draft_attention import draft_launch
-from kernels.fp8_decode_attention import fp8_launch, takes
+from kernels.fp8_decode_attention import fp8_fits, fp8_launch
 from kernels.grouped_decode_attention import grouped_launch
 from kernels.heads import CosSin, HeadLayout, rotated_heads
 from kernels.layer_cache import LayerCache
@@ -119,7 +119,7 @@ def decode_attention(
         kernel, programs, constants = draft_launch(layout, rows, qkv.dtype)
     else:  # a program per query head
         programs = _WANTED_PROGRAMS if rows <= _FEW_ROWS else _WANTED_PROGRAMS_OF_MANY
-        is_byte = takes(layout, cache.keys.dtype, qkv.dtype)
+        is_byte = fp8_fits(layout, cache.keys.dtype, qkv.dtype)
         kernel, constants = fp8_launch(layout) if is_byte else _launch(layout, is_stored)
     heads = layout.kv_heads if is_grouped else layout.heads  # each is a program, or several with splits
     wanted = max(1, min(_MOST_SPLITS, programs // (rows * heads)))

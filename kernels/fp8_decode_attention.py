@@ -37,7 +37,7 @@ _WORD_NUMBERS = 8  # that a load takes
 _HAS_TUPLES = triton is not None and tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
 
 
-def takes(layout: HeadLayout, cache_dtype: torch.dtype, dtype: torch.dtype) -> bool:
+def fp8_fits(layout: HeadLayout, cache_dtype: torch.dtype, dtype: torch.dtype) -> bool:
     """Whether the kernel computes these heads: of a cache and queries of these dtypes."""
     is_fit = layout.group == 1 and layout.head_dim % _WORD_NUMBERS == 0
     return _HAS_TUPLES and is_fit and cache_dtype == FP8 and dtype in (torch.bfloat16, torch.float16)
