@@ -112,10 +112,9 @@ def decode_attention(
     if decodes.kv_locs is not None:
         store_kv(qkv, layout, cache, decodes.kv_locs, cos_sin)
     is_grouped = layout.group > 1 and qkv.dtype != torch.float32
-    has_tiles = is_grouped or (is_stored and layout.group == 1)  # a program computes several queries
     if is_grouped:
         kernel, programs, constants = grouped_launch(layout, is_stored)
-    elif has_tiles:
+    elif is_stored and layout.group == 1:
         kernel, programs, constants = draft_launch(layout, rows, qkv.dtype)
     else:  # a program per query head
         programs = _WANTED_PROGRAMS if rows <= _FEW_ROWS else _WANTED_PROGRAMS_OF_MANY
@@ -201,7 +200,7 @@ if triton is not None:
     def _as_stored(k, v, key_scale, value_scale, is_fp8: tl.constexpr):
         """A key and a value in the cache's dtype."""
         if is_fp8:
-            k, v = cast_fp8(k, 1.0 / key_scale), cast_fp8(v, 1.0 / value_scale)
+            k, v = cast_fp8(k, key_scale), cast_fp8(v, value_scale)
         return k, v
 
     @triton.jit

@@ -31,10 +31,7 @@ except ImportError:  # a CPU-only torch comes without it
 _BLOCK_TOKENS = 32  # that a program reads at once; a sum in fp16 has a product of each tile of them
 _TILE_ELEMENTS = 512  # of the tokens that are multiplied at once: 16 bytes for each of a warp's lanes
 _WORD_NUMBERS = 8  # that a load takes
-
-
-# Older versions have no tuples in kernels.
-_HAS_TUPLES = triton is not None and tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
+_HAS_TUPLES = triton is not None and hasattr(tl, "tuple")  # Triton 3.2 has none in kernels
 
 
 def fp8_fits(layout: HeadLayout, cache_dtype: torch.dtype, dtype: torch.dtype) -> bool:
@@ -196,6 +193,25 @@ if triton is not None:
         )
 
     @triton.jit
+    def _add_values_of_tiles(v, scores, largest, weight_sums, s0, s1, s2, s3, s4, s5, s6, s7, count: tl.constexpr):
+        """The sums of weights and of weighted values, with the tiles' added; s0 to s7: of a word's eight numbers."""
+        s01 = tl.zeros(s0.shape, tl.int32)
+        s23, s45, s67 = s01, s01, s01
+        for j in tl.static_range(count):
+            weights = tl.exp2(scores[j] - largest)
+            weight_sums += weights
+            s01, s23, s45, s67 = _add_values(v[j], _twice(weights)[:, None], s01, s23, s45, s67)
+        a, b = _halves(s01)
+        s0, s1 = s0 + a, s1 + b
+        a, b = _halves(s23)
+        s2, s3 = s2 + a, s3 + b
+        a, b = _halves(s45)
+        s4, s5 = s4 + a, s5 + b
+        a, b = _halves(s67)
+        s6, s7 = s6 + a, s7 + b
+        return weight_sums, s0, s1, s2, s3, s4, s5, s6, s7
+
+    @triton.jit
     def _fp8_decode_attention(
         qkv,
         cosines,  # [rows, rotated_half] fp32
@@ -267,7 +283,7 @@ if triton is not None:
         if (position >= first) & (position < beyond):
             own_k = load_rotated(kv_at + key_base * head_dim, row_cosines, row_sines, d, is_dim, rotated_half)
             own_v = tl.load(kv_at + value_base * head_dim + d, mask=is_dim, other=0.0)
-            own_k, own_v = cast_fp8(own_k, 1.0 / key_scale), cast_fp8(own_v, 1.0 / value_scale)
+            own_k, own_v = cast_fp8(own_k, key_scale), cast_fp8(own_v, value_scale)
             tl.store(keys + own_place, own_k, mask=is_dim)
             tl.store(values + own_place, own_v, mask=is_dim)
             largest = tl.sum(q * own_k.to(tl.float32), 0) * scale
@@ -294,20 +310,9 @@ if triton is not None:
                 own_weight, own_sums, weight_sums = own_weight * shrink, own_sums * shrink, weight_sums * shrink
                 s0, s1, s2, s3 = s0 * shrink, s1 * shrink, s2 * shrink, s3 * shrink
                 s4, s5, s6, s7 = s4 * shrink, s5 * shrink, s6 * shrink, s7 * shrink
-            s01 = tl.zeros((tile, dims // 8), tl.int32)
-            s23, s45, s67 = s01, s01, s01
-            for j in tl.static_range(count):
-                weights = tl.exp2(scores[j] - largest)
-                weight_sums += weights
-                s01, s23, s45, s67 = _add_values(v[j], _twice(weights)[:, None], s01, s23, s45, s67)
-            a, b = _halves(s01)
-            s0, s1 = s0 + a, s1 + b
-            a, b = _halves(s23)
-            s2, s3 = s2 + a, s3 + b
-            a, b = _halves(s45)
-            s4, s5 = s4 + a, s5 + b
-            a, b = _halves(s67)
-            s6, s7 = s6 + a, s7 + b
+            weight_sums, s0, s1, s2, s3, s4, s5, s6, s7 = _add_values_of_tiles(
+                v, scores, largest, weight_sums, s0, s1, s2, s3, s4, s5, s6, s7, count
+            )
             k, places = _load_keys(
                 key_words, places_of, start + block, end, place_words, head_words, is_word, tile, count
             )

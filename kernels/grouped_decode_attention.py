@@ -166,7 +166,7 @@ if triton is not None:
                 own_k = load_rotated(kv_at + key_base * head_dim, row_cosines, row_sines, d, is_dim, rotated_half)
                 own_v = tl.load(kv_at + value_base * head_dim + d, mask=is_dim, other=0.0)
                 if is_fp8:
-                    own_k, own_v = cast_fp8(own_k, 1.0 / key_scale), cast_fp8(own_v, 1.0 / value_scale)
+                    own_k, own_v = cast_fp8(own_k, key_scale), cast_fp8(own_v, value_scale)
                 tl.store(keys + own_place, own_k, mask=is_dim)
                 tl.store(values + own_place, own_v, mask=is_dim)
                 largest = tl.sum(q.to(tl.float32) * own_k.to(tl.float32)[None, :], 1) * scale

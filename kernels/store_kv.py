@@ -113,7 +113,7 @@ if triton is not None:
         v = tl.load(kv_at + value_base * head_dim + d, mask=is_element, other=0.0)
         if is_fp8:
             is_head = heads < kv_heads
-            k = cast_fp8(k, 1.0 / tl.load(key_scales + heads, mask=is_head, other=1.0))
-            v = cast_fp8(v, 1.0 / tl.load(value_scales + heads, mask=is_head, other=1.0))
+            k = cast_fp8(k, tl.load(key_scales + heads, mask=is_head, other=1.0))
+            v = cast_fp8(v, tl.load(value_scales + heads, mask=is_head, other=1.0))
         tl.store(keys + places, k, mask=is_element)
         tl.store(values + places, v, mask=is_element)
