@@ -265,11 +265,12 @@ def test_engine_in_fp8(tp: int, converted: Callable[[int], Path]) -> None:
     """The kernels beside fp32 on a CPU, the same fp8 weights in both; fp32 gives nearly its tokens.
 
     fp16 rounds no activations of so few rows, nor does a CPU. bf16 does, and a CPU that does is 4 to 9 % off, too.
+    The formats alone put the CPU's logits 11 % off those of plain fp32.
     """
     if tp > NUM_GPUS:
         pytest.skip(f"{tp} GPUs needed, {NUM_GPUS} here")
     plain, on_cpu = (run_logits(converted(1), prompts(6), 1, 1, *formats) for formats in ((), FORMATS))
-    for data_type, limits in (("fp16", (6e-2, 1e-1)), ("bf16", (1.5e-1, 2e-1))):
+    for data_type, limits in (("fp16", (2e-2, 1.2e-1)), ("bf16", (1.5e-1, 2e-1))):
         ours = run_logits(converted(tp), prompts(6), tp, 1, "--device", "cuda", "--data-type", data_type, *FORMATS)
         for expected, limit in zip((on_cpu, plain), limits, strict=True):
             errors = np.linalg.norm(ours - expected, axis=1) / np.linalg.norm(expected, axis=1)
