@@ -129,7 +129,7 @@ def _launch(
     row_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The kernel of a plan. x: contiguous; in fp8 with row_scales [rows, 1]. Returns out."""
-    block_m, block_n, block_k, splits, warps, stages = tiles
+    block_m, block_n, block_k, splits, warps, stages, _ = tiles
     (rows, num_in), num_out = x.shape, out.shape[1]
     partials = torch.empty(splits, rows, num_out, dtype=torch.float32, device=x.device) if splits > 1 else out
     split_len = -(-num_in // (splits * block_k)) * block_k

@@ -14,7 +14,7 @@ except ImportError:  # a CPU-only torch comes without it
 if triton is not None:
 
     @triton.jit
-    def load_tile(weight, outs, ks, num_out, num_in: tl.constexpr, is_even: tl.constexpr):
+    def load_tile(weight, outs, ks, num_out, num_in, is_even: tl.constexpr):
         """W's tile [outs, ks], zeros beyond W. weight: [num_out, num_in] of any dtype, words of several weights too."""
         places = weight + outs[:, None].to(tl.int64) * num_in + ks[None, :]
         if is_even:

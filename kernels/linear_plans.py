@@ -27,6 +27,7 @@ class TilePlan(NamedTuple):
     splits: int  # of the in axis
     warps: int
     stages: int  # of the pipeline; of one row's bytes: blocks on their way
+    unroll: int = 1  # of one row's bytes: the most blocks that a loop takes in one turn
 
 
 def plan(rows: int, num_out: int, num_in: int, weight_format: str, is_gated: bool) -> TilePlan | None:
@@ -37,7 +38,9 @@ def plan(rows: int, num_out: int, num_in: int, weight_format: str, is_gated: boo
     if not 0 < rows <= _FEW_ROWS[weight_format]:
         return None
     if rows == 1:
-        return _plan_one_row(num_out, num_in) if weight_format == "plain" else _plan_byte_row(num_out, num_in)
+        if weight_format == "plain":
+            return _plan_one_row(num_out, num_in)
+        return _plan_byte_row(num_out, num_in, weight_format == "int8", is_gated)
     if weight_format != "plain":
         return _plan_bytes(rows, num_out, num_in, is_gated)
     return _plan_tiles(rows, num_out, num_in, is_gated)
@@ -87,17 +90,24 @@ def _plan_one_row(num_out: int, num_in: int) -> TilePlan:
     return TilePlan(1, block_n, _whole_block(num_in, block_k), 1, warps, 1)
 
 
-def _plan_byte_row(num_out: int, num_in: int) -> TilePlan | None:
+def _plan_byte_row(num_out: int, num_in: int, is_int8: bool, is_gated: bool) -> TilePlan | None:
     """For one row and weights of one byte; it reads four at once."""
     if num_in % 4:
         return None
-    if num_in >= _LONG:
-        block_k, warps, stages = 2048, 4, 2
-    elif num_in % 3072 == 0:
-        block_k, warps, stages = 1024, 1, 1
-    else:
-        block_k, warps, stages = 1024, 2, 2
-    return TilePlan(1, 4, _whole_block(num_in, block_k), 1, warps, stages)
+    is_whole = num_in % (512 if num_in < 8192 else 1024) == 0  # else a masked block is quicker than a small one
+    block_n, block_k, warps, stages, unroll = 4, 2048, 4, 1, 12
+    if num_in == 16384 and is_int8:  # 127 registers: all of 1024 programs run at once
+        warps, unroll = 2, 4
+    elif is_gated or (is_whole and num_in >= 8192):  # gated: two tiles of W each
+        block_n, warps = 2, 2
+    elif num_in <= 2048 and num_out > 4096:
+        block_k, warps = 1024, 2
+    elif 4096 <= num_in < 6144 and num_out > 4096:
+        warps = 2
+    elif 6144 <= num_in < 8192:
+        block_k, warps, stages, unroll = (1024, 2, 2, 12) if num_out > 8192 else (1024, 2, 1, 4)
+    block_k = _whole_block(num_in, block_k) if is_whole else min(block_k, 1 << (num_in - 1).bit_length())
+    return TilePlan(1, block_n, block_k, 1, warps, stages, unroll)
 
 
 def _whole_block(num_in: int, block_k: int) -> int:

@@ -91,6 +91,25 @@ def test_activations(num_in: int, num_out: int, kind: str, activation: str) -> N
         ), rows
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize(("num_in", "num_out"), [(11008, 130), (26624, 64), (32768, 66), (2560, 4608)])
+def test_one_row_of_bytes(num_in: int, num_out: int, kind: str, dtype: torch.dtype) -> None:
+    """6 blocks of W, the last not whole; 13, which no unrolled loop divides; 16, in two turns; 5 small ones."""
+    torch.manual_seed(num_in)
+    weight, scales = random_weight(num_out, num_in, KINDS[kind])
+    assert scales is not None
+    if kind == "int8":
+        scales /= 10  # fp16 holds the products of swiglu
+    workspace = linear.make_workspace(weight.device)
+    x, bias = torch.randn(1, num_in, device="cuda").to(dtype), torch.randn(num_out, device="cuda").to(dtype)
+    x[0, -4:] = 20  # what is multiplied beyond W's columns would show
+    sums = x.double() @ (weight.double() * scales[:, None].double()).t() + bias.double()
+    for activation in ("none", "swiglu"):
+        ours = linear.linear(x, weight, bias, workspace, activation, scales)
+        assert relative_errors(ours, ACTIVATIONS[activation](sums)).max() < (8e-3 if dtype == torch.bfloat16 else 1e-3)
+
+
 def test_extreme_values() -> None:
     """Large values saturate as torch's do, and give no NaN."""
     x = torch.tensor([[1e4, -1e4]], device="cuda", dtype=torch.bfloat16).repeat_interleave(64, 1)
