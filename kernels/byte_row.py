@@ -1,8 +1,8 @@
 """y = act(x · Wᵀ + b) for one row, W in int8 or fp8: `kernels.linear` calls it. Stateless.
 
 The memory limits such a product only if it takes few instructions: so a word has four weights, few instructions make
-fp32 of them, and the loop is unrolled: 3.1 instructions a weight in fp8 and 3.8 in int8, and no barriers. The weights
-are exact, and so are their products with x but for fp32's rounding.
+fp32 of them, and the loop is unrolled and has no barriers: 3.1 instructions a weight in fp8 and 3.8 in int8, some more
+where a masked block follows. The weights are exact, and so are their products with x but for fp32's rounding.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ def launch(
     """Arguments as of `kernels.linear.linear`, which checked them: x [1, in], contiguous. Returns out."""
     num_in, num_out = x.shape[1], out.shape[1]
     blocks = -(-num_in // plan.block_k)
-    is_even = num_in % plan.block_k == 0 and num_out % plan.block_n == 0
     _byte_row[(-(-num_out // plan.block_n),)](
         x.view(torch.int64),
         weight.view(torch.int32),
@@ -50,7 +49,7 @@ def launch(
         has_bias=bias is not None,
         activation=activation,
         is_gated=activation == "swiglu",
-        is_even=is_even,
+        is_even=num_in % plan.block_k == 0 and num_out % plan.block_n == 0,
         block_n=plan.block_n,
         block_k=plan.block_k,
         is_two_ahead=plan.stages == 2,
@@ -108,9 +107,9 @@ if triton is not None:
 
     @triton.jit
     def _quads(places):
-        """The int64 at each place, in the layout of whoever uses it.
+        """The int64 at each place, in the threads that multiply it.
 
-        A tl.load would choose its own; its numbers would go through shared memory then, with barriers for each block.
+        A tl.load chooses threads of its own: its numbers go through shared memory then, with barriers for each block.
         """
         return tl.inline_asm_elementwise(
             "ld.global.b64 $0, [$1];", "=l,l", [places], dtype=tl.int64, is_pure=False, pack=1
@@ -197,7 +196,7 @@ if triton is not None:
                 next_up = up
                 if is_gated and first + step < row_words:
                     next_up = load_tile(ups, outs, at + step, num_out, width, is_even)
-                # Beyond W's columns there are zeros; what x has there does not count.
+                # Beyond W's columns there are zeros: what x has there does not count, if it is finite.
                 quads = _quads(x + (at if is_even else tl.minimum(at, row_words - 1)))
                 x0, x1, x2, x3 = _activations(quads, x_is_bf16)
                 sums = _add(sums, w, x0, x1, x2, x3, is_fp8)

@@ -33,7 +33,7 @@ class TilePlan(NamedTuple):
 def plan(rows: int, num_out: int, num_in: int, weight_format: str, is_gated: bool) -> TilePlan | None:
     """The plan for x [rows, num_in] and weight [num_out, num_in], as measured on an H200; None: cuBLAS.
 
-    weight_format: a key of _FEW_ROWS. fp8 has int8's plans where x stays as it is.
+    weight_format: a key of _FEW_ROWS. fp8 has int8's plans where several rows stay as they are.
     """
     if not 0 < rows <= _FEW_ROWS[weight_format]:
         return None
@@ -96,8 +96,8 @@ def _plan_byte_row(num_out: int, num_in: int, is_int8: bool, is_gated: bool) -> 
         return None
     is_whole = num_in % (512 if num_in < 8192 else 1024) == 0  # else a masked block is quicker than a small one
     block_n, block_k, warps, stages, unroll = 4, 2048, 4, 1, 12
-    if num_in == 16384 and is_int8:  # 127 registers: all of 1024 programs run at once
-        warps, unroll = 2, 4
+    if (num_out, num_in, is_int8, is_gated) == (4096, 16384, True, False):
+        warps, unroll = 2, 4  # 127 registers a thread: all of its 1024 programs run at once
     elif is_gated or (is_whole and num_in >= 8192):  # gated: two tiles of W each
         block_n, warps = 2, 2
     elif num_in <= 2048 and num_out > 4096:

@@ -93,9 +93,9 @@ def test_activations(num_in: int, num_out: int, kind: str, activation: str) -> N
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-@pytest.mark.parametrize(("num_in", "num_out"), [(11008, 130), (26624, 64), (32768, 66), (2560, 4608)])
+@pytest.mark.parametrize(("num_in", "num_out"), [(11008, 130), (26624, 64), (32768, 66), (2560, 4608), (6148, 9000)])
 def test_one_row_of_bytes(num_in: int, num_out: int, kind: str, dtype: torch.dtype) -> None:
-    """6 blocks of W, the last not whole; 13, which no unrolled loop divides; 16, in two turns; 5 small ones."""
+    """6 blocks of W, the last not whole; 13, in as many turns; 16, in two turns; 5 small ones; 7, two on their way."""
     torch.manual_seed(num_in)
     weight, scales = random_weight(num_out, num_in, KINDS[kind])
     assert scales is not None
