@@ -53,6 +53,10 @@ def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
     return float((ours.double() - exact.double()).norm() / exact.double().norm())
 
 
+def row_errors(ours: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    return np.linalg.norm(ours - exact, axis=1) / np.linalg.norm(exact, axis=1)
+
+
 def random_cache(num_locs: int, kv_heads: int, head_dim: int) -> LayerCache:
     scales = [2.0 ** torch.randint(-8, -5, (kv_heads,), device="cuda") for _ in range(2)]
     parts = [torch.randn(num_locs, kv_heads, head_dim, device="cuda") for _ in range(2)]
@@ -265,17 +269,18 @@ def test_engine_in_fp8(tp: int, converted: Callable[[int], Path]) -> None:
     """The kernels beside fp32 on a CPU, the same fp8 weights in both; fp32 gives nearly its tokens.
 
     fp16 rounds no activations of so few rows, nor does a CPU. bf16 does, and a CPU that does is 4 to 9 % off, too.
-    The formats alone put the CPU's logits 11 % off those of plain fp32.
+    From plain fp32, each row in fp16 is as far as the formats alone take it on a CPU, up to 11 %.
     """
     if tp > NUM_GPUS:
         pytest.skip(f"{tp} GPUs needed, {NUM_GPUS} here")
     plain, on_cpu = (run_logits(converted(1), prompts(6), 1, 1, *formats) for formats in ((), FORMATS))
-    for data_type, limits in (("fp16", (2e-2, 1.2e-1)), ("bf16", (1.5e-1, 2e-1))):
+    of_formats = row_errors(on_cpu, plain)
+    for data_type, limits in (("fp16", (2e-2, of_formats + 1e-2)), ("bf16", (1.5e-1, 2e-1))):
         ours = run_logits(converted(tp), prompts(6), tp, 1, "--device", "cuda", "--data-type", data_type, *FORMATS)
         for expected, limit in zip((on_cpu, plain), limits, strict=True):
-            errors = np.linalg.norm(ours - expected, axis=1) / np.linalg.norm(expected, axis=1)
-            print("logit error", data_type, errors.max())
-            assert errors.max() < limit, data_type
+            errors = row_errors(ours, expected)
+            print("logit error", data_type, errors)
+            assert (errors < limit).all(), data_type
     items = greedy_items(prompts(6), 16)
     for formats, least in ((FORMATS[:2], 6), (FORMATS, 4)):  # a cache's numbers may fall to a rounding's other side
         expected_tokens = first_outputs(run_engine(converted(1), items, 1, 1, *formats))
