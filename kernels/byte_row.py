@@ -1,8 +1,9 @@
 """y = act(x · Wᵀ + b) for one row, W in int8 or fp8: `kernels.linear` calls it. Stateless.
 
-The memory limits such a product only if it takes few instructions: so a word has four weights, few instructions make
-fp32 of them, and the loop is unrolled and has no barriers: 3.1 instructions a weight in fp8 and 3.8 in int8, some more
-where a masked block follows. The weights are exact, and so are their products with x but for fp32's rounding.
+The memory limits such a product only if the kernel takes few instructions. So a word has four weights, and few
+instructions make fp32 of them. The loop is unrolled and has no barriers. That makes 3.1 instructions for each weight in
+fp8 and 3.8 in int8, and some more where a block is masked. The weights are exact, and so are their products with x but
+for fp32's rounding.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ if triton is not None:
     def _quads(places):
         """The int64 at each place, in the threads that multiply it.
 
-        A tl.load chooses threads of its own: its numbers go through shared memory then, with barriers for each block.
+        tl.load chooses threads of its own. Then the numbers go through shared memory, with barriers for each block.
         """
         return tl.inline_asm_elementwise(
             "ld.global.b64 $0, [$1];", "=l,l", [places], dtype=tl.int64, is_pure=False, pack=1
@@ -168,7 +169,8 @@ if triton is not None:
         row_words: tl.constexpr = num_in // 4
         words = tl.arange(0, step)
         lead: tl.constexpr = 2 if is_two_ahead else 1
-        # Where the compiler knew which words lie beyond W, ptxas (CUDA 12.8) made a wrong constant of their fp8 zeros.
+        # ptxas (CUDA 12.8) converts an fp8 zero that it knows to a wrong constant. So where a block reaches beyond W,
+        # the compiler must not know W's width.
         width = row_words if is_even else num_words
         ups = weight
         if is_gated:

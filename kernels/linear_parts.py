@@ -15,7 +15,10 @@ if triton is not None:
 
     @triton.jit
     def load_tile(weight, outs, ks, num_out, num_in, is_even: tl.constexpr):
-        """W's tile [outs, ks], zeros beyond W. weight: [num_out, num_in] of any dtype, words of several weights too."""
+        """W's tile [outs, ks], zeros beyond W. weight: [num_out, num_in] of any dtype, words of several weights too.
+
+        num_in: a constant of the kernel, or not.
+        """
         places = weight + outs[:, None].to(tl.int64) * num_in + ks[None, :]
         if is_even:
             return tl.load(places)

@@ -94,7 +94,7 @@ def _plan_byte_row(num_out: int, num_in: int, is_int8: bool, is_gated: bool) -> 
     """For one row and weights of one byte; it reads four at once."""
     if num_in % 4:
         return None
-    is_whole = num_in % (512 if num_in < 8192 else 1024) == 0  # else a masked block is quicker than a small one
+    is_whole = num_in % (512 if num_in < 8192 else 1024) == 0  # else a large block is quicker, the last one masked
     block_n, block_k, warps, stages, unroll = 4, 2048, 4, 1, 12
     if (num_out, num_in, is_int8, is_gated) == (4096, 16384, True, False):
         warps, unroll = 2, 4  # 127 registers a thread: all of its 1024 programs run at once
@@ -105,7 +105,8 @@ def _plan_byte_row(num_out: int, num_in: int, is_int8: bool, is_gated: bool) -> 
     elif 4096 <= num_in < 6144 and num_out > 4096:
         warps = 2
     elif 6144 <= num_in < 8192:
-        block_k, warps, stages, unroll = (1024, 2, 2, 12) if num_out > 8192 else (1024, 2, 1, 4)
+        block_k, warps = 1024, 2
+        stages, unroll = (2, 12) if num_out > 8192 else (1, 4)
     block_k = _whole_block(num_in, block_k) if is_whole else min(block_k, 1 << (num_in - 1).bit_length())
     return TilePlan(1, block_n, block_k, 1, warps, stages, unroll)
 
